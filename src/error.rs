@@ -1,0 +1,101 @@
+//! One error type for the whole crate: every variant reads as one sentence that says what went
+//! wrong, where, what was expected, what was found, and what to do when that is not obvious.
+
+use std::path::{Path, PathBuf};
+
+/// Result of every fallible function of the crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong. Nothing in the crate panics on bad input.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An argument of a function or an option of a command has a value that cannot work.
+    #[error("{op}: {argument} must be {expected}, got {got}")]
+    Argument {
+        /// The operation that refused.
+        op: &'static str,
+        /// The argument's name.
+        argument: String,
+        /// What it accepts.
+        expected: String,
+        /// What it was given.
+        got: String,
+    },
+    /// A tensor in a file is missing, or is not what the model's config promises.
+    #[error("{}: tensor `{tensor}`: expected {expected}, got {got}", file.display())]
+    Tensor {
+        /// The file that holds, or should hold, the tensor.
+        file: PathBuf,
+        /// The tensor's name in the file.
+        tensor: String,
+        /// What should be there.
+        expected: String,
+        /// What is there.
+        got: String,
+    },
+    /// A file or folder is not what it should be. `problem` is the rest of the sentence.
+    #[error("{}: {problem}", file.display())]
+    File {
+        /// The file or folder.
+        file: PathBuf,
+        /// What is wrong with it and what to do.
+        problem: String,
+    },
+    /// The operating system refused.
+    #[error("cannot {doing} {}: {source}", file.display())]
+    Io {
+        /// Verb phrase: "read", "create", …
+        doing: &'static str,
+        /// The file or folder.
+        file: PathBuf,
+        /// The system's own word.
+        source: std::io::Error,
+    },
+    /// The user interrupted; nothing was left behind.
+    #[error("interrupted; nothing was written")]
+    Interrupted,
+}
+
+impl Error {
+    /// An [`Error::Argument`].
+    pub fn argument(
+        op: &'static str,
+        argument: impl Into<String>,
+        expected: impl Into<String>,
+        got: impl ToString,
+    ) -> Self {
+        Self::Argument {
+            op,
+            argument: argument.into(),
+            expected: expected.into(),
+            got: got.to_string(),
+        }
+    }
+
+    /// An [`Error::Tensor`].
+    pub fn tensor(
+        file: &Path,
+        tensor: impl Into<String>,
+        expected: impl Into<String>,
+        got: impl ToString,
+    ) -> Self {
+        Self::Tensor {
+            file: file.into(),
+            tensor: tensor.into(),
+            expected: expected.into(),
+            got: got.to_string(),
+        }
+    }
+
+    /// An [`Error::File`].
+    pub fn file(file: &Path, problem: impl Into<String>) -> Self {
+        Self::File { file: file.into(), problem: problem.into() }
+    }
+
+    /// For `map_err`: an [`Error::Io`] about `file`.
+    pub fn io(doing: &'static str, file: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let file = file.to_path_buf();
+        move |source| Self::Io { doing, file, source }
+    }
+}

@@ -1,0 +1,19 @@
+//! moefy turns the dense feed-forward layers of a pretrained Transformer into mixtures of experts
+//! (MoEfication), routes every token to as many experts as it needs (dynamic-k), and skips the
+//! rest.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`ffn`] | one layer as data: dense weights, partition, experts, router, selection |
+//! | [`reference`](mod@reference) | the mathematics as plain f64 loops: the specification |
+#![warn(missing_docs)]
+
+pub mod dtype;
+pub mod error;
+pub mod ffn;
+pub mod reference;
+pub mod tensor;
+
+pub use dtype::DType;
+pub use error::{Error, Result};
+pub use tensor::{Tensor, TensorRef};

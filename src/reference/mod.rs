@@ -1,0 +1,34 @@
+//! The mathematics as plain f64 loops, one file per operation. This is the specification: every
+//! other path is tested against it. Weights enter exactly as stored; nothing in between is rounded,
+//! except the scores, which selection compares in f32.
+
+mod dense_ffn;
+mod experts;
+mod router_scores;
+mod select;
+
+pub use dense_ffn::dense_ffn;
+pub use experts::experts;
+pub use router_scores::router_scores;
+pub use select::{Selected, select};
+
+use crate::ffn::{ExpertMask, MoeFfn};
+use crate::tensor::Tensor;
+
+/// A MoEfied FFN from end to end: scores, selection, experts. x \[T, d_model\] → y \[T, d_model\]
+/// and S(t).
+pub fn moe_ffn(ffn: &MoeFfn, x: &[f64]) -> (Vec<f64>, ExpertMask) {
+    let scores = router_scores(ffn.router(), x, ffn.d_model());
+    let scores_f32: Vec<f32> = scores.iter().map(|&r| r as f32).collect();
+    let mask = select(&ffn.selection(), &scores_f32, ffn.num_experts()).mask;
+    (experts(ffn, x, &mask, Some(&scores)), mask)
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// The vector, or zeros where there is none.
+fn optional(vector: Option<&Tensor>, len: usize) -> Vec<f64> {
+    vector.map_or_else(|| vec![0.0; len], Tensor::to_f64)
+}
