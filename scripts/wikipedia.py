@@ -7,7 +7,8 @@
   and the last positional argument of `{{nowrap|..}}`, `{{transl|..}}` and their like.
 * A paragraph is one line of the source. It is dropped when it is a heading, a list item or an indented line, when
   it stands in an appendix ("References", "See also", ..), when something that can't be said in words was cut out
-  of it (a formula, a fraction), when it has fewer than 80 characters, or when it doesn't begin and end as a sentence does.
+  of it (a formula, a fraction), when it has fewer than 80 characters, or when it doesn't begin and end as a sentence
+  does.
 * One paragraph per line, UTF-8, one newline at the end of each.
 * Of the articles that still have text, every tenth (the 10th, 20th, ..) is held out; the rest is for calibration.
   No article is in both.
