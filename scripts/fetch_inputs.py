@@ -114,6 +114,7 @@ def find_wheel(package):
 
 
 def download_wheels():
+    os.makedirs(WHEELS, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", *PIP_FLAGS, "-d", WHEELS, "-r", REQUIREMENTS]
     if subprocess.call(command, stdout=sys.stderr) != 0:
         raise Failure(
