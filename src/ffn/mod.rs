@@ -10,6 +10,7 @@ mod moe;
 mod partition;
 mod router;
 mod selection;
+mod statistics;
 
 pub use activation::Activation;
 pub use compensation::Compensation;
@@ -19,3 +20,4 @@ pub use moe::MoeFfn;
 pub use partition::Partition;
 pub use router::{MlpKind, Router};
 pub use selection::{Gate, Selection, SelectionRule};
+pub use statistics::{RoutingStatistics, UnionShares};
