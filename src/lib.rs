@@ -5,12 +5,14 @@
 //! | module | what |
 //! |---|---|
 //! | [`ffn`] | one layer as data: dense weights, partition, experts, router, selection |
+//! | [`model`] | model folders: reading, converting, restoring |
 //! | [`reference`](mod@reference) | the mathematics as plain f64 loops: the specification |
 #![warn(missing_docs)]
 
 pub mod dtype;
 pub mod error;
 pub mod ffn;
+pub mod model;
 pub mod reference;
 pub mod tensor;
 
