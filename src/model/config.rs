@@ -85,7 +85,7 @@ impl Config {
             pad_token_id: keys.get("pad_token_id")?.unwrap_or(default_pad),
             raw: Map::new(),
         };
-        if config.hidden_size % config.num_attention_heads != 0 {
+        if !config.hidden_size.is_multiple_of(config.num_attention_heads) {
             let expected = format!("a divisor of `hidden_size` = {}", config.hidden_size);
             return Err(keys.unexpected("num_attention_heads", &expected));
         }

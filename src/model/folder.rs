@@ -16,6 +16,7 @@ use crate::tensor::TensorRef;
 
 /// One feed-forward layer of a folder.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "there are only as many as layers")]
 pub enum Ffn {
     /// As the model was trained.
     Dense(DenseFfn),

@@ -21,9 +21,15 @@ mod ffn_tensors;
 mod folder;
 pub mod format;
 mod names;
+mod output;
+mod replacements;
 mod shards;
+mod weights_out;
+mod write;
 
 pub use config::{Architecture, Config};
 pub use folder::{Ffn, Folder};
 pub use format::MoefyConfig;
 pub use names::{Names, WeightBias};
+pub use output::Output;
+pub use write::{Conversion, ConvertedLayer, restore, retune, write_moefied};

@@ -1,6 +1,8 @@
 //! A tiny random BERT in the Hugging Face layout, made in code.
 #![allow(dead_code)] // No test uses all of it.
 
+pub mod conversion;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
