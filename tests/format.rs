@@ -98,7 +98,7 @@ fn check_converted(source: &Folder, moefied: &Folder, conversion: &Conversion) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(24))]
 
     /// What is converted reads as what was converted; what is restored is the same folder again,
     /// every byte of every file.
@@ -378,15 +378,12 @@ fn conversions_that_do_not_fit_are_refused() {
     refused(&source, &conversion, "router: weight must be of shape");
     let mut conversion = good.clone();
     conversion.method.density_target = Some(f64::NAN);
-    let error = write_moefied(&source, &conversion, to(&out));
-    // JSON has no NaN: an optional number becomes absent, a required one is refused.
-    assert!(error.is_ok());
-    std::fs::remove_dir_all(&out).unwrap();
+    refused(&source, &conversion, "finite numbers");
     let mut statistics = random_statistics(&mut rng, good.layers[0].partition.num_experts());
     statistics.density = f64::NAN;
     let mut conversion = good;
     conversion.layers[0].statistics = Some(statistics);
-    refused(&source, &conversion, "`moefy`");
+    refused(&source, &conversion, "finite numbers");
 
     let error = restore(&source, to(&out)).unwrap_err().to_string();
     assert!(error.contains("is not a converted model"), "{error}");

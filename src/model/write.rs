@@ -157,15 +157,19 @@ fn converted(source: &Folder) -> Result<&MoefyConfig> {
     source.moefy().ok_or_else(|| Error::file(source.path(), "is not a converted model"))
 }
 
-/// The source's config with a `moefy` object that is sure to be read again.
+/// The source's config with a `moefy` object that is sure to be read again as it is.
 fn with_moefy(source: &Folder, moefy: &MoefyConfig) -> Result<Map<String, Value>> {
+    let file = source.path().join("config.json");
+    moefy.check(&file, source.num_layers(), source.config().intermediate_size)?;
     let mut config = source.config().raw().clone();
     config.insert(KEY.to_string(), moefy.to_value());
-    let file = source.path().join("config.json");
-    // NaN and infinity become null in JSON.
-    MoefyConfig::parse(&file, &config)?;
-    moefy.check(&file, source.num_layers(), source.config().intermediate_size)?;
-    Ok(config)
+    match MoefyConfig::parse(&file, &config) {
+        Ok(Some(read)) if read == *moefy => Ok(config),
+        _ => {
+            let expected = format!("of format_version {FORMAT_VERSION} and of finite numbers");
+            Err(Error::argument("write", "the moefy object", expected, "another"))
+        }
+    }
 }
 
 fn finish(source: &Folder, staging: Staging<'_>, config: &Map<String, Value>) -> Result<()> {

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use half::{bf16, f16};
 use moefy::DType;
+use moefy::model::Folder;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use safetensors::tensor::{Dtype, TensorView};
@@ -118,6 +119,25 @@ impl TinyBert {
         std::fs::write(folder.join("LICENSE"), "Made in code.\n").unwrap();
         std::fs::write(folder.join("README.md"), "# A model card\n").unwrap();
     }
+}
+
+/// Opens a folder and reads everything that the encoder needs of it.
+pub fn load(path: &Path) -> moefy::Result<()> {
+    let folder = Folder::open(path)?;
+    let (names, config) = (folder.names(), folder.config());
+    let mut tensors = names.embeddings(config);
+    for layer in 0..folder.num_layers() {
+        tensors.extend(names.outside_ffn(layer, config));
+        folder.ffn(layer)?;
+    }
+    for (name, shape) in tensors {
+        match shape[..] {
+            [len] => folder.vector(&name, len)?,
+            [rows, cols] => folder.matrix(&name, [rows, cols])?,
+            _ => unreachable!("vectors and matrices only"),
+        };
+    }
+    Ok(())
 }
 
 /// Stores values in a format, rounding to nearest.
