@@ -209,8 +209,10 @@ impl MoefyConfig {
         self.layers.iter().find(|record| record.layer == layer)
     }
 
+    /// Through text, in which an f32 such as 0.3 is short.
     pub(super) fn to_value(&self) -> Value {
-        serde_json::to_value(self).expect("plain data with text keys")
+        let text = serde_json::to_string(self).expect("plain data with text keys");
+        serde_json::from_str(&text).expect("just written")
     }
 }
 

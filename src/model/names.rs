@@ -21,16 +21,16 @@ pub struct Names {
 
 impl Names {
     const PREFIXES: [&'static str; 3] = ["", "bert.", "roberta."];
-    const NORMS: [[&'static str; 2]; 2] = [["weight", "bias"], ["gamma", "beta"]];
 
-    /// The scheme of a file; `has` says whether it holds a tensor. Without any known name it is the
-    /// scheme without a prefix, whose tensors are then reported missing.
+    /// The scheme of a file; `has` says whether it holds a tensor. Where it holds none of the known
+    /// names, the scheme is the plain one, whose tensors are then reported missing.
     pub fn detect(has: impl Fn(&str) -> bool) -> Self {
-        let schemes = Self::PREFIXES.map(|prefix| Self::NORMS.map(|norm| Self { prefix, norm }));
-        let mut schemes = schemes.into_iter().flatten();
-        let found = schemes
-            .find(|names| has(&names.word_embeddings()) && has(&names.embedding_norm().weight));
-        found.unwrap_or(Self { prefix: "", norm: Self::NORMS[0] })
+        let plain = Self { prefix: "", norm: ["weight", "bias"] };
+        let prefixed = Self::PREFIXES.map(|prefix| Self { prefix, ..plain });
+        let names = prefixed.into_iter().find(|names| has(&names.word_embeddings()));
+        let names = names.unwrap_or(plain);
+        let old = Self { norm: ["gamma", "beta"], ..names };
+        if has(&old.embedding_norm().weight) { old } else { names }
     }
 
     /// \[vocab_size, hidden_size\]
