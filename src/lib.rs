@@ -4,10 +4,12 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`cpu`] | runs it on the CPU |
 //! | [`ffn`] | one layer as data: dense weights, partition, experts, router, selection |
 //! | [`reference`](mod@reference) | the mathematics as plain f64 loops: the specification |
 #![warn(missing_docs)]
 
+pub mod cpu;
 pub mod dtype;
 pub mod error;
 pub mod ffn;
