@@ -4,11 +4,13 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`cpu`] | runs it on the CPU |
 //! | [`ffn`] | one layer as data: dense weights, partition, experts, router, selection |
 //! | [`model`] | model folders: reading, converting, restoring |
 //! | [`reference`](mod@reference) | the mathematics as plain f64 loops: the specification |
 #![warn(missing_docs)]
 
+pub mod cpu;
 pub mod dtype;
 pub mod error;
 pub mod ffn;
