@@ -107,17 +107,17 @@ pub fn write_moefied(source: &Folder, conversion: &Conversion, output: Output<'_
 /// provenance may differ. The weight files are copied byte by byte.
 ///
 /// # Errors
-/// When the source is not a converted model, the new object implies other tensors, the output is
-/// refused, or writing fails or is interrupted.
+/// When the source is not a converted model, the new object has other layers, experts, routers or
+/// compensations, the output is refused, or writing fails or is interrupted.
 pub fn retune(source: &Folder, moefy: &MoefyConfig, output: Output<'_>) -> Result<()> {
     let old = converted(source)?;
     let config = with_moefy(source, moefy)?;
-    let tensors = |moefy: &MoefyConfig| -> Vec<_> {
-        let layers = moefy.layers.iter();
-        layers.map(|l| (l.layer, ffn_tensors::parts(l, source.config()), l.shared)).collect()
+    let fixed = |record: &LayerConfig| {
+        let (router, compensation) = (record.router.clone(), record.compensation.clone());
+        (record.layer, record.num_experts, record.shared, router, compensation)
     };
-    if tensors(old) != tensors(moefy) {
-        let expected = "the layers, experts and routers of the source";
+    if !old.layers.iter().map(fixed).eq(moefy.layers.iter().map(fixed)) {
+        let expected = "of the same layers, experts, routers and compensations";
         return Err(Error::argument("retune", "moefy", expected, "others"));
     }
     let staging = Staging::new(source.path(), output)?;

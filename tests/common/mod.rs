@@ -48,39 +48,43 @@ impl TinyBert {
     }
 
     pub fn with_prefix(seed: u64, dtype: DType, prefix: &str) -> Self {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let mut tensors = BTreeMap::new();
         let (d, f) = (HIDDEN, INTERMEDIATE);
-        let mut add = |name: String, shape: &[usize], centre: f32, spread: f32| {
-            let len: usize = shape.iter().product();
-            let values: Vec<f32> =
-                (0..len).map(|_| centre + rng.random_range(-spread..spread)).collect();
-            tensors.insert(format!("{prefix}{name}"), stored(dtype, shape, &values));
-        };
-        let norm = |add: &mut dyn FnMut(String, &[usize], f32, f32), name: &str| {
-            add(format!("{name}.LayerNorm.weight"), &[d], 1.0, 0.1);
-            add(format!("{name}.LayerNorm.bias"), &[d], 0.0, 0.1);
-        };
-        add("embeddings.word_embeddings.weight".into(), &[VOCAB.len(), d], 0.0, 1.0);
-        add("embeddings.position_embeddings.weight".into(), &[POSITIONS, d], 0.0, 0.2);
-        add("embeddings.token_type_embeddings.weight".into(), &[2, d], 0.0, 0.1);
-        norm(&mut add, "embeddings");
+        let mut norms = vec!["embeddings".to_string()];
+        let mut linears = vec![];
         for layer in 0..LAYERS {
             let layer = format!("encoder.layer.{layer}");
-            for (name, rows, cols) in [
-                ("attention.self.query", d, d),
-                ("attention.self.key", d, d),
-                ("attention.self.value", d, d),
-                ("attention.output.dense", d, d),
-                ("intermediate.dense", f, d),
-                ("output.dense", d, f),
-            ] {
-                let spread = 2.0 / (cols as f32).sqrt();
-                add(format!("{layer}.{name}.weight"), &[rows, cols], 0.0, spread);
-                add(format!("{layer}.{name}.bias"), &[rows], 0.0, 0.1);
-            }
-            norm(&mut add, &format!("{layer}.attention.output"));
-            norm(&mut add, &format!("{layer}.output"));
+            norms.extend([format!("{layer}.attention.output"), format!("{layer}.output")]);
+            linears.extend([
+                (format!("{layer}.attention.self.query"), [d, d]),
+                (format!("{layer}.attention.self.key"), [d, d]),
+                (format!("{layer}.attention.self.value"), [d, d]),
+                (format!("{layer}.attention.output.dense"), [d, d]),
+                (format!("{layer}.intermediate.dense"), [f, d]),
+                (format!("{layer}.output.dense"), [d, f]),
+            ]);
+        }
+        // Name, shape, centre and spread of the values.
+        let mut drawn = vec![
+            ("embeddings.word_embeddings.weight".to_string(), vec![VOCAB.len(), d], 0.0, 1.0),
+            ("embeddings.position_embeddings.weight".to_string(), vec![POSITIONS, d], 0.0, 0.2),
+            ("embeddings.token_type_embeddings.weight".to_string(), vec![2, d], 0.0, 0.1),
+        ];
+        for name in norms {
+            drawn.push((format!("{name}.LayerNorm.weight"), vec![d], 1.0, 0.1));
+            drawn.push((format!("{name}.LayerNorm.bias"), vec![d], 0.0, 0.1));
+        }
+        for (name, [rows, cols]) in linears {
+            let spread = 2.0 / (cols as f32).sqrt();
+            drawn.push((format!("{name}.weight"), vec![rows, cols], 0.0, spread));
+            drawn.push((format!("{name}.bias"), vec![rows], 0.0, 0.1));
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut tensors = BTreeMap::new();
+        for (name, shape, centre, spread) in drawn {
+            let len = shape.iter().product();
+            let draw = |_| centre + rng.random_range(-spread..spread);
+            let values: Vec<f32> = (0..len).map(draw).collect();
+            tensors.insert(format!("{prefix}{name}"), stored(dtype, &shape, &values));
         }
         let positions = (0..POSITIONS as i64).flat_map(i64::to_le_bytes).collect();
         let positions = Stored { dtype: Dtype::I64, shape: vec![1, POSITIONS], bytes: positions };
