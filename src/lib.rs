@@ -4,12 +4,14 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`convert`] | makes a mixture of experts of a dense layer |
 //! | [`cpu`] | runs it on the CPU |
 //! | [`ffn`] | one layer as data: dense weights, partition, experts, router, selection |
 //! | [`model`] | model folders: reading, converting, restoring |
 //! | [`reference`](mod@reference) | the mathematics as plain f64 loops: the specification |
 #![warn(missing_docs)]
 
+pub mod convert;
 pub mod cpu;
 pub mod dtype;
 pub mod error;
