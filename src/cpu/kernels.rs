@@ -18,6 +18,8 @@ use pulp::{Simd, WithSimd};
 const CHUNK: usize = 1024;
 /// f32 elements of x that should stay in the second-level cache while weights stream past.
 const CACHED_X: usize = 96 * 1024;
+/// f32 elements of y that should stay in the first-level cache while rows are added.
+const CACHED_Y: usize = 6 * 1024;
 /// Tokens and rows of a tile: 12 sums, 3 + 1 operands, the 16 registers of AVX2.
 const TOKENS: usize = 3;
 const ROWS: usize = 4;
@@ -161,8 +163,9 @@ impl WithSimd for Accumulate<'_> {
         let num_rows = self.w.len() / self.d;
         let vectors = self.cols.start..self.cols.end / S::F32_LANES * S::F32_LANES;
         if self.ids.len() <= FEW {
-            for start in vectors.clone().step_by(CHUNK) {
-                let cols = start..vectors.end.min(start + CHUNK);
+            let width = CACHED_Y / self.ids.len() / COLUMNS * COLUMNS;
+            for start in vectors.clone().step_by(width) {
+                let cols = start..vectors.end.min(start + width);
                 for row in 0..num_rows {
                     self.add_row(simd, row, cols.clone());
                 }
