@@ -10,12 +10,11 @@ pub fn embed_tokens(
     position_ids: &[u32],
 ) -> Vec<f64> {
     let d_model = token_type.len();
-    let row = |table: &[f64], id: u32, i: usize| table[id as usize * d_model + i];
+    let row = |table: &[f64], id: u32| table[id as usize * d_model..][..d_model].to_vec();
     let mut y = Vec::with_capacity(token_ids.len() * d_model);
     for (&token, &position) in token_ids.iter().zip(position_ids) {
-        for i in 0..d_model {
-            y.push(row(words, token, i) + row(positions, position, i) + token_type[i]);
-        }
+        let (word, position) = (row(words, token), row(positions, position));
+        y.extend(word.iter().zip(position).zip(token_type).map(|((w, p), t)| w + p + t));
     }
     y
 }

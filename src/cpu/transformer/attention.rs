@@ -7,15 +7,15 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::activation::exp;
+use super::super::kernels::SharedMut;
 use super::lanes::{LANES, copy, fold, sum};
 
-/// Queries that one piece of work handles: enough that packing keys and values again for every
-/// piece costs little, few enough that a long sequence feeds several threads.
+/// Queries whose scores are in memory at a time: with 512 keys, 128 KB.
 const QUERIES: usize = 64;
 
 /// y \[T, d_model\] = softmax(Q Kᵀ / √d_head) V; `qkv` \[T, 3·d_model\].
 ///
-/// One thread computes a piece, in an order that depends only on the sequence.
+/// One thread computes a head of a sequence, in an order that depends only on the sequence.
 pub(super) fn attention(
     y: &mut [f32],
     qkv: &[f32],
@@ -23,32 +23,26 @@ pub(super) fn attention(
     d_model: usize,
     num_heads: usize,
 ) {
-    let mut rest = y;
-    let mut pieces = Vec::new();
-    for bounds in sequence_offsets.windows(2) {
-        let sequence = bounds[0] as usize..bounds[1] as usize;
-        for start in sequence.clone().step_by(QUERIES) {
-            let queries = start..sequence.end.min(start + QUERIES);
-            let (y, after) = rest.split_at_mut(queries.len() * d_model);
-            rest = after;
-            pieces.push((y, queries, sequence.clone()));
-        }
-    }
-    let arch = Arch::new();
-    pieces.into_par_iter().for_each_init(Scratch::default, |scratch, (y, queries, keys)| {
-        arch.dispatch(Piece { y, qkv, queries, keys, d_model, num_heads, scratch });
+    let (arch, y) = (Arch::new(), SharedMut::new(y));
+    let pieces = (sequence_offsets.len() - 1) * num_heads;
+    (0..pieces).into_par_iter().for_each_init(Scratch::default, |scratch, piece| {
+        let (sequence, head) = (piece / num_heads, piece % num_heads);
+        let tokens = sequence_offsets[sequence] as usize..sequence_offsets[sequence + 1] as usize;
+        let d_head = d_model / num_heads;
+        arch.dispatch(Head { y, qkv, tokens, d_model, first: head * d_head, d_head, scratch });
     });
 }
 
-/// Some queries of one sequence against all its keys.
-struct Piece<'a> {
-    /// \[queries, d_model\].
-    y: &'a mut [f32],
+/// One head of one sequence.
+struct Head<'a> {
+    /// \[T, d_model\].
+    y: SharedMut<'a>,
     qkv: &'a [f32],
-    queries: Range<usize>,
-    keys: Range<usize>,
+    tokens: Range<usize>,
     d_model: usize,
-    num_heads: usize,
+    /// The head's first element of a token.
+    first: usize,
+    d_head: usize,
     scratch: &'a mut Scratch,
 }
 
@@ -59,46 +53,46 @@ struct Scratch {
     keys: Vec<f32>,
     /// V \[keys, d_head\] in [`Panels`].
     values: Vec<f32>,
-    /// \[queries, keys\].
+    /// \[QUERIES, keys\].
     scores: Vec<f32>,
-    /// \[queries, d_head\].
+    /// \[QUERIES, d_head\].
     output: Vec<f32>,
 }
 
-impl WithSimd for Piece<'_> {
+impl WithSimd for Head<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { y, qkv, queries, keys, d_model, num_heads, scratch } = self;
-        let d_head = d_model / num_heads;
+        let Self { y, qkv, tokens, d_model, first, d_head, scratch } = self;
         let scale = 1.0 / (d_head as f32).sqrt();
-        let row = 3 * d_model;
-        let keys_padded = keys.len().next_multiple_of(LANES);
+        let [q, k, v] = from_fn(|part| part * d_model + first);
+        let stride = 3 * d_model;
+        let keys_padded = tokens.len().next_multiple_of(LANES);
         let head_padded = d_head.next_multiple_of(LANES);
-        scratch.scores.resize(queries.len() * keys_padded, 0.0);
-        scratch.output.resize(queries.len() * head_padded, 0.0);
-        for head in 0..num_heads {
-            let [q, k, v] = from_fn(|part| part * d_model + head * d_head);
-            let mut panels = Panels::new::<S>(&mut scratch.keys, d_head, keys_padded);
-            for (j, token) in keys.clone().enumerate() {
-                panels.set_column(j, &qkv[token * row + k..][..d_head]);
-            }
-            let q = Rows { data: &qkv[queries.start * row + q..], stride: row, cols: d_head };
-            panels.multiply(simd, &mut scratch.scores, q);
+
+        let mut keys = Panels::new::<S>(&mut scratch.keys, d_head, keys_padded);
+        let mut values = Panels::new::<S>(&mut scratch.values, tokens.len(), head_padded);
+        for (i, token) in tokens.clone().enumerate() {
+            keys.set_column(i, &qkv[token * stride + k..][..d_head]);
+            values.set_row(i, &qkv[token * stride + v..][..d_head]);
+        }
+        for start in tokens.clone().step_by(QUERIES) {
+            let queries = QUERIES.min(tokens.end - start);
+            scratch.scores.resize(queries * keys_padded, 0.0);
+            scratch.output.resize(queries * head_padded, 0.0);
+            let q = Rows { data: &qkv[start * stride + q..], stride, cols: d_head };
+            keys.multiply(simd, &mut scratch.scores, q);
             for row in scratch.scores.chunks_exact_mut(keys_padded) {
-                row[keys.len()..].fill(f32::NEG_INFINITY);
+                row[tokens.len()..].fill(f32::NEG_INFINITY);
                 softmax(row, scale);
             }
-            let mut panels = Panels::new::<S>(&mut scratch.values, keys.len(), head_padded);
-            for (j, token) in keys.clone().enumerate() {
-                panels.set_row(j, &qkv[token * row + v..][..d_head]);
-            }
-            let weights = Rows { data: &scratch.scores, stride: keys_padded, cols: keys.len() };
-            panels.multiply(simd, &mut scratch.output, weights);
-            let rows = scratch.output.chunks_exact(head_padded);
-            for (y, row) in y.chunks_exact_mut(d_model).zip(rows) {
-                copy(&mut y[head * d_head..], &row[..d_head]);
+            let weights = Rows { data: &scratch.scores, stride: keys_padded, cols: tokens.len() };
+            values.multiply(simd, &mut scratch.output, weights);
+            for (i, row) in scratch.output.chunks_exact(head_padded).enumerate() {
+                let at = (start + i) * d_model + first;
+                // SAFETY: no other task writes this head of this token, and none reads y.
+                copy(unsafe { y.part(at..at + d_head) }, &row[..d_head]);
             }
         }
     }
