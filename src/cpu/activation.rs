@@ -78,7 +78,7 @@ fn gelu(z: f32) -> f32 {
 
 /// e^(x + lo) for x ≤ 0 and a small lo; 0 where that is not a normal number.
 #[inline(always)]
-fn exp(x: f32, lo: f32) -> f32 {
+pub(super) fn exp(x: f32, lo: f32) -> f32 {
     /// Fitted at the Chebyshev nodes of |r| ≤ ln 2 / 2: relative error 3e-9.
     const P: [f32; 7] = [1.0, 1.0, 0.5, 0.166_664_15, 0.041_666_217, 0.008_375_129, 0.001_394_858];
     /// Adding it rounds to an integer, which is then in the lowest bits.

@@ -29,18 +29,28 @@ impl DenseFfn {
     /// # Errors
     /// When x is not a whole number of tokens, or y is not as long as x.
     pub fn run(&self, x: &[f32], y: &mut [f32], ws: &mut Workspace) -> Result<()> {
-        let d_model = self.b_out.len();
-        let num_tokens = tokens_of("dense_ffn", x, d_model)?;
-        check_rows("dense_ffn", "y", y.len(), num_tokens, d_model)?;
-        let step = TOKENS_AT_ONCE * d_model;
-        for (x, y) in x.chunks(step).zip(y.chunks_mut(step)) {
-            ws.index.build(None, 0..x.len() / d_model);
-            ws.pieces.clear();
-            let [part] = &self.neurons;
-            ws.pieces.push(part, 0, 0..part.d_ff(), ws.index.all(), false);
-            let Workspace { pieces, index, hidden, .. } = &mut *ws;
-            neurons::run(&self.neurons, &self.b_out, pieces, index, None, x, y, hidden);
-        }
-        Ok(())
+        run_dense(&self.neurons, &self.b_out, x, y, ws)
     }
+}
+
+/// All neurons of the first part for every token.
+pub(super) fn run_dense(
+    parts: &[Neurons],
+    bias: &[f32],
+    x: &[f32],
+    y: &mut [f32],
+    ws: &mut Workspace,
+) -> Result<()> {
+    let d_model = bias.len();
+    let num_tokens = tokens_of("dense_ffn", x, d_model)?;
+    check_rows("dense_ffn", "y", y.len(), num_tokens, d_model)?;
+    let step = TOKENS_AT_ONCE * d_model;
+    for (x, y) in x.chunks(step).zip(y.chunks_mut(step)) {
+        ws.index.build(None, 0..x.len() / d_model);
+        ws.pieces.clear();
+        ws.pieces.push(&parts[0], 0, 0..parts[0].d_ff(), ws.index.all(), false);
+        let Workspace { pieces, index, hidden, .. } = &mut *ws;
+        neurons::run(parts, bias, pieces, index, None, x, y, hidden);
+    }
+    Ok(())
 }

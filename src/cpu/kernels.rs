@@ -3,6 +3,10 @@
 //!
 //! Every element of a result is summed in one order, whatever rows, columns and tokens a call
 //! covers. So the work can be cut anywhere, and the bits do not change with the cut.
+//!
+//! Vector operations stand in loops, never in closures: a closure does not inherit the instruction
+//! set of the function around it, and would call every operation out of line.
+#![allow(clippy::needless_range_loop)]
 
 use std::array::from_fn;
 use std::marker::PhantomData;
@@ -14,6 +18,8 @@ use pulp::{Simd, WithSimd};
 const CHUNK: usize = 1024;
 /// f32 elements of x that should stay in the second-level cache while weights stream past.
 const CACHED_X: usize = 96 * 1024;
+/// f32 elements of y that should stay in the first-level cache while rows are added.
+const CACHED_Y: usize = 6 * 1024;
 /// Tokens and rows of a tile: 12 sums, 3 + 1 operands, the 16 registers of AVX2.
 const TOKENS: usize = 3;
 const ROWS: usize = 4;
@@ -43,11 +49,12 @@ impl WithSimd for Products<'_> {
         let num_rows = w.len() / d;
         let block = (CACHED_X / d).max(TOKENS);
         for (ids, z) in ids.chunks(block).zip(z.chunks_mut(block * num_rows)) {
-            for row in (0..num_rows).step_by(ROWS) {
+            let rows_at_once = if ids.len() <= FEW { 1 } else { ROWS };
+            for row in (0..num_rows).step_by(rows_at_once) {
                 for start in (0..d).step_by(CHUNK) {
                     let cols = start..d.min(start + CHUNK);
                     let tiles = DotTiles { x, d, ids, w, z: &mut *z, num_rows, row, cols };
-                    match num_rows - row {
+                    match rows_at_once.min(num_rows - row) {
                         1 => tiles.run::<S, 1>(simd),
                         2 => tiles.run::<S, 2>(simd),
                         3 => tiles.run::<S, 3>(simd),
@@ -104,28 +111,29 @@ fn dot_tile<S: Simd, const M: usize, const N: usize>(
     x: [&[f32]; M],
     w: [&[f32]; N],
 ) -> [[f32; N]; M] {
-    let x = x.map(|x| S::as_simd_f32s(x));
-    let w = w.map(|w| S::as_simd_f32s(w));
+    let x: [(&[S::f32s], &[f32]); M] = from_fn(|i| S::as_simd_f32s(x[i]));
+    let w: [(&[S::f32s], &[f32]); N] = from_fn(|j| S::as_simd_f32s(w[j]));
     let steps = w[0].0.len();
     // Tells the compiler that no index below is out of bounds.
     let x_head: [&[S::f32s]; M] = from_fn(|i| &x[i].0[..steps]);
     let w_head: [&[S::f32s]; N] = from_fn(|j| &w[j].0[..steps]);
     let mut sums = [[simd.splat_f32s(0.0); N]; M];
     for step in 0..steps {
-        let x: [S::f32s; M] = from_fn(|i| x_head[i][step]);
         for j in 0..N {
             let w = w_head[j][step];
             for i in 0..M {
-                sums[i][j] = simd.mul_add_e_f32s(x[i], w, sums[i][j]);
+                sums[i][j] = simd.mul_add_e_f32s(x_head[i][step], w, sums[i][j]);
             }
         }
     }
-    from_fn(|i| {
-        from_fn(|j| {
+    let mut totals = [[0.0; N]; M];
+    for i in 0..M {
+        for j in 0..N {
             let rest: f32 = x[i].1.iter().zip(w[j].1).map(|(x, w)| x * w).sum();
-            simd.reduce_sum_f32s(sums[i][j]) + rest
-        })
-    })
+            totals[i][j] = simd.reduce_sum_f32s(sums[i][j]) + rest;
+        }
+    }
+    totals
 }
 
 /// y\[ids, cols\] += h · w\[.., cols\].
@@ -155,14 +163,11 @@ impl WithSimd for Accumulate<'_> {
         let num_rows = self.w.len() / self.d;
         let vectors = self.cols.start..self.cols.end / S::F32_LANES * S::F32_LANES;
         if self.ids.len() <= FEW {
-            for start in vectors.clone().step_by(CHUNK) {
-                let cols = start..vectors.end.min(start + CHUNK);
-                let quads = num_rows / ROWS * ROWS;
-                for row in (0..quads).step_by(ROWS) {
-                    self.add_rows::<S, ROWS>(simd, row, cols.clone());
-                }
-                for row in quads..num_rows {
-                    self.add_rows::<S, 1>(simd, row, cols.clone());
+            let width = CACHED_Y / self.ids.len() / COLUMNS * COLUMNS;
+            for start in vectors.clone().step_by(width) {
+                let cols = start..vectors.end.min(start + width);
+                for row in 0..num_rows {
+                    self.add_row(simd, row, cols.clone());
                 }
             }
         } else {
@@ -178,7 +183,7 @@ impl WithSimd for Accumulate<'_> {
         for col in vectors.end..self.cols.end {
             for (token, &id) in self.ids.iter().enumerate() {
                 let h = &self.h[token * num_rows..][..num_rows];
-                // SAFETY: as in `add_rows`.
+                // SAFETY: as in `add_row_to`.
                 let y = unsafe { &mut *self.y.at(id as usize * self.d + col) };
                 h.iter().enumerate().for_each(|(n, h)| *y += h * self.w[n * self.d + col]);
             }
@@ -187,22 +192,22 @@ impl WithSimd for Accumulate<'_> {
 }
 
 impl Accumulate<'_> {
-    /// Adds N rows to every token: weights are read as they lie, y stays in the cache.
+    /// Adds one row to every token: weights are read as they lie, y stays in the cache.
     #[inline(always)]
-    fn add_rows<S: Simd, const N: usize>(&self, simd: S, row: usize, cols: Range<usize>) {
+    fn add_row<S: Simd>(&self, simd: S, row: usize, cols: Range<usize>) {
         let whole = self.ids.len() / TOKENS * TOKENS;
         for token in (0..whole).step_by(TOKENS) {
-            self.add_rows_to::<S, TOKENS, N>(simd, token, row, cols.clone());
+            self.add_row_to::<S, TOKENS>(simd, token, row, cols.clone());
         }
         match self.ids.len() - whole {
-            1 => self.add_rows_to::<S, 1, N>(simd, whole, row, cols),
-            2 => self.add_rows_to::<S, 2, N>(simd, whole, row, cols),
+            1 => self.add_row_to::<S, 1>(simd, whole, row, cols),
+            2 => self.add_row_to::<S, 2>(simd, whole, row, cols),
             _ => {}
         }
     }
 
     #[inline(always)]
-    fn add_rows_to<S: Simd, const M: usize, const N: usize>(
+    fn add_row_to<S: Simd, const M: usize>(
         &self,
         simd: S,
         token: usize,
@@ -210,25 +215,20 @@ impl Accumulate<'_> {
         cols: Range<usize>,
     ) {
         let num_rows = self.w.len() / self.d;
-        let steps = cols.len() / S::F32_LANES;
-        let h: [[S::f32s; N]; M] =
-            from_fn(|i| from_fn(|j| simd.splat_f32s(self.h[(token + i) * num_rows + row + j])));
-        let w: [&[S::f32s]; N] =
-            from_fn(|j| &S::as_simd_f32s(&self.w[(row + j) * self.d..][cols.clone()]).0[..steps]);
+        let mut h = [simd.splat_f32s(0.0); M];
+        for i in 0..M {
+            h[i] = simd.splat_f32s(self.h[(token + i) * num_rows + row]);
+        }
         let y: [*mut f32; M] =
             from_fn(|i| self.y.at(self.ids[token + i] as usize * self.d + cols.start));
-        for step in 0..steps {
-            let w: [S::f32s; N] = from_fn(|j| w[j][step]);
+        let w = S::as_simd_f32s(&self.w[row * self.d..][cols]).0;
+        for (step, &w) in w.iter().enumerate() {
             for i in 0..M {
                 // SAFETY: `cols` lies inside row ids[token + i] of y, and no other task writes
                 // these columns of that row.
                 unsafe {
                     let at = y[i].add(step * S::F32_LANES).cast::<S::f32s>();
-                    let mut sum = at.read_unaligned();
-                    for j in 0..N {
-                        sum = simd.mul_add_e_f32s(h[i][j], w[j], sum);
-                    }
-                    at.write_unaligned(sum);
+                    at.write_unaligned(simd.mul_add_e_f32s(h[i], w, at.read_unaligned()));
                 }
             }
         }
@@ -259,17 +259,24 @@ impl Accumulate<'_> {
         let h: [&[f32]; M] = from_fn(|i| &self.h[(token + i) * num_rows..][..num_rows]);
         let y: [*mut S::f32s; M] =
             from_fn(|i| self.y.at(self.ids[token + i] as usize * self.d + col).cast());
-        // SAFETY: as in `add_rows_to`; the V vectors of columns at `col` exist in every row of w.
+        // SAFETY: as in `add_row_to`; the V vectors of columns at `col` exist in every row of w.
         unsafe {
-            let mut sums: [[S::f32s; V]; M] =
-                from_fn(|i| from_fn(|v| y[i].add(v).read_unaligned()));
+            let mut sums = [[simd.splat_f32s(0.0); V]; M];
+            for i in 0..M {
+                for v in 0..V {
+                    sums[i][v] = y[i].add(v).read_unaligned();
+                }
+            }
             for n in 0..num_rows {
                 let w = self.w.as_ptr().add(n * self.d + col).cast::<S::f32s>();
-                let h: [S::f32s; M] = from_fn(|i| simd.splat_f32s(h[i][n]));
+                let mut factors = [simd.splat_f32s(0.0); M];
+                for i in 0..M {
+                    factors[i] = simd.splat_f32s(h[i][n]);
+                }
                 for v in 0..V {
                     let w = w.add(v).read_unaligned();
                     for i in 0..M {
-                        sums[i][v] = simd.mul_add_e_f32s(h[i], w, sums[i][v]);
+                        sums[i][v] = simd.mul_add_e_f32s(factors[i], w, sums[i][v]);
                     }
                 }
             }

@@ -15,6 +15,7 @@ mod moe_ffn;
 mod neurons;
 mod router;
 mod select;
+mod transformer;
 mod workspace;
 
 pub use activation::activate;
@@ -22,6 +23,7 @@ pub use dense_ffn::DenseFfn;
 pub use linear::{Matrix, MatrixMut, gemm, linear};
 pub use moe_ffn::{MoeFfn, Routed};
 pub use select::select;
+pub use transformer::{Cpu, CpuBatch, CpuFfn, CpuFfnWorkspace};
 pub use workspace::Workspace;
 
 use crate::error::{Error, Result};

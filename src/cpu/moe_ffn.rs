@@ -1,5 +1,6 @@
 use std::ops::Range;
 
+use super::dense_ffn::run_dense;
 use super::gates;
 use super::neurons::{self, Neurons};
 use super::router::Router;
@@ -21,6 +22,8 @@ pub struct MoeFfn {
     parts: Vec<Neurons>,
     /// b2, with what the compensation adds to every token.
     bias: Vec<f32>,
+    /// What the dense FFN adds to every token.
+    dense_bias: Vec<f32>,
 }
 
 /// What routing did with a batch.
@@ -40,6 +43,8 @@ impl MoeFfn {
         let neurons = ffn.neurons();
         let mut bias: Vec<f64> =
             neurons.b_out().map_or(vec![0.0; ffn.d_model()], |bias| bias.to_f64());
+        let to_f32 = |bias: &[f64]| bias.iter().map(|&b| b as f32).collect();
+        let mut dense_bias: Option<Vec<f32>> = None;
         let parts = match ffn.compensation() {
             None => vec![Neurons::new(neurons, None)],
             Some(Compensation::Mean { mean }) => {
@@ -50,10 +55,12 @@ impl MoeFfn {
                 vec![Neurons::new(neurons, Some(mean))]
             }
             Some(Compensation::Linear { u, v, c }) => {
+                dense_bias = Some(to_f32(&bias));
                 bias.iter_mut().zip(c.to_f64()).for_each(|(bias, c)| *bias += c);
                 vec![Neurons::new(neurons, None), Neurons::low_rank(u, v)]
             }
         };
+        let bias: Vec<f32> = to_f32(&bias);
         Self {
             num_experts: ffn.num_experts(),
             expert_width: ffn.expert_width(),
@@ -61,7 +68,8 @@ impl MoeFfn {
             selection: ffn.selection(),
             gate: ffn.gate(),
             parts,
-            bias: bias.into_iter().map(|b| b as f32).collect(),
+            dense_bias: dense_bias.unwrap_or_else(|| bias.clone()),
+            bias,
         }
     }
 
@@ -117,12 +125,36 @@ impl MoeFfn {
     /// # Errors
     /// When x is not a whole number of tokens, or y is not as long as x.
     pub fn run<'w>(&self, x: &[f32], y: &mut [f32], ws: &'w mut Workspace) -> Result<Routed<'w>> {
+        self.run_with_selection(self.selection, x, y, ws)
+    }
+
+    /// The same with another selection.
+    ///
+    /// # Errors
+    /// When it does not fit the number of experts, x is not a whole number of tokens, or y is not
+    /// as long as x.
+    pub fn run_with_selection<'w>(
+        &self,
+        selection: Selection,
+        x: &[f32],
+        y: &mut [f32],
+        ws: &'w mut Workspace,
+    ) -> Result<Routed<'w>> {
+        selection.check(self.num_experts)?;
         let len = self.scores(x, ws)?.len();
         let mut scores = std::mem::take(&mut ws.scores);
         let rows_without_score =
-            self.run_with_scores(x, scores.first(len), y, ws)?.rows_without_score;
+            self.select_and_run(selection, x, scores.first(len), y, ws)?.rows_without_score;
         ws.scores = scores;
         Ok(Routed { mask: &ws.mask, rows_without_score })
+    }
+
+    /// The dense FFN on the same copy: every neuron, no router, no linear compensation.
+    ///
+    /// # Errors
+    /// When x is not a whole number of tokens, or y is not as long as x.
+    pub fn run_dense(&self, x: &[f32], y: &mut [f32], ws: &mut Workspace) -> Result<()> {
+        run_dense(&self.parts, &self.dense_bias, x, y, ws)
     }
 
     /// Selection and experts with the scores r \[T, E\] of any router.
@@ -136,11 +168,22 @@ impl MoeFfn {
         y: &mut [f32],
         ws: &'w mut Workspace,
     ) -> Result<Routed<'w>> {
+        self.select_and_run(self.selection, x, scores, y, ws)
+    }
+
+    fn select_and_run<'w>(
+        &self,
+        selection: Selection,
+        x: &[f32],
+        scores: &[f32],
+        y: &mut [f32],
+        ws: &'w mut Workspace,
+    ) -> Result<Routed<'w>> {
         let num_tokens = tokens_of("moe_ffn", x, self.d_model())?;
         check_rows("moe_ffn", "scores", scores.len(), num_tokens, self.num_experts)?;
         let mut mask = std::mem::replace(&mut ws.mask, ExpertMask::none(0, 0));
         mask.reset(num_tokens, self.num_experts);
-        let rows_without_score = select_with(&self.selection, scores, &mut mask, &mut ws.order);
+        let rows_without_score = select_with(&selection, scores, &mut mask, &mut ws.order);
         let done = self.experts(x, &mask, Some(scores), y, ws);
         ws.mask = mask;
         done.map(|()| Routed { mask: &ws.mask, rows_without_score })

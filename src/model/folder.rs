@@ -24,6 +24,16 @@ pub enum Ffn {
     Moe(MoeFfn),
 }
 
+impl Ffn {
+    /// All neurons, in the order in which they are stored.
+    pub fn neurons(&self) -> &DenseFfn {
+        match self {
+            Self::Dense(dense) => dense,
+            Self::Moe(moe) => moe.neurons(),
+        }
+    }
+}
+
 /// A model folder: `config.json` beside `model.safetensors`, or beside shards and
 /// `model.safetensors.index.json`.
 ///

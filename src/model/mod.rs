@@ -16,7 +16,11 @@
 //!
 //! All other tensors and files are carried over as they are.
 
+mod backend;
+mod batch;
 mod config;
+mod embed;
+mod encoder;
 mod ffn_tensors;
 mod folder;
 pub mod format;
@@ -24,12 +28,20 @@ mod names;
 mod output;
 mod replacements;
 mod shards;
+#[cfg(feature = "cli")]
+mod tokenizer;
 mod weights_out;
 mod write;
 
+pub use backend::{Backend, Embeddings, FfnRun, LayerNorm, Linear};
+pub use batch::Batch;
 pub use config::{Architecture, Config};
+pub use embed::{BATCH_TOKENS, batches, embed};
+pub use encoder::{DeviceBatch, Encoder, MaskObserver, Workspace};
 pub use folder::{Ffn, Folder};
 pub use format::MoefyConfig;
 pub use names::{Names, WeightBias};
 pub use output::Output;
+#[cfg(feature = "cli")]
+pub use tokenizer::Tokenizer;
 pub use write::{Conversion, ConvertedLayer, restore, retune, write_moefied};
