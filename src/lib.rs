@@ -5,6 +5,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`cpu`] | runs it on the CPU |
+//! | [`eval`] | quality, density, cost and speed against the dense model |
 //! | [`ffn`] | one layer as data: dense weights, partition, experts, router, selection |
 //! | [`model`] | model folders: reading, converting, restoring |
 //! | [`reference`](mod@reference) | the mathematics as plain f64 loops: the specification |
@@ -13,6 +14,7 @@
 pub mod cpu;
 pub mod dtype;
 pub mod error;
+pub mod eval;
 pub mod ffn;
 pub mod model;
 pub mod reference;
