@@ -7,7 +7,7 @@
 //! | [`cpu`] | runs it on the CPU |
 //! | [`eval`] | quality, density, cost and speed against the dense model |
 //! | [`ffn`] | one layer as data: dense weights, partition, experts, router, selection |
-//! | [`model`] | model folders: reading, converting, restoring |
+//! | [`model`] | model folders: reading, converting, restoring; encoders that run them |
 //! | [`reference`](mod@reference) | the mathematics as plain f64 loops: the specification |
 #![warn(missing_docs)]
 
