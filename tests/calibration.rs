@@ -3,9 +3,9 @@
 mod support;
 
 use moefy::convert::{calibrate, rarest_first, routing_statistics};
-use moefy::ffn::{ExpertMask, MoeFfn, Selection, SelectionRule};
+use moefy::ffn::{ExpertMask, Partition, Selection, SelectionRule};
 use moefy::reference;
-use support::{Random, Shape};
+use support::Random;
 
 fn pairs(scores: &[f32], num_experts: usize, rel_threshold: f32) -> usize {
     let selection = Selection::dynamic_k(rel_threshold);
@@ -26,7 +26,7 @@ fn scores(random: &mut Random, num_tokens: usize, num_experts: usize) -> Vec<f32
 #[test]
 fn no_threshold_comes_closer_than_the_calibrated_one() {
     let mut random = Random::new(0);
-    for (num_tokens, num_experts) in [(0, 3), (1, 1), (1, 7), (19, 5), (99, 48)] {
+    for (num_tokens, num_experts) in [(0, 3), (1, 1), (1, 7), (19, 5), (40, 13)] {
         let scores = scores(&mut random, num_tokens, num_experts);
         // Every τ at which something changes, and its neighbours.
         let mut thresholds = vec![0.0, 1.0];
@@ -76,18 +76,11 @@ fn top_k_is_rounded_and_bounded() {
     assert_eq!(k(7.0), SelectionRule::TopK { k: 6 });
 }
 
-fn layer(num_experts: usize, shared: usize) -> MoeFfn {
-    let shape = Shape {
-        d_model: 4,
-        num_experts,
-        expert_width: 2,
-        shared,
-        activation: moefy::ffn::Activation::Relu,
-        glu: false,
-        biases: false,
-        dtype: moefy::DType::F32,
-    };
-    Random::new(0).moe(&shape, 0, Selection::top_k(1))
+/// Experts of two neurons.
+fn partition(num_experts: usize, shared: usize) -> Partition {
+    let experts = (0..2 * num_experts).map(|neuron| (neuron / 2) as u32);
+    let labels = experts.chain(std::iter::repeat_n(num_experts as u32, shared)).collect();
+    Partition::new(num_experts, labels).unwrap()
 }
 
 fn mask(num_experts: usize, tokens: &[&[usize]]) -> ExpertMask {
@@ -103,7 +96,7 @@ fn statistics_of_a_case_by_hand() {
     // Two kinds of token take turns; 17 tokens are two blocks of 8 and one more.
     let tokens: Vec<&[usize]> =
         (0..17).map(|t| if t % 2 == 0 { &[0, 1][..] } else { &[2][..] }).collect();
-    let statistics = routing_statistics(&layer(5, 3), &mask(5, &tokens));
+    let statistics = routing_statistics(&partition(5, 3), &mask(5, &tokens));
     assert_eq!((statistics.num_tokens, statistics.max_k), (17, 2));
     assert_eq!(statistics.mean_k, 26.0 / 17.0);
     assert_eq!(statistics.density, (3.0 + 2.0 * 26.0 / 17.0) / 13.0);
@@ -124,7 +117,7 @@ fn tokens_follow_their_rarest_expert_then_the_second_and_stay_in_order() {
 
 #[test]
 fn statistics_of_nothing_are_zero() {
-    let statistics = routing_statistics(&layer(5, 0), &ExpertMask::none(0, 5));
+    let statistics = routing_statistics(&partition(5, 0), &ExpertMask::none(0, 5));
     assert_eq!((statistics.density, statistics.mean_k, statistics.max_k), (0.0, 0.0, 0));
     assert_eq!(statistics.union_text_order.u8, 0.0);
     assert_eq!(statistics.hotness, [0.0; 5]);

@@ -1,20 +1,24 @@
 //! From dense FFNs to mixtures of experts: a partition of the neurons, a router trained to predict
 //! which experts matter, and a threshold calibrated to a density.
 //!
-//! [`convert_ffn`] needs nothing but the tensors of one FFN and inputs that it has seen.
+//! [`convert_ffn`] needs nothing but the tensors of one FFN and inputs that it has seen;
+//! [`convert_model`] converts every FFN of a model folder.
 
 pub mod calibrate;
 mod expert_norms;
 mod hidden;
+mod model;
 mod options;
 pub mod partition;
 mod router_training;
 mod shared;
 mod statistics;
+mod stream;
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+pub use model::{CalibrationText, Progress, convert_model};
 pub use options::{ConvertOptions, RouterMethod, ThresholdScope};
 pub use partition::PartitionMethod;
 pub use router_training::MIN_TOKENS;
@@ -52,7 +56,7 @@ pub fn convert_ffn(
     options: &ConvertOptions,
 ) -> Result<(MoeFfn, LayerReport)> {
     let (moe, router_training) = make_experts(ffn, inputs, options, 0, &mut |_, _| Ok(()))?;
-    let scores = scores(&moe, inputs)?;
+    let scores = cpu::router_scores(moe.router(), inputs, ffn.d_model())?;
     let mean_k = options.mean_k(ffn.d_ff());
     let rel_threshold = calibrate::rel_threshold(&scores, moe.num_experts(), mean_k);
     let moe = moe.with_selection(Selection::dynamic_k(rel_threshold))?;
@@ -60,7 +64,7 @@ pub fn convert_ffn(
     let num_tokens = STATISTICS_TOKENS.min(inputs.len() / ffn.d_model());
     let mut mask = ExpertMask::none(num_tokens, moe.num_experts());
     cpu::select(&moe.selection(), &scores[..num_tokens * moe.num_experts()], &mut mask);
-    let statistics = routing_statistics(&moe, &mask);
+    let statistics = routing_statistics(moe.partition(), &mask);
     Ok((moe, LayerReport { router_training, statistics }))
 }
 
@@ -112,9 +116,4 @@ fn check_inputs(inputs: &[f32], d_model: usize) -> Result<()> {
         return refuse("finite everywhere".into(), got);
     }
     Ok(())
-}
-
-/// r \[T, E\].
-fn scores(moe: &MoeFfn, inputs: &[f32]) -> Result<Vec<f32>> {
-    Ok(cpu::MoeFfn::new(moe).scores(inputs, &mut cpu::Workspace::default())?.to_vec())
 }

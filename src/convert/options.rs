@@ -1,10 +1,9 @@
 //! How to convert.
 
-use serde::{Deserialize, Serialize};
-
 use super::partition::PartitionMethod;
 use crate::error::{Error, Result};
 use crate::ffn::{DenseFfn, Partition};
+use crate::model::format::{Calibration, Method};
 
 /// How routers are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -20,15 +19,36 @@ pub enum RouterMethod {
     },
 }
 
+impl RouterMethod {
+    /// Its name in options and files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::D2dMoe { .. } => "d2dmoe",
+        }
+    }
+}
+
 /// What shares one τ.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum ThresholdScope {
     /// All layers: those that need more experts get more. The density target is the mean's.
     #[default]
     Global,
     /// Every layer has its own, and each meets the density target.
     Layer,
+}
+
+impl ThresholdScope {
+    /// Every scope.
+    pub const ALL: [Self; 2] = [Self::Global, Self::Layer];
+
+    /// Its name in options and files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Global => "global",
+            Self::Layer => "layer",
+        }
+    }
 }
 
 /// How to turn dense FFNs into mixtures of experts.
@@ -91,6 +111,22 @@ impl ConvertOptions {
             }
         }
         Ok(())
+    }
+
+    /// What a converted model says about how it came about.
+    pub(super) fn method(&self, calibration: Calibration) -> Method {
+        let RouterMethod::D2dMoe { hidden, .. } = self.router;
+        Method {
+            partition: self.partition.name().into(),
+            router: self.router.name().into(),
+            num_experts: self.num_experts,
+            shared: self.shared,
+            router_hidden: Some(hidden),
+            seed: self.seed,
+            rel_threshold_scope: self.rel_threshold_scope.name().into(),
+            density_target: Some(self.density),
+            calibration: Some(calibration),
+        }
     }
 
     /// The mean number of experts of a token at the density.

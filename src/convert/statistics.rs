@@ -1,9 +1,9 @@
 //! What routing did, counted.
 
-use crate::ffn::{ExpertMask, MoeFfn, RoutingStatistics, UnionShares};
+use crate::ffn::{ExpertMask, Partition, RoutingStatistics, UnionShares};
 
-/// Counts what `mask` selects for the experts of `ffn`; the tokens are in the order of the text.
-pub fn routing_statistics(ffn: &MoeFfn, mask: &ExpertMask) -> RoutingStatistics {
+/// Counts what `mask` selects of the experts of `partition`; the tokens are in the order of the text.
+pub fn routing_statistics(partition: &Partition, mask: &ExpertMask) -> RoutingStatistics {
     let num_tokens = mask.num_tokens();
     let per_token = |count: usize| count as f64 / num_tokens.max(1) as f64;
     let mut counts = vec![0usize; mask.num_experts()];
@@ -15,7 +15,7 @@ pub fn routing_statistics(ffn: &MoeFfn, mask: &ExpertMask) -> RoutingStatistics 
     let text_order: Vec<u32> = (0..num_tokens as u32).collect();
     RoutingStatistics {
         num_tokens,
-        density: ffn.density(mean_k),
+        density: partition.density(mean_k),
         mean_k,
         max_k: (0..num_tokens).map(|token| mask.count(token)).max().unwrap_or(0),
         union_text_order: union_shares(mask, &text_order),

@@ -5,7 +5,6 @@ mod kmeans;
 mod random;
 
 use rand::Rng;
-use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::ffn::{DenseFfn, Partition};
@@ -13,8 +12,7 @@ use crate::ffn::{DenseFfn, Partition};
 pub use kmeans::{Clusters, balanced_kmeans};
 
 /// How neurons are grouped.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum PartitionMethod {
     /// Balanced k-means on the unit-length input rows of the neurons, gate rows for a GLU
@@ -23,6 +21,19 @@ pub enum PartitionMethod {
     Kmeans,
     /// A random split into equal parts.
     Random,
+}
+
+impl PartitionMethod {
+    /// Every method.
+    pub const ALL: [Self; 2] = [Self::Kmeans, Self::Random];
+
+    /// Its name in options and files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kmeans => "kmeans",
+            Self::Random => "random",
+        }
+    }
 }
 
 /// Splits the neurons of `ffn`, except the `shared` ones, into `num_experts` experts of equal width.

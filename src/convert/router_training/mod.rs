@@ -1,7 +1,7 @@
 //! Training of the D2DMoE router (arXiv 2310.04361, section 3.2): r(x) = |W2 relu(W1 x)| regresses on
 //! the norm of every expert's output with a mean squared error.
 
-mod adamw;
+mod adam;
 mod network;
 
 use rand::Rng;
@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::ffn::{ExpertMask, MlpKind, Router, Selection};
 use crate::model::format::RouterTraining;
 use crate::tensor::Tensor;
-use adamw::AdamW;
+use adam::Adam;
 use network::{Batch, Network};
 
 /// Tokens of a step. Small ones, as training is short of steps before it is short of tokens.
@@ -70,7 +70,7 @@ pub(super) fn train_router(
     let held_out = gather(&held_out);
 
     let mut network = Network::random(d_model, hidden, num_experts, rng);
-    let mut optimiser = AdamW::new(network.values.len());
+    let mut optimiser = Adam::new(network.values.len());
     let num_steps = epochs * train.len().div_ceil(BATCH_TOKENS);
     let mut step = 0;
     let mut best: Option<(RouterTraining, Network)> = None;

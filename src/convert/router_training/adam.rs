@@ -1,18 +1,18 @@
-//! AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2), with the usual constants.
+//! Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1), with the paper's constants: AdamW without
+//! decay.
 
 const BETA1: f32 = 0.9;
 const BETA2: f32 = 0.999;
 const EPSILON: f32 = 1e-8;
-const WEIGHT_DECAY: f32 = 0.01;
 
 /// The running moments of a gradient.
-pub(super) struct AdamW {
+pub(super) struct Adam {
     first: Vec<f32>,
     second: Vec<f32>,
     steps: i32,
 }
 
-impl AdamW {
+impl Adam {
     pub(super) fn new(num_values: usize) -> Self {
         Self { first: vec![0.0; num_values], second: vec![0.0; num_values], steps: 0 }
     }
@@ -26,7 +26,7 @@ impl AdamW {
             *first = BETA1 * *first + (1.0 - BETA1) * g;
             *second = BETA2 * *second + (1.0 - BETA2) * g * g;
             let direction = *first / first_share / ((*second / second_share).sqrt() + EPSILON);
-            *value -= learning_rate * (direction + WEIGHT_DECAY * *value);
+            *value -= learning_rate * direction;
         }
     }
 }
