@@ -4,6 +4,7 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`convert`] | makes a mixture of experts of a dense layer |
 //! | [`cpu`] | runs it on the CPU |
 //! | [`eval`] | quality, density, cost and speed against the dense model |
 //! | [`ffn`] | one layer as data: dense weights, partition, experts, router, selection |
@@ -11,6 +12,7 @@
 //! | [`reference`](mod@reference) | the mathematics as plain f64 loops: the specification |
 #![warn(missing_docs)]
 
+pub mod convert;
 pub mod cpu;
 pub mod dtype;
 pub mod error;

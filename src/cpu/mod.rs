@@ -22,6 +22,7 @@ pub use activation::activate;
 pub use dense_ffn::DenseFfn;
 pub use linear::{Matrix, MatrixMut, gemm, linear};
 pub use moe_ffn::{MoeFfn, Routed};
+pub use router::router_scores;
 pub use select::select;
 pub use transformer::{Cpu, CpuBatch, CpuFfn, CpuFfnWorkspace};
 pub use workspace::Workspace;

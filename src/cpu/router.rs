@@ -7,6 +7,8 @@ use super::activation::{map, sigmoid, tanh};
 use super::buffer::Buffer;
 use super::kernels::Products;
 use super::neurons::WORTH_A_THREAD;
+use super::tokens_of;
+use crate::error::Result;
 use crate::ffn::{self, MlpKind};
 
 /// Tokens of one task, at most.
@@ -88,6 +90,23 @@ impl Router {
             }
         }
     }
+}
+
+/// The scores r \[T, E\] of x \[T, d_model\], without an FFN around the router.
+///
+/// # Errors
+/// When x is not whole tokens.
+pub fn router_scores(router: &ffn::Router, x: &[f32], d_model: usize) -> Result<Vec<f32>> {
+    let num_tokens = tokens_of("router_scores", x, d_model)?;
+    let router = Router::new(router, d_model);
+    let width = router.hidden.as_ref().map_or(d_model, |(_, width, _)| *width);
+    let num_experts = router.output.as_slice().len() / width;
+    let ids: Vec<u32> = (0..num_tokens as u32).collect();
+    let mut scores = vec![0.0; num_tokens * num_experts];
+    if num_tokens > 0 {
+        router.scores(x, &ids, &mut Buffer::default(), &mut scores);
+    }
+    Ok(scores)
 }
 
 /// z \[T, rows\] = x · wᵀ, and `finish` on every row of z, or on parts of the only one.
