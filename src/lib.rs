@@ -6,8 +6,9 @@
 //! |---|---|
 //! | [`convert`] | makes a mixture of experts of a dense layer |
 //! | [`cpu`] | runs it on the CPU |
+//! | [`eval`] | quality, density, cost and speed against the dense model |
 //! | [`ffn`] | one layer as data: dense weights, partition, experts, router, selection |
-//! | [`model`] | model folders: reading, converting, restoring |
+//! | [`model`] | model folders: reading, converting, restoring; encoders that run them |
 //! | [`reference`](mod@reference) | the mathematics as plain f64 loops: the specification |
 #![warn(missing_docs)]
 
@@ -15,6 +16,7 @@ pub mod convert;
 pub mod cpu;
 pub mod dtype;
 pub mod error;
+pub mod eval;
 pub mod ffn;
 pub mod model;
 pub mod reference;

@@ -48,7 +48,7 @@ pub(super) fn tanh(z: f32) -> f32 {
 
 #[inline(always)]
 fn gelu_tanh(z: f32) -> f32 {
-    const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769_1;
+    const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769;
     z * sigmoid(TWICE_SQRT_2_OVER_PI * (z + 0.044715 * (z * z * z)))
 }
 
@@ -65,7 +65,7 @@ fn gelu(z: f32) -> f32 {
         0.349_927_08,
         -0.330_938_86,
         0.284_023_94,
-        -0.071_766_245,
+        -0.071_766_25,
     ];
     let v = if z.abs() > 14.5 { 14.5 } else { z.abs() };
     let t = 1.0 / (1.0 + 0.21 * v);

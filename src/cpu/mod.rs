@@ -34,7 +34,7 @@ const TOKENS_AT_ONCE: usize = 1024;
 
 /// T of x \[T, d_model\].
 fn tokens_of(op: &'static str, x: &[f32], d_model: usize) -> Result<usize> {
-    if x.len() % d_model == 0 {
+    if x.len().is_multiple_of(d_model) {
         return Ok(x.len() / d_model);
     }
     let expected = format!("a whole number of tokens of {d_model} values");

@@ -15,6 +15,9 @@
 //! | `compensation.*` | | [`Compensation`](crate::ffn::Compensation) |
 //!
 //! All other tensors and files are carried over as they are.
+//!
+//! An [`Encoder`] is a folder's model on a [`Backend`]; [`embed`] turns token sequences into sentence
+//! embeddings with it.
 
 mod backend;
 mod batch;
