@@ -12,8 +12,8 @@ use crate::ffn::{DenseFfn, ExpertMask, Selection};
 use crate::model::format::Calibration;
 use crate::model::{Backend, Conversion, ConvertedLayer, Encoder, Ffn, FfnRun, Folder};
 
-/// Experts per token that a global τ may miss the target by.
-const TOLERANCE: f64 = 0.03;
+/// Share of the experts that a global τ may run too many or too few.
+const TOLERANCE: f64 = 1e-3;
 /// Rounds of search for a global τ; two or three are usual.
 const MAX_ROUNDS: usize = 8;
 
@@ -132,7 +132,7 @@ fn set_thresholds<B: Backend>(
             watch.step("threshold", round, MAX_ROUNDS)?;
             let shared = calibrate::rel_threshold(&routed.scores, options.num_experts, mean_k);
             routed = Routed::run(encoder, sample, layers, mean_k, Some(shared))?;
-            if (routed.mean_k() - mean_k).abs() <= TOLERANCE {
+            if (routed.mean_k() - mean_k).abs() <= TOLERANCE * options.num_experts as f64 {
                 break;
             }
         }

@@ -73,8 +73,17 @@ impl Inspect {
             ]
         });
         let header = [
-            "layer", "experts", "shared", "selection", "density", "mean k", "max k", "hottest",
-            "U_8", "U_128", "U_128 sorted",
+            "layer",
+            "experts",
+            "shared",
+            "selection",
+            "density",
+            "mean k",
+            "max k",
+            "hottest",
+            "U_8",
+            "U_128",
+            "U_128 sorted",
         ];
         output::line(&output::table(header, rows));
         Ok(())

@@ -36,17 +36,26 @@ impl SentencePairs {
 
     fn parse(bytes: &[u8]) -> Result<Self, String> {
         let mut pairs = Self::default();
-        let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(bytes);
+        let mut reader =
+            csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(bytes);
         for (row, record) in reader.records().enumerate() {
             let record = record.map_err(|error| error.to_string())?;
             let [first, second, score] = record.iter().collect::<Vec<_>>()[..] else {
                 let got = record.len();
-                return Err(format!("row {}: expected 3 columns (sentence, sentence, score), got {got}", row + 1));
+                return Err(format!(
+                    "row {}: expected 3 columns (sentence, sentence, score), got {got}",
+                    row + 1
+                ));
             };
             match score.trim().parse::<f64>() {
                 Ok(score) if score.is_finite() => pairs.scores.push(score),
                 Err(_) if row == 0 => continue,
-                _ => return Err(format!("row {}: expected a number as score, got `{score}`", row + 1)),
+                _ => {
+                    return Err(format!(
+                        "row {}: expected a number as score, got `{score}`",
+                        row + 1
+                    ));
+                }
             }
             pairs.first.push(first.to_string());
             pairs.second.push(second.to_string());
