@@ -73,7 +73,7 @@ fn the_converted_model_executes_the_density_that_it_was_given() {
         write_moefied(&Folder::open(&source).unwrap(), &conversion, output).unwrap();
         let converted = Folder::open(&path).unwrap();
         let encoder = Encoder::load(Cpu, &converted).unwrap();
-        let mut pairs = vec![0; LAYERS];
+        let mut pairs = [0; LAYERS];
         let mut observe = |layer: usize, mask: &ExpertMask| pairs[layer] += mask.num_pairs();
         embed(&encoder, &sequences, FfnRun::Stored, Some(&mut observe)).unwrap();
 

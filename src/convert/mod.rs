@@ -104,7 +104,7 @@ fn check_inputs(inputs: &[f32], d_model: usize) -> Result<()> {
         Err(Error::argument("convert", "calibration inputs", expected, got))
     };
     let num_tokens = inputs.len() / d_model;
-    if inputs.len() % d_model != 0 {
+    if !inputs.len().is_multiple_of(d_model) {
         let expected = format!("whole tokens of {d_model} values");
         return refuse(expected, format!("{} values", inputs.len()));
     }

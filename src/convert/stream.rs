@@ -84,7 +84,7 @@ fn batches_in_order<'a, 's>(sequences: &'a [&'s [u32]]) -> impl Iterator<Item = 
 
 /// About `num_tokens` tokens in whole sequences from all over the text, in order; all of a shorter
 /// text.
-pub(super) fn spread<'a, S: AsRef<[u32]>>(sequences: &'a [S], num_tokens: usize) -> Vec<&'a [u32]> {
+pub(super) fn spread<S: AsRef<[u32]>>(sequences: &[S], num_tokens: usize) -> Vec<&[u32]> {
     let total: usize = sequences.iter().map(|sequence| sequence.as_ref().len()).sum();
     let share = num_tokens as f64 / total.max(1) as f64;
     let mut wanted = 0.0;

@@ -127,14 +127,14 @@ mod tests {
         // Large enough for f32, small enough to cross few kinks.
         let step = 1e-3;
         let mut worst = 0.0f32;
-        for i in 0..network.values.len() {
+        for (i, derivative) in gradient.iter().enumerate() {
             let loss_at = |delta: f32| {
                 let mut moved = network.clone();
                 moved.values[i] += delta;
                 moved.loss_and_gradient(&batch).0
             };
             let difference = (loss_at(step) - loss_at(-step)) / f64::from(2.0 * step);
-            worst = worst.max((difference as f32 - gradient[i]).abs());
+            worst = worst.max((difference as f32 - derivative).abs());
         }
         let largest = gradient.iter().fold(0.0f32, |max, g| max.max(g.abs()));
         assert!(worst < 0.01 * largest, "{worst} of {largest}");
