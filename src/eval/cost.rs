@@ -95,10 +95,7 @@ impl Cost {
 
     pub fn flops_saved(&self) -> FlopsSaved {
         let saved = self.dense_ffn - self.ffn;
-        FlopsSaved {
-            model: saved / (self.dense_ffn + self.attention),
-            ffn: saved / self.dense_ffn,
-        }
+        FlopsSaved { model: saved / (self.dense_ffn + self.attention), ffn: saved / self.dense_ffn }
     }
 }
 

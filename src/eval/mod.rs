@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-pub use cost::{FfnCost, FlopsSaved};
 use cost::{Cost, Executed};
+pub use cost::{FfnCost, FlopsSaved};
 pub use spearman::spearman;
 
 use crate::error::{Error, Result};

@@ -2,8 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use moefy::convert::Progress;
 use moefy::cpu::Cpu;
-use moefy::eval::{FfnCost, FlopsSaved, LayerOutcome, Outcome, Variant, cosines, evaluate, spearman};
+use moefy::eval::{
+    FfnCost, FlopsSaved, LayerOutcome, Outcome, Variant, cosines, evaluate, spearman,
+};
 use moefy::ffn::Selection;
 use moefy::model::{Encoder, FfnRun, Folder, Tokenizer};
 use moefy::{Error, Result};
@@ -14,8 +17,7 @@ use crate::text::{SentencePairs, read_lines};
 use crate::{Common, output};
 
 /// τ of a sweep, from hardly any expert to all of them.
-const SWEEP: [f32; 14] =
-    [0.95, 0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.2, 0.1, 0.0];
+const SWEEP: [f32; 14] = [0.95, 0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.2, 0.1, 0.0];
 
 #[derive(clap::Args)]
 pub struct Eval {
@@ -101,8 +103,11 @@ impl Eval {
             .collect::<Result<Vec<_>>>()?;
         let tokenizer = Tokenizer::open(&folder, None)?;
 
-        let dense =
-            Variant { encoder: reference.as_ref().unwrap_or(&encoder), run: FfnRun::Dense, costs: &costs };
+        let dense = Variant {
+            encoder: reference.as_ref().unwrap_or(&encoder),
+            run: FfnRun::Dense,
+            costs: &costs,
+        };
         let mut runs = vec![FfnRun::Stored, FfnRun::Zero];
         let thresholds = if self.sweep && folder.moefy().is_some() { &SWEEP[..] } else { &[] };
         runs.extend(thresholds.iter().map(|&tau| FfnRun::Selection(Selection::dynamic_k(tau))));
@@ -127,7 +132,11 @@ impl Eval {
         drop(bar);
 
         let report = self.report(&folder, thresholds, text, sts);
-        if common.json { output::json(&report) } else { report.print() }
+        if common.json {
+            output::json(&report)
+        } else {
+            report.print()
+        }
         Ok(())
     }
 
@@ -212,7 +221,7 @@ fn compare(
     let mut done = 0;
     let outcomes = evaluate(dense, variants, sequences, |tokens| {
         done += tokens;
-        bar.step(what, done as u64, num_tokens as u64);
+        bar.step(what, done, num_tokens);
     })?;
     Ok(Comparison { num_tokens, outcomes })
 }
@@ -236,14 +245,23 @@ impl Report {
     fn print(&self) {
         let number = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.4}"));
         let share = |value: Option<f64>| value.map_or("-".into(), output::percent);
-        let per_second = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.0}"));
+        let per_second =
+            |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.0}"));
         let Self { point, dense, zero_ffn: zero, .. } = self;
         let saved = |pick: fn(FlopsSaved) -> f64| share(point.flops_saved.map(pick));
         let speed = |pick: fn(&Speed) -> f64| per_second(point.tokens_per_s.as_ref().map(pick));
         let none = || "-".to_string();
         let rows = [
-            ("hidden error", [dense, zero].map(|b| number(b.hidden_error)), number(point.hidden_error)),
-            ("embedding cosine", [dense, zero].map(|b| number(b.embedding_cosine)), number(point.embedding_cosine)),
+            (
+                "hidden error",
+                [dense, zero].map(|b| number(b.hidden_error)),
+                number(point.hidden_error),
+            ),
+            (
+                "embedding cosine",
+                [dense, zero].map(|b| number(b.embedding_cosine)),
+                number(point.embedding_cosine),
+            ),
             ("STS Spearman", [dense, zero].map(|b| number(b.spearman)), number(point.spearman)),
             ("density", ["100.0 %".into(), "0.0 %".into()], share(point.density)),
             ("density on STS", ["100.0 %".into(), "0.0 %".into()], share(point.sts_density)),
@@ -279,7 +297,14 @@ impl Report {
                     share(point.flops_saved.map(|saved| saved.ffn)),
                 ]
             });
-            let header = ["threshold", "density", "hidden error", "density on STS", "STS Spearman", "FFN FLOPs saved"];
+            let header = [
+                "threshold",
+                "density",
+                "hidden error",
+                "density on STS",
+                "STS Spearman",
+                "FFN FLOPs saved",
+            ];
             output::line(&format!("\n{}", output::table(header, rows)));
         }
     }

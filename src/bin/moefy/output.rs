@@ -21,7 +21,10 @@ pub fn json(value: &impl Serialize) {
 }
 
 /// A table without rulings: the first column to the left, numbers to the right.
-pub fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
+pub fn table<const N: usize>(
+    header: [&str; N],
+    rows: impl IntoIterator<Item = [String; N]>,
+) -> String {
     let mut table = Table::new();
     table.load_style(TableStyle::new()).set_header(header);
     for row in rows {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use moefy::model::{Folder, Tokenizer};
 use moefy::{Error, Result};
 
 /// The lines that are not blank.
@@ -17,6 +18,16 @@ pub fn read_lines(file: &Path) -> Result<Vec<String>> {
         return Err(Error::file(file, "expected text, got nothing but blank lines"));
     }
     Ok(lines)
+}
+
+/// The token sequences of a text file, one per line.
+pub fn tokenise(folder: &Folder, file: &Path) -> Result<Vec<Vec<u32>>> {
+    Tokenizer::open(folder, None)?.encode(&read_lines(file)?)
+}
+
+/// The last part of a path, for the record.
+pub fn file_name_of(file: &Path) -> String {
+    file.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }
 
 /// Pairs of sentences with a similarity score.
@@ -36,17 +47,26 @@ impl SentencePairs {
 
     fn parse(bytes: &[u8]) -> Result<Self, String> {
         let mut pairs = Self::default();
-        let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(bytes);
+        let mut reader =
+            csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(bytes);
         for (row, record) in reader.records().enumerate() {
             let record = record.map_err(|error| error.to_string())?;
             let [first, second, score] = record.iter().collect::<Vec<_>>()[..] else {
                 let got = record.len();
-                return Err(format!("row {}: expected 3 columns (sentence, sentence, score), got {got}", row + 1));
+                return Err(format!(
+                    "row {}: expected 3 columns (sentence, sentence, score), got {got}",
+                    row + 1
+                ));
             };
             match score.trim().parse::<f64>() {
                 Ok(score) if score.is_finite() => pairs.scores.push(score),
                 Err(_) if row == 0 => continue,
-                _ => return Err(format!("row {}: expected a number as score, got `{score}`", row + 1)),
+                _ => {
+                    return Err(format!(
+                        "row {}: expected a number as score, got `{score}`",
+                        row + 1
+                    ));
+                }
             }
             pairs.first.push(first.to_string());
             pairs.second.push(second.to_string());
