@@ -25,7 +25,7 @@ fn options(num_experts: usize, shared: usize, density: f64) -> ConvertOptions {
         num_experts,
         shared,
         density,
-        router: RouterMethod::D2dMoe { hidden: 9, epochs: 1 },
+        router: RouterMethod::D2dMoe { hidden: 33, epochs: 1 },
         ..ConvertOptions::default()
     }
 }

@@ -12,8 +12,8 @@ use crate::ffn::{ExpertMask, Selection, SelectionRule};
 use crate::model::format::Calibration;
 use crate::model::{Backend, ConvertedLayer, Encoder, Ffn, FfnRun, Folder, MoefyConfig};
 
-/// Experts per token that a global τ may miss the target by.
-const TOLERANCE: f64 = 0.03;
+/// Share of the experts that a global τ may run too many or too few.
+const TOLERANCE: f64 = 1e-3;
 /// Rounds of search for a global τ; two or three are usual.
 const MAX_ROUNDS: usize = 8;
 
@@ -152,7 +152,7 @@ fn one_for_all<B: Backend>(
         watch.step("threshold", round, MAX_ROUNDS)?;
         let shared = calibrate::rel_threshold(&routed.scores, num_experts, mean_k);
         routed = Routed::run(encoder, sample, layers, |_, _| shared)?;
-        if (routed.mean_k() - mean_k).abs() <= TOLERANCE {
+        if (routed.mean_k() - mean_k).abs() <= TOLERANCE * num_experts as f64 {
             break;
         }
     }
