@@ -14,6 +14,7 @@ mod router_training;
 mod shared;
 mod statistics;
 mod stream;
+mod thresholds;
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -23,6 +24,7 @@ pub use options::{ConvertOptions, RouterMethod, ThresholdScope};
 pub use partition::PartitionMethod;
 pub use router_training::MIN_TOKENS;
 pub use statistics::{rarest_first, routing_statistics};
+pub use thresholds::{ThresholdTarget, retune_model};
 
 use crate::cpu;
 use crate::error::{Error, Result};
@@ -57,7 +59,7 @@ pub fn convert_ffn(
 ) -> Result<(MoeFfn, LayerReport)> {
     let (moe, router_training) = make_experts(ffn, inputs, options, 0, &mut |_, _| Ok(()))?;
     let scores = cpu::router_scores(moe.router(), inputs, ffn.d_model())?;
-    let mean_k = options.mean_k(ffn.d_ff());
+    let mean_k = moe.partition().mean_k(options.density);
     let rel_threshold = calibrate::rel_threshold(&scores, moe.num_experts(), mean_k);
     let moe = moe.with_selection(Selection::dynamic_k(rel_threshold))?;
 
@@ -92,7 +94,7 @@ fn make_experts(
         inputs,
         norms: &norms,
         num_experts,
-        k: calibrate::top_k(num_experts, options.mean_k(ffn.d_ff())),
+        k: calibrate::top_k(num_experts, partition.mean_k(options.density)),
     };
     let (router, training) = train_router(&data, hidden, epochs, &mut rng, each_epoch)?;
     let moe = MoeFfn::from_expert_order(neurons, partition, router, Selection::dynamic_k(0.0))?;

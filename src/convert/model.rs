@@ -3,19 +3,12 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::stream::{Stream, spread};
-use super::{
-    ConvertOptions, STATISTICS_TOKENS, ThresholdScope, calibrate, make_experts, routing_statistics,
-};
-use crate::cpu;
+use super::thresholds::{ThresholdTarget, set_thresholds};
+use super::{ConvertOptions, STATISTICS_TOKENS, make_experts};
 use crate::error::{Error, Result};
-use crate::ffn::{DenseFfn, ExpertMask, Selection};
+use crate::ffn::DenseFfn;
 use crate::model::format::Calibration;
 use crate::model::{Backend, Conversion, ConvertedLayer, Encoder, Ffn, FfnRun, Folder};
-
-/// Share of the experts that a global τ may run too many or too few.
-const TOLERANCE: f64 = 1e-3;
-/// Rounds of search for a global τ; two or three are usual.
-const MAX_ROUNDS: usize = 8;
 
 /// A text that routers and τ are fitted on.
 #[derive(Clone, Copy, Debug)]
@@ -38,13 +31,13 @@ impl Progress for () {
 }
 
 /// What every long loop calls.
-struct Watch<'a> {
-    progress: &'a dyn Progress,
-    interrupted: &'a AtomicBool,
+pub(super) struct Watch<'a> {
+    pub progress: &'a dyn Progress,
+    pub interrupted: &'a AtomicBool,
 }
 
 impl Watch<'_> {
-    fn step(&self, what: &str, done: usize, total: usize) -> Result<()> {
+    pub fn step(&self, what: &str, done: usize, total: usize) -> Result<()> {
         if self.interrupted.load(Ordering::Relaxed) {
             return Err(Error::Interrupted);
         }
@@ -99,7 +92,9 @@ pub fn convert_model<B: Backend>(
     drop(stream);
 
     let sample = spread(&sequences, STATISTICS_TOKENS);
-    set_thresholds(&encoder, &sample, options, &watch, &mut layers)?;
+    let target =
+        ThresholdTarget::Density { density: options.density, scope: options.rel_threshold_scope };
+    set_thresholds(&encoder, &sample, target, &watch, &mut layers)?;
     let num_tokens = sequences.iter().map(|sequence| sequence.len()).sum();
     let calibration = Calibration { file_name: text.name.into(), num_tokens };
     Ok(Conversion { method: options.method(calibration), layers })
@@ -112,77 +107,5 @@ fn dense_ffn(folder: &Folder, layer: usize) -> Result<DenseFfn> {
             folder.path(),
             "is converted already: change it with `retune`, or `restore` it first",
         )),
-    }
-}
-
-/// Gives every layer its selection and statistics, on a sample of the text.
-fn set_thresholds<B: Backend>(
-    encoder: &Encoder<B>,
-    sample: &[&[u32]],
-    options: &ConvertOptions,
-    watch: &Watch<'_>,
-    layers: &mut [ConvertedLayer],
-) -> Result<()> {
-    let mean_k = options.mean_k(layers[0].partition.d_ff());
-    let mut routed = Routed::run(encoder, sample, layers, mean_k, None)?;
-    if options.rel_threshold_scope == ThresholdScope::Global {
-        // The scores of one round tell the τ of the next: what earlier layers skip moves the
-        // scores of later ones only a little.
-        for round in 1..=MAX_ROUNDS {
-            watch.step("threshold", round, MAX_ROUNDS)?;
-            let shared = calibrate::rel_threshold(&routed.scores, options.num_experts, mean_k);
-            routed = Routed::run(encoder, sample, layers, mean_k, Some(shared))?;
-            if (routed.mean_k() - mean_k).abs() <= TOLERANCE * options.num_experts as f64 {
-                break;
-            }
-        }
-    }
-    for (layer, (selection, mask)) in layers.iter_mut().zip(routed.layers) {
-        layer.selection = selection;
-        layer.statistics = Some(routing_statistics(&layer.partition, &mask));
-    }
-    Ok(())
-}
-
-/// What the converted model did with a sample.
-struct Routed {
-    /// By layer.
-    layers: Vec<(Selection, ExpertMask)>,
-    /// Of all layers, one after another, \[layers · T, E\].
-    scores: Vec<f32>,
-}
-
-impl Routed {
-    /// With the threshold that is `shared`, or else with one per layer that lets `mean_k` experts
-    /// run.
-    fn run<B: Backend>(
-        encoder: &Encoder<B>,
-        sample: &[&[u32]],
-        layers: &[ConvertedLayer],
-        mean_k: f64,
-        shared: Option<f32>,
-    ) -> Result<Self> {
-        let mut routed = Self { layers: Vec::new(), scores: Vec::new() };
-        let mut stream = Stream::start(encoder, sample)?;
-        for (layer, converted) in layers.iter().enumerate() {
-            let num_experts = converted.partition.num_experts();
-            let inputs = stream.attention(encoder, layer, &|_, _| Ok(()))?;
-            let scores = cpu::router_scores(&converted.router, &inputs, encoder.d_model())?;
-            let threshold =
-                shared.unwrap_or_else(|| calibrate::rel_threshold(&scores, num_experts, mean_k));
-            let selection = Selection::dynamic_k(threshold);
-            let run = FfnRun::Selection(selection);
-            let words = stream.ffn(encoder, layer, run, &|_, _| Ok(()))?;
-            let mask = ExpertMask::from_words(scores.len() / num_experts, num_experts, words)?;
-            routed.layers.push((selection, mask));
-            routed.scores.extend(scores);
-        }
-        Ok(routed)
-    }
-
-    fn mean_k(&self) -> f64 {
-        let pairs: usize = self.layers.iter().map(|(_, mask)| mask.num_pairs()).sum();
-        let tokens: usize = self.layers.iter().map(|(_, mask)| mask.num_tokens()).sum();
-        pairs as f64 / tokens as f64
     }
 }

@@ -99,11 +99,7 @@ impl ConvertOptions {
     /// (0, 1] or below one expert per token, or when the router has no width or no epoch.
     pub fn check(&self, ffn: &DenseFfn) -> Result<()> {
         let width = Partition::width_of_experts(ffn.d_ff(), self.num_experts, self.shared)?;
-        let least = (self.shared + width) as f64 / ffn.d_ff() as f64;
-        if !(least..=1.0).contains(&self.density) {
-            let expected = format!("between {least:.4} (one expert per token) and 1");
-            return Err(Error::argument("convert", "density", expected, self.density));
-        }
+        check_density(self.density, ffn.d_ff(), self.shared + width)?;
         let RouterMethod::D2dMoe { hidden, epochs } = self.router;
         for (name, value) in [("hidden", hidden), ("epochs", epochs)] {
             if value == 0 {
@@ -128,10 +124,14 @@ impl ConvertOptions {
             calibration: Some(calibration),
         }
     }
+}
 
-    /// The mean number of experts of a token at the density.
-    pub(super) fn mean_k(&self, d_ff: usize) -> f64 {
-        let width = (d_ff - self.shared) as f64 / self.num_experts as f64;
-        (self.density * d_ff as f64 - self.shared as f64) / width
+/// ρ lies between one expert per token, which with the shared ones is `least` neurons, and 1.
+pub(super) fn check_density(density: f64, d_ff: usize, least: usize) -> Result<()> {
+    let least = least as f64 / d_ff as f64;
+    if (least..=1.0).contains(&density) {
+        return Ok(());
     }
+    let expected = format!("between {least:.4} (one expert per token) and 1");
+    Err(Error::argument("convert", "density", expected, density))
 }

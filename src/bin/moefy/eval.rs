@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use moefy::convert::Progress;
 use moefy::cpu::Cpu;
 use moefy::eval::{
     FfnCost, FlopsSaved, LayerOutcome, Outcome, Variant, cosines, evaluate, spearman,
@@ -220,7 +221,7 @@ fn compare(
     let mut done = 0;
     let outcomes = evaluate(dense, variants, sequences, |tokens| {
         done += tokens;
-        bar.step(what, done as u64, num_tokens as u64);
+        bar.step(what, done, num_tokens);
     })?;
     Ok(Comparison { num_tokens, outcomes })
 }

@@ -1,12 +1,14 @@
 //! The `moefy` command. Exit codes: 0 success, 1 something went wrong (one sentence on standard
 //! error), 2 wrong usage.
 
+mod convert;
 mod embed;
 mod eval;
 mod inspect;
 mod output;
 mod progress;
 mod restore;
+mod retune;
 mod text;
 
 use std::process::ExitCode;
@@ -61,6 +63,10 @@ impl Device {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Convert a model: split its FFNs into experts, train routers, calibrate the threshold
+    Convert(convert::Convert),
+    /// Change the threshold of a converted model without converting again
+    Retune(retune::Retune),
     /// Write the dense model again, every tensor bit-identical
     Restore(restore::Restore),
     /// Show what a model folder holds, layer by layer
@@ -89,6 +95,8 @@ fn run(Cli { common, command }: Cli) -> moefy::Result<()> {
         )?;
     }
     match command {
+        Command::Convert(command) => command.run(&common),
+        Command::Retune(command) => command.run(&common),
         Command::Restore(command) => command.run(&common),
         Command::Inspect(command) => command.run(&common),
         Command::Eval(command) => command.run(&common),

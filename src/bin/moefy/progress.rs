@@ -5,6 +5,7 @@ use std::sync::{Mutex, Once};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use moefy::convert::Progress;
 
 /// One bar on standard error, shown once a step has taken a second.
 pub struct Bar {
@@ -21,9 +22,11 @@ impl Bar {
     pub fn new(quiet: bool) -> Self {
         Self { quiet, state: Mutex::new(None) }
     }
+}
 
-    /// `done` of `total` units of step `what`; another `what` starts the next bar.
-    pub fn step(&self, what: &str, done: u64, total: u64) {
+impl Progress for Bar {
+    /// Another `what` starts the next bar.
+    fn step(&self, what: &str, done: usize, total: usize) {
         if self.quiet {
             return;
         }
@@ -38,8 +41,8 @@ impl Bar {
             if bar.is_hidden() && bar.elapsed() >= Duration::from_secs(1) {
                 bar.set_draw_target(ProgressDrawTarget::stderr());
             }
-            bar.set_length(total);
-            bar.set_position(done);
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
         }
     }
 }

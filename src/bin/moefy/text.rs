@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use moefy::model::{Folder, Tokenizer};
 use moefy::{Error, Result};
 
 /// The lines that are not blank.
@@ -17,6 +18,16 @@ pub fn read_lines(file: &Path) -> Result<Vec<String>> {
         return Err(Error::file(file, "expected text, got nothing but blank lines"));
     }
     Ok(lines)
+}
+
+/// The token sequences of a text file, one per line.
+pub fn tokenise(folder: &Folder, file: &Path) -> Result<Vec<Vec<u32>>> {
+    Tokenizer::open(folder, None)?.encode(&read_lines(file)?)
+}
+
+/// The last part of a path, for the record.
+pub fn file_name_of(file: &Path) -> String {
+    file.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }
 
 /// Pairs of sentences with a similarity score.
