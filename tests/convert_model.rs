@@ -138,7 +138,7 @@ fn every_part_is_heard_of_and_can_be_the_last() {
         let steps = listener.steps.into_inner().unwrap();
         if patience == usize::MAX {
             result.unwrap();
-            assert!(steps.iter().all(|(_, done, total)| (1..=*total).contains(done)), "{steps:?}");
+            assert!(steps.iter().all(|(_, done, total)| done <= total), "{steps:?}");
             for what in ["layer 1 of 2: attention", "layer 2 of 2: router", "threshold"] {
                 assert!(steps.iter().any(|(heard, ..)| heard == what), "{what}: {steps:?}");
             }
