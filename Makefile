@@ -46,6 +46,7 @@ test-scripts:
 
 test-rust: inputs
 	cargo test $(CARGO_FLAGS)
+	cargo run $(CARGO_FLAGS) --example quickstart
 
 # A minimal installation of Rust lacks these two.
 tools:
