@@ -27,7 +27,7 @@ const Y_TOKENS: usize = 512;
 const FEW_TOKENS: usize = 32;
 /// Multiply-adds that take much longer than waking a thread, which on a virtual machine can be
 /// 100 µs.
-pub const WORTH_A_THREAD: usize = 1 << 21;
+pub const WORTH_A_THREAD: usize = 3 << 18;
 
 /// Neurons in neuron-major order.
 #[derive(Clone, Debug)]
