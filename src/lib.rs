@@ -4,10 +4,13 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`cuda`] | NVIDIA GPUs: one wrapper per kernel, for engines with streams and graphs of their own |
 //! | [`ffn`] | one layer as data: dense weights, partition, experts, router, selection |
 //! | [`reference`](mod@reference) | the mathematics as plain f64 loops: the specification |
 #![warn(missing_docs)]
 
+pub mod abi;
+pub mod cuda;
 pub mod dtype;
 pub mod error;
 pub mod ffn;

@@ -1,0 +1,34 @@
+//! NVIDIA GPUs, compute capability 8.0 and newer.
+//!
+//! Every operation takes a stream, device addresses and a workspace that the caller owns. Between
+//! entry and return it allocates nothing, waits for nothing, reads nothing back and loads nothing,
+//! so that it can be captured in a CUDA graph. Sizes that depend on the data stay on the device.
+//!
+//! The addresses are plain numbers and the stream is the driver's own handle, so that an engine may
+//! hold them by another version of cudarc or by none. [`interop`] offers the same operations on
+//! cudarc's types.
+//!
+//! Everything here exists without the feature `cuda` too; [`Device::open`] then returns an error.
+
+#[cfg(feature = "cuda")]
+mod driver;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_driver.rs"]
+mod driver;
+
+mod abi_probe;
+mod buffer;
+mod device;
+#[cfg(feature = "cuda")]
+pub mod interop;
+mod kernels;
+mod select;
+mod view;
+
+pub use abi_probe::{abi_probe, host_abi};
+pub use buffer::Buffer;
+pub use device::{Device, Properties};
+pub use driver::RawStream;
+pub use kernels::{BuildInfo, build_info};
+pub use select::{SelectOutputs, select, select_workspace_bytes};
+pub use view::{Format, View, Workspace};
