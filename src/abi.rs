@@ -3,7 +3,10 @@
 
 pub const MOEFY_STATUS_ROW_WITHOUT_SCORE: u32 = 1;
 pub const MOEFY_STATUS_MASK_BEYOND_EXPERTS: u32 = 2;
+pub const MOEFY_STATUS_TOO_MANY_PAIRS: u32 = 4;
 pub const MOEFY_MAX_EXPERTS: u32 = 4096;
+pub const MOEFY_ROUTE_INDEX_SMALL: u32 = 4096;
+pub const MOEFY_ROUTER_TILE: u32 = 64;
 impl moefy_rule {
     pub const MOEFY_RULE_TOP_K: moefy_rule = moefy_rule(0);
     pub const MOEFY_RULE_DYNAMIC_K: moefy_rule = moefy_rule(1);
@@ -83,4 +86,172 @@ const _: () = {
         [::std::mem::offset_of!(moefy_select_params, num_tokens) - 64usize];
     ["Offset of field: moefy_select_params::num_experts"]
         [::std::mem::offset_of!(moefy_select_params, num_experts) - 68usize];
+};
+impl moefy_router_kind {
+    pub const MOEFY_ROUTER_LINEAR: moefy_router_kind = moefy_router_kind(0);
+    pub const MOEFY_ROUTER_D2DMOE: moefy_router_kind = moefy_router_kind(1);
+    pub const MOEFY_ROUTER_MOEFICATION: moefy_router_kind = moefy_router_kind(2);
+    pub const MOEFY_ROUTER_CENTROID: moefy_router_kind = moefy_router_kind(3);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_router_kind(pub u32);
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_router_select_params {
+    pub x: u64,
+    pub w1: u64,
+    pub w2: u64,
+    pub w1_scale: u64,
+    pub scores: u64,
+    pub mask: u64,
+    pub counts: u64,
+    pub status: u64,
+    pub num_valid_tokens: u64,
+    pub x_stride: u64,
+    pub selection: moefy_selection,
+    pub kind: moefy_router_kind,
+    pub d_model: u32,
+    pub hidden: u32,
+    pub num_experts: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_router_select_params"]
+        [::std::mem::size_of::<moefy_router_select_params>() - 112usize];
+    ["Alignment of moefy_router_select_params"]
+        [::std::mem::align_of::<moefy_router_select_params>() - 8usize];
+    ["Offset of field: moefy_router_select_params::x"]
+        [::std::mem::offset_of!(moefy_router_select_params, x) - 0usize];
+    ["Offset of field: moefy_router_select_params::w1"]
+        [::std::mem::offset_of!(moefy_router_select_params, w1) - 8usize];
+    ["Offset of field: moefy_router_select_params::w2"]
+        [::std::mem::offset_of!(moefy_router_select_params, w2) - 16usize];
+    ["Offset of field: moefy_router_select_params::w1_scale"]
+        [::std::mem::offset_of!(moefy_router_select_params, w1_scale) - 24usize];
+    ["Offset of field: moefy_router_select_params::scores"]
+        [::std::mem::offset_of!(moefy_router_select_params, scores) - 32usize];
+    ["Offset of field: moefy_router_select_params::mask"]
+        [::std::mem::offset_of!(moefy_router_select_params, mask) - 40usize];
+    ["Offset of field: moefy_router_select_params::counts"]
+        [::std::mem::offset_of!(moefy_router_select_params, counts) - 48usize];
+    ["Offset of field: moefy_router_select_params::status"]
+        [::std::mem::offset_of!(moefy_router_select_params, status) - 56usize];
+    ["Offset of field: moefy_router_select_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_router_select_params, num_valid_tokens) - 64usize];
+    ["Offset of field: moefy_router_select_params::x_stride"]
+        [::std::mem::offset_of!(moefy_router_select_params, x_stride) - 72usize];
+    ["Offset of field: moefy_router_select_params::selection"]
+        [::std::mem::offset_of!(moefy_router_select_params, selection) - 80usize];
+    ["Offset of field: moefy_router_select_params::kind"]
+        [::std::mem::offset_of!(moefy_router_select_params, kind) - 96usize];
+    ["Offset of field: moefy_router_select_params::d_model"]
+        [::std::mem::offset_of!(moefy_router_select_params, d_model) - 100usize];
+    ["Offset of field: moefy_router_select_params::hidden"]
+        [::std::mem::offset_of!(moefy_router_select_params, hidden) - 104usize];
+    ["Offset of field: moefy_router_select_params::num_experts"]
+        [::std::mem::offset_of!(moefy_router_select_params, num_experts) - 108usize];
+};
+impl moefy_router_activation {
+    pub const MOEFY_ROUTER_ACTIVATION_ABS: moefy_router_activation = moefy_router_activation(0);
+    pub const MOEFY_ROUTER_ACTIVATION_RELU: moefy_router_activation = moefy_router_activation(1);
+    pub const MOEFY_ROUTER_ACTIVATION_TANH: moefy_router_activation = moefy_router_activation(2);
+    pub const MOEFY_ROUTER_ACTIVATION_SIGMOID: moefy_router_activation = moefy_router_activation(3);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_router_activation(pub u32);
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_router_layer_params {
+    pub in_: u64,
+    pub w: u64,
+    pub w_scale: u64,
+    pub out: u64,
+    pub num_valid_tokens: u64,
+    pub in_stride: u64,
+    pub activation: moefy_router_activation,
+    pub unit_norm: u32,
+    pub num_tokens: u32,
+    pub in_width: u32,
+    pub out_width: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_router_layer_params"]
+        [::std::mem::size_of::<moefy_router_layer_params>() - 72usize];
+    ["Alignment of moefy_router_layer_params"]
+        [::std::mem::align_of::<moefy_router_layer_params>() - 8usize];
+    ["Offset of field: moefy_router_layer_params::in_"]
+        [::std::mem::offset_of!(moefy_router_layer_params, in_) - 0usize];
+    ["Offset of field: moefy_router_layer_params::w"]
+        [::std::mem::offset_of!(moefy_router_layer_params, w) - 8usize];
+    ["Offset of field: moefy_router_layer_params::w_scale"]
+        [::std::mem::offset_of!(moefy_router_layer_params, w_scale) - 16usize];
+    ["Offset of field: moefy_router_layer_params::out"]
+        [::std::mem::offset_of!(moefy_router_layer_params, out) - 24usize];
+    ["Offset of field: moefy_router_layer_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_router_layer_params, num_valid_tokens) - 32usize];
+    ["Offset of field: moefy_router_layer_params::in_stride"]
+        [::std::mem::offset_of!(moefy_router_layer_params, in_stride) - 40usize];
+    ["Offset of field: moefy_router_layer_params::activation"]
+        [::std::mem::offset_of!(moefy_router_layer_params, activation) - 48usize];
+    ["Offset of field: moefy_router_layer_params::unit_norm"]
+        [::std::mem::offset_of!(moefy_router_layer_params, unit_norm) - 52usize];
+    ["Offset of field: moefy_router_layer_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_router_layer_params, num_tokens) - 56usize];
+    ["Offset of field: moefy_router_layer_params::in_width"]
+        [::std::mem::offset_of!(moefy_router_layer_params, in_width) - 60usize];
+    ["Offset of field: moefy_router_layer_params::out_width"]
+        [::std::mem::offset_of!(moefy_router_layer_params, out_width) - 64usize];
+    ["Offset of field: moefy_router_layer_params::reserved"]
+        [::std::mem::offset_of!(moefy_router_layer_params, reserved) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_route_index_params {
+    pub mask: u64,
+    pub num_valid_tokens: u64,
+    pub counts: u64,
+    pub offsets: u64,
+    pub token_ids: u64,
+    pub expert_masks: u64,
+    pub union_ids: u64,
+    pub num_union: u64,
+    pub status: u64,
+    pub num_tokens: u32,
+    pub num_experts: u32,
+    pub capacity: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_route_index_params"]
+        [::std::mem::size_of::<moefy_route_index_params>() - 88usize];
+    ["Alignment of moefy_route_index_params"]
+        [::std::mem::align_of::<moefy_route_index_params>() - 8usize];
+    ["Offset of field: moefy_route_index_params::mask"]
+        [::std::mem::offset_of!(moefy_route_index_params, mask) - 0usize];
+    ["Offset of field: moefy_route_index_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_route_index_params, num_valid_tokens) - 8usize];
+    ["Offset of field: moefy_route_index_params::counts"]
+        [::std::mem::offset_of!(moefy_route_index_params, counts) - 16usize];
+    ["Offset of field: moefy_route_index_params::offsets"]
+        [::std::mem::offset_of!(moefy_route_index_params, offsets) - 24usize];
+    ["Offset of field: moefy_route_index_params::token_ids"]
+        [::std::mem::offset_of!(moefy_route_index_params, token_ids) - 32usize];
+    ["Offset of field: moefy_route_index_params::expert_masks"]
+        [::std::mem::offset_of!(moefy_route_index_params, expert_masks) - 40usize];
+    ["Offset of field: moefy_route_index_params::union_ids"]
+        [::std::mem::offset_of!(moefy_route_index_params, union_ids) - 48usize];
+    ["Offset of field: moefy_route_index_params::num_union"]
+        [::std::mem::offset_of!(moefy_route_index_params, num_union) - 56usize];
+    ["Offset of field: moefy_route_index_params::status"]
+        [::std::mem::offset_of!(moefy_route_index_params, status) - 64usize];
+    ["Offset of field: moefy_route_index_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_route_index_params, num_tokens) - 72usize];
+    ["Offset of field: moefy_route_index_params::num_experts"]
+        [::std::mem::offset_of!(moefy_route_index_params, num_experts) - 76usize];
+    ["Offset of field: moefy_route_index_params::capacity"]
+        [::std::mem::offset_of!(moefy_route_index_params, capacity) - 80usize];
 };

@@ -17,9 +17,16 @@
 
 /* Bits of the status word. Kernels only ever set them; the caller clears the word. */
 #define MOEFY_STATUS_ROW_WITHOUT_SCORE 1u
-#define MOEFY_STATUS_MASK_BEYOND_EXPERTS 2u
+#define MOEFY_STATUS_MASK_BEYOND_EXPERTS 2u /* ignored */
+#define MOEFY_STATUS_TOO_MANY_PAIRS 4u      /* the lists end where token_ids does */
 
 #define MOEFY_MAX_EXPERTS 4096u
+
+/* One block indexes everything while num_experts * ceil(num_tokens/32) is within this. */
+#define MOEFY_ROUTE_INDEX_SMALL 4096u
+
+/* Tokens and outputs of a block of moefy_router_layer. */
+#define MOEFY_ROUTER_TILE 64u
 
 typedef enum moefy_rule {
   MOEFY_RULE_TOP_K = 0,
@@ -52,5 +59,70 @@ typedef struct moefy_select_params {
   uint32_t num_tokens;
   uint32_t num_experts;
 } moefy_select_params;
+
+typedef enum moefy_router_kind {
+  MOEFY_ROUTER_LINEAR = 0,      /* |W1 x| */
+  MOEFY_ROUTER_D2DMOE = 1,      /* |W2 relu(W1 x)| */
+  MOEFY_ROUTER_MOEFICATION = 2, /* sigmoid(W2 tanh(W1 x/|x|)) */
+  MOEFY_ROUTER_CENTROID = 3     /* max(0, W1 x * w1_scale / |x|) */
+} moefy_router_kind;
+
+/* Tokens -> scores -> masks, one block per token. */
+typedef struct moefy_router_select_params {
+  MOEFY_PTR(const void) x;                    /* [num_tokens, x_stride] */
+  MOEFY_PTR(const void) w1;                   /* [hidden, d_model]; [num_experts, d_model] where there is no w2 */
+  MOEFY_PTR(const void) w2;                   /* [num_experts, hidden] or null */
+  MOEFY_PTR(const float) w1_scale;            /* [num_experts] of CENTROID, else null */
+  MOEFY_PTR(float) scores;                    /* [num_tokens, num_experts] or null */
+  MOEFY_PTR(uint32_t) mask;                   /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(uint32_t) counts;                 /* [num_tokens] or null */
+  MOEFY_PTR(uint32_t) status;                 /* [1] or null */
+  MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
+  uint64_t x_stride;                          /* in elements */
+  moefy_selection selection;
+  moefy_router_kind kind;
+  uint32_t d_model;
+  uint32_t hidden; /* 0 where there is no w2 */
+  uint32_t num_experts;
+} moefy_router_select_params;
+
+typedef enum moefy_router_activation {
+  MOEFY_ROUTER_ACTIVATION_ABS = 0,
+  MOEFY_ROUTER_ACTIVATION_RELU = 1,
+  MOEFY_ROUTER_ACTIVATION_TANH = 2,
+  MOEFY_ROUTER_ACTIVATION_SIGMOID = 3
+} moefy_router_activation;
+
+/* One layer of a router for many tokens: out = activation(in W^T * w_scale / |in|). */
+typedef struct moefy_router_layer_params {
+  MOEFY_PTR(const void) in;                   /* [num_tokens, in_stride] */
+  MOEFY_PTR(const void) w;                    /* [out_width, in_width] */
+  MOEFY_PTR(const float) w_scale;             /* [out_width] or null: 1 */
+  MOEFY_PTR(float) out;                       /* [num_tokens, out_width] */
+  MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
+  uint64_t in_stride;                         /* in elements */
+  moefy_router_activation activation;
+  uint32_t unit_norm; /* 1: divide by |in|, 0: do not */
+  uint32_t num_tokens;
+  uint32_t in_width;
+  uint32_t out_width;
+  uint32_t reserved;
+} moefy_router_layer_params;
+
+/* Masks -> lists. */
+typedef struct moefy_route_index_params {
+  MOEFY_PTR(const uint32_t) mask;             /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
+  MOEFY_PTR(uint32_t) counts;                 /* [num_experts]: tokens of each expert */
+  MOEFY_PTR(uint32_t) offsets;                /* [num_experts + 1] into token_ids */
+  MOEFY_PTR(uint32_t) token_ids;              /* [capacity]: ascending within an expert */
+  MOEFY_PTR(uint32_t) expert_masks;           /* [num_experts, ceil(num_tokens/32)]: the transpose of mask */
+  MOEFY_PTR(uint32_t) union_ids;              /* [num_experts]: experts with a token, ascending */
+  MOEFY_PTR(uint32_t) num_union;              /* [1] */
+  MOEFY_PTR(uint32_t) status;                 /* [1] or null */
+  uint32_t num_tokens;
+  uint32_t num_experts;
+  uint64_t capacity;
+} moefy_route_index_params;
 
 #endif

@@ -160,12 +160,42 @@ struct RowSelection {
   }
 };
 
-// A word per lane, from words that all lanes hold.
-__device__ __forceinline__ uint32_t word_of_lane(const uint32_t (&mask)[kWordsPerWarp]) {
-  uint32_t word = 0;
+// Where the selection of a row goes; counts and status may be null.
+struct SelectOutputs {
+  uint32_t* mask;
+  uint32_t* counts;
+  uint32_t* status;
+};
+
+// Selects for one token from its row of scores. A row that is not valid is not read and selects nothing. `scratch`
+// holds the next power of two of num_experts words where the rule is CUMULATIVE_SHARE.
+template <class Team>
+__device__ __forceinline__ void select_row(const Team& team, const float* row, uint32_t token, bool valid,
+                                           uint32_t num_experts, const moefy_selection& rule,
+                                           const SelectOutputs& outputs, uint32_t* scratch) {
+  const uint32_t row_words = (num_experts + 31) / 32;
+  const uint32_t first_word = team.warp() * kWordsPerWarp;
+  uint32_t keys[kWordsPerWarp];
+#pragma unroll
+  for (int j = 0; j < kWordsPerWarp; ++j) {
+    const uint32_t expert = (first_word + j) * 32 + lane_id();
+    keys[j] = valid && expert < num_experts ? score_key(row[expert]) : 0;
+  }
+  uint32_t mask[kWordsPerWarp];
+  const bool selected = RowSelection<Team>{team, keys, num_experts}.run(rule, scratch, mask);
+
+  uint32_t word = 0;  // of this lane
 #pragma unroll
   for (int j = 0; j < kWordsPerWarp; ++j) word = lane_id() == uint32_t(j) ? mask[j] : word;
-  return word;
+  const uint32_t index = first_word + lane_id();
+  if (lane_id() < kWordsPerWarp && index < row_words) outputs.mask[uint64_t(token) * row_words + index] = word;
+  if (outputs.counts != nullptr) {
+    const uint32_t count = team.sum(__popc(word));
+    if (team.thread() == 0) outputs.counts[token] = count;
+  }
+  if (!selected && valid && outputs.status != nullptr && team.thread() == 0) {
+    atomicOr(outputs.status, MOEFY_STATUS_ROW_WITHOUT_SCORE);
+  }
 }
 
 }  // namespace moefy

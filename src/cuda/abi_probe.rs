@@ -30,6 +30,9 @@ pub fn host_abi() -> Vec<u32> {
         moefy_abi_probe_params.num_words,
         moefy_selection.max_experts,
         moefy_select_params.num_experts,
+        moefy_router_select_params.num_experts,
+        moefy_router_layer_params.reserved,
+        moefy_route_index_params.capacity,
     ]
 }
 

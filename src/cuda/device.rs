@@ -2,7 +2,7 @@
 
 use super::driver::Context;
 use super::kernels::{Modules, build_info};
-use super::{abi_probe, select};
+use super::{abi_probe, route_index, router_select, select};
 use crate::error::Result;
 
 /// What a device says of itself.
@@ -30,6 +30,8 @@ pub struct Properties {
 pub struct Device {
     pub(super) context: Context,
     pub(super) abi_probe: abi_probe::Kernels,
+    pub(super) route_index: route_index::Kernels,
+    pub(super) router_select: router_select::Kernels,
     pub(super) select: select::Kernels,
     properties: Properties,
 }
@@ -47,6 +49,8 @@ impl Device {
         let modules = Modules::load(&context, &properties)?;
         Ok(Self {
             abi_probe: abi_probe::Kernels::load(&modules)?,
+            route_index: route_index::Kernels::load(&modules)?,
+            router_select: router_select::Kernels::load(&modules)?,
             select: select::Kernels::load(&modules)?,
             context,
             properties,

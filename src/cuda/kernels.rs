@@ -18,13 +18,12 @@ struct Module {
     image: &'static [u8],
 }
 
-/// The driver reads the headers of an image as words.
-#[repr(C, align(16))]
-struct Aligned<T: ?Sized>(T);
-
 #[allow(unused_macros, reason = "a build without nvcc has no image")]
 macro_rules! image {
     ($path:literal) => {{
+        // The driver reads the headers of an image as words.
+        #[repr(C, align(16))]
+        struct Aligned<T: ?Sized>(T);
         static IMAGE: &Aligned<[u8]> = &Aligned(*include_bytes!($path));
         &IMAGE.0
     }};

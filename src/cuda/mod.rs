@@ -22,6 +22,8 @@ mod device;
 #[cfg(feature = "cuda")]
 pub mod interop;
 mod kernels;
+mod route_index;
+mod router_select;
 mod select;
 mod view;
 
@@ -30,5 +32,9 @@ pub use buffer::Buffer;
 pub use device::{Device, Properties};
 pub use driver::RawStream;
 pub use kernels::{BuildInfo, build_info};
+pub use route_index::{RouteIndexOutputs, route_index, route_index_workspace_bytes};
+pub use router_select::{
+    DeviceRouter, RouterSelectOutputs, RouterView, router_select, router_select_workspace_bytes,
+};
 pub use select::{SelectOutputs, select, select_workspace_bytes};
 pub use view::{Format, View, Workspace};

@@ -1,5 +1,6 @@
 //! What stands in for the driver in a build without the feature `cuda`: nothing of it can exist.
 
+use std::convert::Infallible;
 use std::ffi::c_void;
 
 use bytemuck::Pod;
@@ -12,7 +13,7 @@ use crate::error::{Error, Result};
 pub struct RawStream(pub *mut c_void);
 
 #[derive(Clone)]
-pub(super) enum Context {}
+pub(super) struct Context(Infallible);
 
 impl Context {
     pub(super) fn open(_: usize) -> Result<Self> {
@@ -21,48 +22,48 @@ impl Context {
     }
 
     pub(super) fn properties(&self) -> Result<Properties> {
-        match *self {}
+        match self.0 {}
     }
 
     pub(super) fn bind(&self) -> Result<()> {
-        match *self {}
+        match self.0 {}
     }
 
     pub(super) fn load_module(&self, _: &str, _: &'static [u8]) -> Result<Module> {
-        match *self {}
+        match self.0 {}
     }
 
     pub(super) fn device_of(&self, _: u64) -> Option<i32> {
-        match *self {}
+        match self.0 {}
     }
 
     pub(super) fn allocate(&self, _: usize) -> Result<u64> {
-        match *self {}
+        match self.0 {}
     }
 
     pub(super) unsafe fn free(&self, _: u64) {
-        match *self {}
+        match self.0 {}
     }
 
     pub(super) unsafe fn copy_to_device(&self, _: u64, _: &[u8]) -> Result<()> {
-        match *self {}
+        match self.0 {}
     }
 
     pub(super) unsafe fn copy_to_host(&self, _: &mut [u8], _: u64) -> Result<()> {
-        match *self {}
+        match self.0 {}
     }
 }
 
-pub(super) enum Module {}
+pub(super) struct Module(Infallible);
 
 impl Module {
     pub(super) fn function(&self, _: &'static str, _: usize) -> Result<Function> {
-        match *self {}
+        match self.0 {}
     }
 }
 
 #[derive(Clone, Copy)]
-pub(super) enum Function {}
+pub(super) struct Function(Infallible);
 
 impl Function {
     pub(super) unsafe fn launch<P: Pod>(
@@ -73,6 +74,6 @@ impl Function {
         _: usize,
         _: &P,
     ) -> Result<()> {
-        match *self {}
+        match self.0 {}
     }
 }

@@ -9,8 +9,11 @@ use crate::error::Result;
 use crate::ffn::{Selection, SelectionRule};
 
 /// One warp per token up to here.
-const MAX_NARROW: usize = 512;
-const WARPS: usize = 8;
+const MAX_NARROW: u32 = 512;
+/// Of a block.
+const WARPS: u32 = 8;
+/// For sorting the scores of a block's rows.
+const SCRATCH_BYTES: usize = (WARPS * MAX_NARROW) as usize * 4;
 
 pub(super) struct Kernels {
     narrow: Function,
@@ -19,10 +22,9 @@ pub(super) struct Kernels {
 
 impl Kernels {
     pub(super) fn load(modules: &Modules) -> Result<Self> {
-        let scratch = WARPS * MAX_NARROW * 4;
         Ok(Self {
-            narrow: modules.function("select", "moefy_select", scratch)?,
-            wide: modules.function("select", "moefy_select_wide", scratch)?,
+            narrow: modules.function("select", "moefy_select", SCRATCH_BYTES)?,
+            wide: modules.function("select", "moefy_select_wide", SCRATCH_BYTES)?,
         })
     }
 }
@@ -82,15 +84,25 @@ pub unsafe fn select(
         return Ok(());
     }
     device.context.bind()?;
+    // SAFETY: the arguments were checked, the rest is the caller's promise.
+    unsafe { launch_select(device, stream, &params) }
+}
+
+/// # Safety
+/// The addresses must lead to what the parameters say, of at least one token.
+pub(super) unsafe fn launch_select(
+    device: &Device,
+    stream: RawStream,
+    params: &moefy_select_params,
+) -> Result<()> {
     let kernels = &device.select;
     let sorts = params.selection.rule == moefy_rule::MOEFY_RULE_CUMULATIVE_SHARE;
-    let scratch = if sorts { WARPS * MAX_NARROW * 4 } else { 0 };
-    let (kernel, blocks) = match num_experts {
-        ..=MAX_NARROW => (&kernels.narrow, params.num_tokens.div_ceil(WARPS as u32)),
+    let scratch = if sorts { SCRATCH_BYTES } else { 0 };
+    let (kernel, blocks) = match params.num_experts {
+        ..=MAX_NARROW => (&kernels.narrow, params.num_tokens.div_ceil(WARPS)),
         _ => (&kernels.wide, params.num_tokens),
     };
-    // SAFETY: the arguments were checked, the rest is the caller's promise.
-    unsafe { kernel.launch(stream, [blocks, 1, 1], WARPS as u32 * 32, scratch, &params) }
+    unsafe { kernel.launch(stream, [blocks, 1, 1], WARPS * 32, scratch, params) }
 }
 
 /// Words per row of the mask.

@@ -4,11 +4,13 @@
 
 mod dense_ffn;
 mod experts;
+mod route_index;
 mod router_scores;
 mod select;
 
 pub use dense_ffn::dense_ffn;
 pub use experts::experts;
+pub use route_index::{RouteIndex, route_index};
 pub use router_scores::router_scores;
 pub use select::{Selected, select};
 
