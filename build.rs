@@ -6,6 +6,8 @@
 mod abi;
 #[path = "build/compile.rs"]
 mod compile;
+#[path = "build/digest.rs"]
+mod digest;
 #[path = "build/nvcc.rs"]
 mod nvcc;
 
@@ -16,9 +18,9 @@ use std::path::{Path, PathBuf};
 use nvcc::NotFound;
 
 fn main() {
-    println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed=build");
-    println!("cargo::rerun-if-changed=kernels");
+    for source in digest::SOURCES {
+        println!("cargo::rerun-if-changed={source}");
+    }
     let own = [
         "PATH",
         "MOEFY_REQUIRE_NVCC",
@@ -32,6 +34,9 @@ fn main() {
     }
     #[cfg(feature = "bindgen")]
     abi::generate();
+
+    let digest = digest::digest(Path::new(".")).expect("the sources can be read");
+    println!("cargo::rustc-env=MOEFY_SOURCE_DIGEST={digest}");
 
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let table = table(&out_dir).unwrap_or_else(|problem| {

@@ -100,17 +100,26 @@ impl Context {
         let _ = self.bind().is_ok_and(|()| unsafe { result::free_sync(address) }.is_ok());
     }
 
+    /// Waits until everything has run, on every stream.
+    pub(super) fn synchronize(&self) -> Result<()> {
+        self.bind()?;
+        result::ctx::synchronize().map_err(cannot("wait for the device"))
+    }
+
     /// # Safety
     /// `address` must lead to as many writable bytes.
     pub(super) unsafe fn copy_to_device(&self, address: u64, bytes: &[u8]) -> Result<()> {
-        self.bind()?;
-        unsafe { result::memcpy_htod_sync(address, bytes) }.map_err(cannot("copy to the device"))
+        self.synchronize()?;
+        unsafe { result::memcpy_htod_sync(address, bytes) }
+            .map_err(cannot("copy to the device"))?;
+        // The copy itself waits only until the bytes have left `bytes`.
+        self.synchronize()
     }
 
     /// # Safety
     /// `address` must lead to as many readable bytes.
     pub(super) unsafe fn copy_to_host(&self, bytes: &mut [u8], address: u64) -> Result<()> {
-        self.bind()?;
+        self.synchronize()?;
         unsafe { result::memcpy_dtoh_sync(bytes, address) }.map_err(cannot("copy from the device"))
     }
 }

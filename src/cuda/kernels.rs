@@ -38,6 +38,8 @@ pub struct BuildInfo {
     pub toolkit: &'static str,
     /// Version of the PTX among them, "9.0".
     pub ptx_isa: &'static str,
+    /// Fingerprint of the sources that decide what runs on a GPU.
+    pub source_digest: &'static str,
 }
 
 /// What the kernels of this build were compiled with.
@@ -52,7 +54,11 @@ pub fn build_info() -> Result<BuildInfo> {
                  is on the PATH, or with MOEFY_NVCC=/path/to/nvcc"
             ),
         }),
-        None => Ok(BuildInfo { toolkit: BUILD.toolkit, ptx_isa: BUILD.ptx_isa }),
+        None => Ok(BuildInfo {
+            toolkit: BUILD.toolkit,
+            ptx_isa: BUILD.ptx_isa,
+            source_digest: env!("MOEFY_SOURCE_DIGEST"),
+        }),
     }
 }
 
@@ -142,7 +148,7 @@ mod tests {
 
     fn check(compute_capability: (u32, u32), driver: (u32, u32)) -> Result<(), String> {
         let device = Properties { compute_capability, driver, ..Properties::default() };
-        check_device(&BuildInfo { toolkit: "13.1.80", ptx_isa: "9.1" }, &device)
+        check_device(&BuildInfo { toolkit: "13.1.80", ptx_isa: "9.1", source_digest: "" }, &device)
     }
 
     #[test]
