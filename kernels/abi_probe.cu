@@ -13,7 +13,7 @@ extern "C" __global__ void moefy_abi_probe(const __grid_constant__ moefy_abi_pro
       LAYOUT(moefy_select_params, num_experts),
       LAYOUT(moefy_router_select_params, num_experts),
       LAYOUT(moefy_router_layer_params, reserved),
-      LAYOUT(moefy_route_index_params, capacity),
+      LAYOUT(moefy_route_index_params, reserved),
   };
   constexpr uint64_t kWords = sizeof(kLayout) / sizeof(kLayout[0]);
 #pragma unroll

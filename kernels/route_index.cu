@@ -7,7 +7,7 @@
 
 namespace moefy {
 
-constexpr int kWarps = 32;
+constexpr int kChunkWarps = MOEFY_ROUTE_INDEX_CHUNK;  // of a block of moefy_route_index_transpose
 
 // Transposes the 32 tokens of block `tokens` by the 32 experts of word `word`: lane i gets the tokens of expert i.
 __device__ __forceinline__ uint32_t transpose(const moefy_route_index_params& p, uint32_t num_valid, uint32_t tokens,
@@ -71,73 +71,58 @@ __device__ __forceinline__ uint32_t prefix_sum(uint32_t value) {
 
 }  // namespace moefy
 
-// Everything in one block.
-extern "C" __global__ void __launch_bounds__(1024) moefy_route_index_small(
-    const __grid_constant__ moefy_route_index_params p) {
+// Everything in one block, one thread per expert, and later one per word of the transpose: for num_experts *
+// ceil(num_tokens/32) within MOEFY_ROUTE_INDEX_SMALL.
+extern "C" __global__ void __launch_bounds__(MOEFY_ROUTE_INDEX_SMALL)
+    moefy_route_index_small(const __grid_constant__ moefy_route_index_params p) {
   using namespace moefy;
-  __shared__ uint32_t counts[MOEFY_MAX_EXPERTS];  // later the offsets
-  const Team<kWarps> team;
+  __shared__ uint32_t offsets[MOEFY_ROUTE_INDEX_SMALL];
+  const Team<MOEFY_ROUTE_INDEX_SMALL / 32> team;
   const uint32_t num_valid = num_valid_tokens(p);
-  const uint32_t num_words = (p.num_experts + 31) / 32;
   const uint32_t num_blocks = (p.num_tokens + 31) / 32;
 
-  for (uint32_t word = team.warp(); word < num_words; word += kWarps) {
-    const uint32_t expert = word * 32 + lane_id();
-    uint32_t count = 0;
+  const uint32_t expert = threadIdx.x;
+  uint32_t count = 0;
+  if (team.warp() * 32 < p.num_experts) {
     for (uint32_t tokens = 0; tokens < num_blocks; ++tokens) {
-      const uint32_t selected_by = transpose(p, num_valid, tokens, word);
+      const uint32_t selected_by = transpose(p, num_valid, tokens, team.warp());
       if (expert < p.num_experts) p.expert_masks[expert * num_blocks + tokens] = selected_by;
       count += __popc(selected_by);
     }
-    counts[expert] = count;
-    if (expert < p.num_experts) p.counts[expert] = count;
+  }
+  const uint32_t nonempty = __ballot_sync(kFullWarp, count > 0);
+  const uint32_t counted = prefix_sum(count);
+  const uint32_t warp_count = __shfl_sync(kFullWarp, counted, 31);
+  const uint32_t offset = team.sum_of_warps_before(warp_count) + counted - count;
+  const uint32_t rank = team.sum_of_warps_before(__popc(nonempty)) + __popc(nonempty & ((1u << lane_id()) - 1));
+  offsets[expert] = offset;
+  if (expert < p.num_experts) {
+    p.counts[expert] = count;
+    write_expert(p, expert, offset, count, rank);
   }
   __syncthreads();
 
-  // Prefix sums over the experts, one per thread.
-  uint32_t offset = 0, rank = 0;
-  for (uint32_t first = 0; first < num_words; first += kWarps) {
-    const uint32_t expert = (first + team.warp()) * 32 + lane_id();
-    const uint32_t count = expert < p.num_experts ? counts[expert] : 0;
-    const uint32_t nonempty = __ballot_sync(kFullWarp, count > 0);
-    const uint32_t counted = prefix_sum(count);
-    const uint32_t warp_count = __shfl_sync(kFullWarp, counted, 31);
-    const uint32_t my_offset = offset + team.sum_of_warps_before(warp_count) + counted - count;
-    const uint32_t my_rank =
-        rank + team.sum_of_warps_before(__popc(nonempty)) + __popc(nonempty & ((1u << lane_id()) - 1));
-    if (expert < p.num_experts) {
-      counts[expert] = my_offset;
-      write_expert(p, expert, my_offset, count, my_rank);
-    }
-    offset += team.sum(count);
-    rank += team.sum(count > 0);
-  }
-  __syncthreads();
-
-  for (uint32_t item = threadIdx.x; item < p.num_experts * num_blocks; item += kWarps * 32) {
-    const uint32_t expert = item / num_blocks, tokens = item % num_blocks;
-    const uint32_t* words = p.expert_masks + expert * num_blocks;
-    uint64_t position = counts[expert];
+  if (threadIdx.x < p.num_experts * num_blocks) {
+    const uint32_t mine = threadIdx.x / num_blocks, tokens = threadIdx.x % num_blocks;
+    const uint32_t* words = p.expert_masks + mine * num_blocks;
+    uint64_t position = offsets[mine];
     for (uint32_t before = 0; before < tokens; ++before) position += __popc(words[before]);
     write_ids(p, tokens, words[tokens], position);
   }
 }
 
-// The transpose and the counts, one block per 32 experts.
-extern "C" __global__ void __launch_bounds__(1024) moefy_route_index_transpose(
+// The transpose, one block per 32 experts and chunk of tokens, and each expert's tokens in the chunk.
+extern "C" __global__ void __launch_bounds__(256) moefy_route_index_transpose(
     const __grid_constant__ moefy_route_index_params p) {
   using namespace moefy;
-  __shared__ uint32_t counts[kWarps][32];
+  __shared__ uint32_t counts[kChunkWarps][32];
   const uint32_t num_valid = num_valid_tokens(p);
   const uint32_t num_blocks = (p.num_tokens + 31) / 32;
-  const uint32_t per_warp = (num_blocks + kWarps - 1) / kWarps;
   const uint32_t warp = threadIdx.x / 32;
   const uint32_t expert = blockIdx.x * 32 + lane_id();
 
   uint32_t count = 0;
-  for (uint32_t i = 0; i < per_warp; ++i) {
-    const uint32_t tokens = warp * per_warp + i;
-    if (tokens >= num_blocks) break;
+  for (uint32_t tokens = blockIdx.y * kChunkWarps + warp; tokens < num_blocks; tokens += gridDim.y * kChunkWarps) {
     const uint32_t selected_by = transpose(p, num_valid, tokens, blockIdx.x);
     if (expert < p.num_experts) p.expert_masks[uint64_t(expert) * num_blocks + tokens] = selected_by;
     count += __popc(selected_by);
@@ -147,8 +132,8 @@ extern "C" __global__ void __launch_bounds__(1024) moefy_route_index_transpose(
   if (warp == 0 && expert < p.num_experts) {
     uint32_t total = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += counts[w][lane_id()];
-    p.counts[expert] = total;
+    for (int w = 0; w < kChunkWarps; ++w) total += counts[w][lane_id()];
+    p.chunk_counts[blockIdx.y * p.num_experts + expert] = total;
   }
 }
 
@@ -160,14 +145,25 @@ extern "C" __global__ void __launch_bounds__(256) moefy_route_index_lists(
   const uint32_t expert = blockIdx.x;
   const uint32_t num_blocks = (p.num_tokens + 31) / 32;
 
-  uint32_t pairs_before = 0, nonempty_before = 0;
-  for (uint32_t e = threadIdx.x; e < expert; e += 256) {
-    pairs_before += p.counts[e];
-    nonempty_before += p.counts[e] > 0;
+  uint32_t pairs_before = 0, nonempty_before = 0, mine = 0;
+  for (uint32_t e = threadIdx.x; e <= expert; e += 256) {
+    uint32_t count = 0;
+#pragma unroll 8
+    for (uint32_t chunk = 0; chunk < p.num_chunks; ++chunk) count += p.chunk_counts[chunk * p.num_experts + e];
+    if (e == expert) {
+      mine = count;
+    } else {
+      pairs_before += count;
+      nonempty_before += count > 0;
+    }
   }
   uint32_t position = team.sum(pairs_before);
   const uint32_t rank = team.sum(nonempty_before);
-  if (threadIdx.x == 0) write_expert(p, expert, position, p.counts[expert], rank);
+  const uint32_t count = team.sum(mine);
+  if (threadIdx.x == 0) {
+    p.counts[expert] = count;
+    write_expert(p, expert, position, count, rank);
+  }
 
   const uint32_t* words = p.expert_masks + uint64_t(expert) * num_blocks;
   for (uint32_t first = 0; first < num_blocks; first += 256) {

@@ -5,7 +5,9 @@ pub const MOEFY_STATUS_ROW_WITHOUT_SCORE: u32 = 1;
 pub const MOEFY_STATUS_MASK_BEYOND_EXPERTS: u32 = 2;
 pub const MOEFY_STATUS_TOO_MANY_PAIRS: u32 = 4;
 pub const MOEFY_MAX_EXPERTS: u32 = 4096;
-pub const MOEFY_ROUTE_INDEX_SMALL: u32 = 4096;
+pub const MOEFY_ROUTE_INDEX_SMALL: u32 = 256;
+pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
+pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
 pub const MOEFY_ROUTER_TILE: u32 = 64;
 impl moefy_rule {
     pub const MOEFY_RULE_TOP_K: moefy_rule = moefy_rule(0);
@@ -220,14 +222,17 @@ pub struct moefy_route_index_params {
     pub union_ids: u64,
     pub num_union: u64,
     pub status: u64,
+    pub chunk_counts: u64,
+    pub capacity: u64,
+    pub num_chunks: u32,
     pub num_tokens: u32,
     pub num_experts: u32,
-    pub capacity: u64,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of moefy_route_index_params"]
-        [::std::mem::size_of::<moefy_route_index_params>() - 88usize];
+        [::std::mem::size_of::<moefy_route_index_params>() - 104usize];
     ["Alignment of moefy_route_index_params"]
         [::std::mem::align_of::<moefy_route_index_params>() - 8usize];
     ["Offset of field: moefy_route_index_params::mask"]
@@ -248,10 +253,16 @@ const _: () = {
         [::std::mem::offset_of!(moefy_route_index_params, num_union) - 56usize];
     ["Offset of field: moefy_route_index_params::status"]
         [::std::mem::offset_of!(moefy_route_index_params, status) - 64usize];
-    ["Offset of field: moefy_route_index_params::num_tokens"]
-        [::std::mem::offset_of!(moefy_route_index_params, num_tokens) - 72usize];
-    ["Offset of field: moefy_route_index_params::num_experts"]
-        [::std::mem::offset_of!(moefy_route_index_params, num_experts) - 76usize];
+    ["Offset of field: moefy_route_index_params::chunk_counts"]
+        [::std::mem::offset_of!(moefy_route_index_params, chunk_counts) - 72usize];
     ["Offset of field: moefy_route_index_params::capacity"]
         [::std::mem::offset_of!(moefy_route_index_params, capacity) - 80usize];
+    ["Offset of field: moefy_route_index_params::num_chunks"]
+        [::std::mem::offset_of!(moefy_route_index_params, num_chunks) - 88usize];
+    ["Offset of field: moefy_route_index_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_route_index_params, num_tokens) - 92usize];
+    ["Offset of field: moefy_route_index_params::num_experts"]
+        [::std::mem::offset_of!(moefy_route_index_params, num_experts) - 96usize];
+    ["Offset of field: moefy_route_index_params::reserved"]
+        [::std::mem::offset_of!(moefy_route_index_params, reserved) - 100usize];
 };

@@ -12,15 +12,27 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-// Eight elements that lie next to each other: 16 or 32 bytes, aligned to 16.
+// Eight elements of a row, as they lie in memory: a load that is under way stays so until they are converted.
 template <class T>
 struct Eight {
   static constexpr int kVectors = sizeof(T) / 2;
   uint4 vectors[kVectors];
 
-  __device__ __forceinline__ void load(const T* address) {
+  // Elements begin .. begin + 8 of a row of `width`, zero beyond its end. `kAligned`: the width is a multiple of 8 and
+  // the row begins at a multiple of 16 bytes.
+  template <bool kAligned>
+  __device__ __forceinline__ void load(const T* __restrict__ row, uint32_t begin, uint32_t width) {
+    if constexpr (kAligned) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) vectors[i] = reinterpret_cast<const uint4*>(address)[i];
+      for (int i = 0; i < kVectors; ++i) {
+        vectors[i] = begin < width ? reinterpret_cast<const uint4*>(row + begin)[i] : uint4{};
+      }
+    } else {
+      T elements[8];
+#pragma unroll
+      for (uint32_t i = 0; i < 8; ++i) elements[i] = begin + i < width ? row[begin + i] : T(0.0f);
+      memcpy(vectors, elements, sizeof(vectors));
+    }
   }
 
   __device__ __forceinline__ void to_floats(float (&out)[8]) const {
@@ -31,19 +43,5 @@ struct Eight {
     for (int i = 0; i < 8; ++i) out[i] = to_float(elements[i]);
   }
 };
-
-// Elements begin .. begin + 8 of a row of `width`, zero beyond its end. Rows whose width is a multiple of 8 are aligned
-// to 16 bytes.
-template <class T>
-__device__ __forceinline__ void load_eight(const T* __restrict__ row, uint32_t begin, uint32_t width, float (&out)[8]) {
-  if (width % 8 == 0) {
-    Eight<T> eight{};
-    if (begin < width) eight.load(row + begin);
-    eight.to_floats(out);
-    return;
-  }
-#pragma unroll
-  for (uint32_t i = 0; i < 8; ++i) out[i] = begin + i < width ? to_float(row[begin + i]) : 0.0f;
-}
 
 }  // namespace moefy

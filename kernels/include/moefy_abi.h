@@ -22,8 +22,12 @@
 
 #define MOEFY_MAX_EXPERTS 4096u
 
-/* One block indexes everything while num_experts * ceil(num_tokens/32) is within this. */
-#define MOEFY_ROUTE_INDEX_SMALL 4096u
+/* Threads of moefy_route_index_small. */
+#define MOEFY_ROUTE_INDEX_SMALL 256u
+
+/* moefy_route_index_transpose: token blocks of 32 per chunk and round, and chunks * words of experts at most. */
+#define MOEFY_ROUTE_INDEX_CHUNK 8u
+#define MOEFY_ROUTE_INDEX_BLOCKS 128u
 
 /* Tokens and outputs of a block of moefy_router_layer. */
 #define MOEFY_ROUTER_TILE 64u
@@ -120,9 +124,12 @@ typedef struct moefy_route_index_params {
   MOEFY_PTR(uint32_t) union_ids;              /* [num_experts]: experts with a token, ascending */
   MOEFY_PTR(uint32_t) num_union;              /* [1] */
   MOEFY_PTR(uint32_t) status;                 /* [1] or null */
+  MOEFY_PTR(uint32_t) chunk_counts;           /* [num_chunks, num_experts]; null for moefy_route_index_small */
+  uint64_t capacity;
+  uint32_t num_chunks;
   uint32_t num_tokens;
   uint32_t num_experts;
-  uint64_t capacity;
+  uint32_t reserved;
 } moefy_route_index_params;
 
 #endif

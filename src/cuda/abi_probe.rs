@@ -32,7 +32,7 @@ pub fn host_abi() -> Vec<u32> {
         moefy_select_params.num_experts,
         moefy_router_select_params.num_experts,
         moefy_router_layer_params.reserved,
-        moefy_route_index_params.capacity,
+        moefy_route_index_params.reserved,
     ]
 }
 

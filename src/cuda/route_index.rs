@@ -5,8 +5,14 @@ use super::driver::{Function, RawStream};
 use super::kernels::Modules;
 use super::select::check_num_experts;
 use super::view::{Arguments, Format, View, Workspace};
-use crate::abi::{MOEFY_ROUTE_INDEX_SMALL, moefy_route_index_params};
+use crate::abi::{
+    MOEFY_ROUTE_INDEX_BLOCKS, MOEFY_ROUTE_INDEX_CHUNK, MOEFY_ROUTE_INDEX_SMALL,
+    moefy_route_index_params,
+};
 use crate::error::Result;
+
+/// Blocks of 32 tokens that one block indexes alone: it takes them one after another.
+const MAX_SMALL_BLOCKS: usize = 8;
 
 pub(super) struct Kernels {
     small: Function,
@@ -46,9 +52,21 @@ pub struct RouteIndexOutputs {
     pub status: Option<View>,
 }
 
-/// Bytes of workspace that [`route_index`] needs.
-pub fn route_index_workspace_bytes() -> usize {
-    0
+/// Bytes of workspace that [`route_index`] needs for at most `num_tokens` tokens.
+pub fn route_index_workspace_bytes(num_tokens: usize, num_experts: usize) -> usize {
+    num_chunks(num_tokens, num_experts).saturating_mul(num_experts).saturating_mul(4)
+}
+
+/// Chunks of tokens that are counted apart, as many as keep the GPU busy; 0 where one block does
+/// everything.
+fn num_chunks(num_tokens: usize, num_experts: usize) -> usize {
+    let num_blocks = num_tokens.div_ceil(32);
+    let small = num_experts.saturating_mul(num_blocks) <= MOEFY_ROUTE_INDEX_SMALL as usize;
+    if small && num_experts <= MOEFY_ROUTE_INDEX_SMALL as usize && num_blocks <= MAX_SMALL_BLOCKS {
+        return 0;
+    }
+    let most = MOEFY_ROUTE_INDEX_BLOCKS as usize / num_experts.div_ceil(32).max(1);
+    num_blocks.div_ceil(MOEFY_ROUTE_INDEX_CHUNK as usize).clamp(1, most.max(1))
 }
 
 /// The lists of the masks u32 \[num_tokens, ⌈num_experts/32⌉\]: number for number what
@@ -75,7 +93,9 @@ pub unsafe fn route_index(
     let num_tokens = mask.shape[0];
     let num_blocks = num_tokens.div_ceil(32);
     check.size("num_tokens * num_experts", num_tokens.saturating_mul(num_experts))?;
-    check.workspace(workspace, route_index_workspace_bytes())?;
+    let num_chunks = num_chunks(num_tokens, num_experts);
+    let needed = route_index_workspace_bytes(num_tokens, num_experts);
+    let chunk_counts = check.workspace(workspace, needed)?;
     let capacity = outputs.token_ids.shape[1];
     let vector = |name, view, len| check.dense(name, view, Format::Word, [1, len]);
     let params = moefy_route_index_params {
@@ -93,18 +113,22 @@ pub unsafe fn route_index(
         union_ids: vector("union_ids", outputs.union_ids, num_experts)?,
         num_union: vector("num_union", outputs.num_union, 1)?,
         status: check.optional_words("status", outputs.status, 1)?,
+        chunk_counts,
+        capacity: capacity as u64,
+        num_chunks: num_chunks as u32,
         num_tokens: num_tokens as u32,
         num_experts: num_experts as u32,
-        capacity: capacity as u64,
+        reserved: 0,
     };
     device.context.bind()?;
     let kernels = &device.route_index;
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe {
-        if num_experts * num_blocks <= MOEFY_ROUTE_INDEX_SMALL as usize {
-            return kernels.small.launch(stream, [1, 1, 1], 1024, 0, &params);
+        if num_chunks == 0 {
+            return kernels.small.launch(stream, [1, 1, 1], MOEFY_ROUTE_INDEX_SMALL, 0, &params);
         }
-        kernels.transpose.launch(stream, [row_words as u32, 1, 1], 1024, 0, &params)?;
+        let chunks = [row_words as u32, params.num_chunks, 1];
+        kernels.transpose.launch(stream, chunks, 256, 0, &params)?;
         kernels.lists.launch(stream, [num_experts as u32, 1, 1], 256, 0, &params)
     }
 }

@@ -172,7 +172,9 @@ pub fn router_select_workspace_bytes(
 /// Shared memory of the one kernel for few tokens, if it can do these.
 fn few_shared_bytes(num_tokens: usize, d_model: usize, router: &RouterView) -> Option<usize> {
     let num_experts = router.num_experts();
-    let words = d_model.checked_add(router.hidden())?.checked_add(num_experts + MAX_FEW_EXPERTS)?;
+    let padded = |width: usize| width.checked_next_multiple_of(8);
+    let vectors = padded(d_model)?.checked_add(padded(router.hidden())?)?;
+    let words = vectors.checked_add(num_experts.checked_add(MAX_FEW_EXPERTS)?)?;
     let bytes = words.checked_mul(4)?;
     let fits = num_tokens <= MAX_FEW_TOKENS
         && num_experts <= MAX_FEW_EXPERTS

@@ -2,8 +2,8 @@
 //! masks are exactly those of the scores.
 
 use moefy::cuda::{
-    Buffer, DeviceRouter, Format, RouterSelectOutputs, SelectOutputs, View, Workspace,
-    router_select, router_select_workspace_bytes,
+    DeviceRouter, Format, RouterSelectOutputs, SelectOutputs, View, Workspace, router_select,
+    router_select_workspace_bytes,
 };
 use moefy::ffn::{MlpKind, Router, Selection, SelectionRule};
 use moefy::{DType, Tensor, reference};
@@ -75,8 +75,8 @@ impl Case {
         let num_experts = weights.num_experts();
         let row_words = num_experts.div_ceil(32);
         let bytes = router_select_workspace_bytes(num_tokens, d_model, &weights);
-        let workspace = Buffer::new(&gpu.device, bytes).unwrap();
-        let workspace = Workspace { address: workspace.address(), bytes };
+        let memory = Output::new(gpu, bytes);
+        let workspace = Workspace { address: memory.address(), bytes };
         let num_valid = gpu.input(&[valid as u32]);
         let status = gpu.input(&[0u32]);
         let mut mask = Output::words(gpu, num_tokens * row_words);
@@ -137,6 +137,7 @@ impl Case {
         let bare = RouterSelectOutputs { selected, scores: None };
         gpu.run(&mut [&mut mask], |stream| launch(&bare, stream));
         assert_eq!(mask.read::<u32>(), words, "{case}");
+        memory.check_guards();
     }
 }
 
