@@ -64,7 +64,7 @@ impl Buffer {
     /// # Errors
     /// When its size is no multiple of the element's, or an earlier kernel failed.
     pub fn read<T: Pod>(&self) -> Result<Vec<T>> {
-        if self.bytes % size_of::<T>() != 0 {
+        if !self.bytes.is_multiple_of(size_of::<T>()) {
             let expected = format!("a multiple of {} bytes", size_of::<T>());
             return Err(Error::argument("buffer", "size", expected, self.bytes));
         }

@@ -129,7 +129,7 @@ impl Arguments<'_> {
             let expected = format!("with rows at least {} elements apart", shape[1]);
             return Err(self.error(name, expected, view.row_stride));
         }
-        if shape[0] > 1 && row_bytes.is_some_and(|bytes| bytes % alignment != 0) {
+        if shape[0] > 1 && row_bytes.is_some_and(|bytes| !bytes.is_multiple_of(alignment)) {
             let expected = format!("with rows that begin at multiples of {alignment} bytes");
             return Err(self.error(name, expected, format!("a stride of {}", view.row_stride)));
         }
@@ -164,7 +164,7 @@ impl Arguments<'_> {
         if address == 0 {
             return Err(self.error(name, "a device address", "null"));
         }
-        if address % alignment as u64 != 0 {
+        if !address.is_multiple_of(alignment as u64) {
             let expected = format!("aligned to {alignment} bytes");
             return Err(self.error(name, expected, format!("{address:#x}")));
         }

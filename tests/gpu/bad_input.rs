@@ -80,11 +80,11 @@ fn bad_route_index(gpu: &Gpu) {
 
 fn bad_router_select(gpu: &Gpu) {
     let format = Format::Float(DType::F16);
-    let x = gpu.input(&[0u16; 300 * 64 + 8]);
+    let x = gpu.input(&[0u16; 1100 * 64 + 8]);
     let w = gpu.input(&[0u16; 40 * 64]);
-    let mask = Output::words(gpu, 300 * 2);
+    let mask = Output::words(gpu, 1100 * 2);
     let selected = SelectOutputs {
-        mask: View::matrix(mask.address(), Format::Word, [300, 2]),
+        mask: View::matrix(mask.address(), Format::Word, [1100, 2]),
         counts: None,
         status: None,
     };
@@ -94,10 +94,10 @@ fn bad_router_select(gpu: &Gpu) {
         let (device, stream, top) = (&gpu.device, gpu.raw_stream(), Selection::top_k(2));
         router_select(device, stream, &outputs, x, None, &router, &top, workspace)
     };
-    let good_x = View::matrix(x.address(), format, [300, 64]);
+    let good_x = View::matrix(x.address(), format, [1100, 64]);
     let good_w = View::matrix(w.address(), format, [40, 64]);
-    let bytes = 300 * 40 * 4;
-    assert_refused(call(good_x, good_w, Workspace::NONE), &["workspace", "48000", "0"]);
+    let bytes = 1100 * 40 * 4;
+    assert_refused(call(good_x, good_w, Workspace::NONE), &["workspace", "176000", "0"]);
     let workspace = Output::new(gpu, bytes);
     let unaligned = Workspace { address: workspace.address() + 4, bytes };
     assert_refused(call(good_x, good_w, unaligned), &["workspace", "256"]);
