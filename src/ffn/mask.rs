@@ -72,6 +72,19 @@ impl ExpertMask {
         &self.words[token * row_words..(token + 1) * row_words]
     }
 
+    /// The words of one token, to be overwritten. Bits at and beyond `num_experts` must stay zero.
+    pub(crate) fn row_mut(&mut self, token: usize) -> &mut [u32] {
+        let row_words = self.num_experts.div_ceil(32);
+        &mut self.words[token * row_words..(token + 1) * row_words]
+    }
+
+    /// Makes room for another number of tokens and experts, selecting nothing; keeps the memory.
+    pub(crate) fn reset(&mut self, num_tokens: usize, num_experts: usize) {
+        (self.num_tokens, self.num_experts) = (num_tokens, num_experts);
+        self.words.clear();
+        self.words.resize(num_tokens * num_experts.div_ceil(32), 0);
+    }
+
     /// Selects an expert for a token.
     pub fn insert(&mut self, token: usize, expert: usize) {
         assert!(expert < self.num_experts);

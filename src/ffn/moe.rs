@@ -148,7 +148,7 @@ impl MoeFfn {
 
     /// ρ: executed neurons / d_ff of tokens that run `mean_k` experts on average.
     pub fn density(&self, mean_k: f64) -> f64 {
-        (self.shared() as f64 + mean_k * self.expert_width() as f64) / self.d_ff() as f64
+        self.partition.density(mean_k)
     }
 }
 

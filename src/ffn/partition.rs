@@ -80,6 +80,16 @@ impl Partition {
         self.labels.len() - self.num_experts * self.expert_width
     }
 
+    /// ρ: executed neurons / d_ff of tokens that run `mean_k` experts on average.
+    pub fn density(&self, mean_k: f64) -> f64 {
+        (self.shared() as f64 + mean_k * self.expert_width as f64) / self.d_ff() as f64
+    }
+
+    /// The inverse of [`density`](Self::density).
+    pub fn mean_k(&self, density: f64) -> f64 {
+        (density * self.d_ff() as f64 - self.shared() as f64) / self.expert_width as f64
+    }
+
     /// One label per neuron; `num_experts` marks a shared one.
     pub fn labels(&self) -> &[u32] {
         &self.labels

@@ -1,11 +1,14 @@
 //! Routers as data: how a token's expert scores come about.
 
+use serde::{Deserialize, Serialize};
+
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
 /// The two published forms of the two-layer router, both d_model → hidden → E without biases.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum MlpKind {
     /// r = |W2 relu(W1 x)| (D2DMoE, arXiv 2310.04361, section 3.2).
     D2dMoe,

@@ -2,17 +2,29 @@
 //! other path is tested against it. Weights enter exactly as stored; nothing in between is rounded,
 //! except the scores, which selection compares in f32.
 
+mod attention;
 mod dense_ffn;
+mod embed_tokens;
 mod experts;
+mod layer_norm;
+mod linear;
+mod pool;
 mod route_index;
 mod router_scores;
 mod select;
+mod transformer;
 
+pub use attention::attention;
 pub use dense_ffn::dense_ffn;
+pub use embed_tokens::embed_tokens;
 pub use experts::experts;
+pub use layer_norm::layer_norm;
+pub use linear::linear;
+pub use pool::pool;
 pub use route_index::{RouteIndex, route_index};
 pub use router_scores::router_scores;
 pub use select::{Selected, select};
+pub use transformer::{Reference, ReferenceBatch};
 
 use crate::ffn::{ExpertMask, MoeFfn};
 use crate::tensor::Tensor;

@@ -1,1 +1,105 @@
-fn main() {}
+//! The `moefy` command. Exit codes: 0 success, 1 something went wrong (one sentence on standard
+//! error), 2 wrong usage.
+
+mod convert;
+mod embed;
+mod eval;
+mod inspect;
+mod output;
+mod progress;
+mod restore;
+mod retune;
+mod text;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Turn the dense feed-forward layers of a Transformer into mixtures of experts.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true, args_override_self = true)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every command takes.
+#[derive(Args)]
+struct Common {
+    /// Threads to use [default: one per core]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// No progress bars
+    #[arg(long, global = true)]
+    quiet: bool,
+    /// Print JSON instead of text
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+/// Where a model runs.
+#[derive(Clone, Copy, Default, PartialEq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Device {
+    #[default]
+    Cpu,
+    Cuda,
+}
+
+impl Device {
+    /// Whether this build can run models there.
+    fn check(self) -> moefy::Result<()> {
+        match self {
+            Self::Cpu => Ok(()),
+            Self::Cuda => {
+                let expected = "cpu, the only device that this version runs whole models on";
+                Err(moefy::Error::argument("moefy", "--device", expected, "cuda"))
+            }
+        }
+    }
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Convert a model: split its FFNs into experts, train routers, calibrate the threshold
+    Convert(convert::Convert),
+    /// Change the threshold of a converted model without converting again
+    Retune(retune::Retune),
+    /// Write the dense model again, every tensor bit-identical
+    Restore(restore::Restore),
+    /// Show what a model folder holds, layer by layer
+    Inspect(inspect::Inspect),
+    /// Compare a converted model with its dense original: quality, density, cost, speed
+    Eval(eval::Eval),
+    /// Embed texts
+    Embed(embed::Embed),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(Cli { common, command }: Cli) -> moefy::Result<()> {
+    if let Some(threads) = common.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global().map_err(
+            |error| moefy::Error::argument("moefy", "--threads", "a number of threads", error),
+        )?;
+    }
+    match command {
+        Command::Convert(command) => command.run(&common),
+        Command::Retune(command) => command.run(&common),
+        Command::Restore(command) => command.run(&common),
+        Command::Inspect(command) => command.run(&common),
+        Command::Eval(command) => command.run(&common),
+        Command::Embed(command) => command.run(&common),
+    }
+}

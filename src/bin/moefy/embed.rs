@@ -1,0 +1,57 @@
+//! `moefy embed`
+
+use std::path::PathBuf;
+
+use moefy::Result;
+use moefy::cpu::Cpu;
+use moefy::model::{Encoder, FfnRun, Folder, Tokenizer, embed};
+use serde::Serialize;
+
+use crate::text::read_lines;
+use crate::{Common, output};
+
+#[derive(clap::Args)]
+pub struct Embed {
+    /// A model folder, converted or not
+    model: PathBuf,
+    /// The texts
+    #[arg(required_unless_present = "text")]
+    texts: Vec<String>,
+    /// A file with one text per line, instead of texts on the command line
+    #[arg(long, value_name = "TEXT", conflicts_with = "texts")]
+    text: Option<PathBuf>,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t)]
+    device: crate::Device,
+}
+
+#[derive(Serialize)]
+struct Embedded<'a> {
+    text: &'a str,
+    embedding: &'a [f32],
+}
+
+impl Embed {
+    pub fn run(self, common: &Common) -> Result<()> {
+        self.device.check()?;
+        let folder = Folder::open(&self.model)?;
+        let encoder = Encoder::load(Cpu, &folder)?;
+        let tokenizer = Tokenizer::open(&folder, None)?;
+        let texts = match &self.text {
+            Some(file) => read_lines(file)?,
+            None => self.texts,
+        };
+        let embeddings = embed(&encoder, &tokenizer.encode(&texts)?, FfnRun::Stored, None)?;
+        let rows = texts.iter().zip(embeddings.chunks_exact(encoder.d_model()));
+        if common.json {
+            let rows = rows.map(|(text, embedding)| Embedded { text, embedding });
+            output::json(&rows.collect::<Vec<_>>());
+        } else {
+            for (_, embedding) in rows {
+                let numbers: Vec<String> = embedding.iter().map(f32::to_string).collect();
+                output::line(&numbers.join(" "));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,311 @@
+//! `moefy eval`
+
+use std::path::{Path, PathBuf};
+
+use moefy::convert::Progress;
+use moefy::cpu::Cpu;
+use moefy::eval::{
+    FfnCost, FlopsSaved, LayerOutcome, Outcome, Variant, cosines, evaluate, spearman,
+};
+use moefy::ffn::Selection;
+use moefy::model::{Encoder, FfnRun, Folder, Tokenizer};
+use moefy::{Error, Result};
+use serde::Serialize;
+
+use crate::progress::Bar;
+use crate::text::{SentencePairs, read_lines};
+use crate::{Common, output};
+
+/// τ of a sweep, from hardly any expert to all of them.
+const SWEEP: [f32; 14] = [0.95, 0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.2, 0.1, 0.0];
+
+#[derive(clap::Args)]
+pub struct Eval {
+    /// A model folder, converted or not
+    model: PathBuf,
+    /// The dense original [default: the dense FFNs that MODEL holds]
+    #[arg(long, value_name = "DENSE")]
+    reference: Option<PathBuf>,
+    /// Text to compare hidden states and speed on, one text per line
+    #[arg(long, value_name = "TEXT", required_unless_present = "sts")]
+    text: Option<PathBuf>,
+    /// Tokens of TEXT to use at most
+    #[arg(long, value_name = "N", default_value_t = 65_536)]
+    max_tokens: usize,
+    /// Sentence pairs with similarity scores (CSV: sentence, sentence, score) to rank
+    #[arg(long, value_name = "CSV")]
+    sts: Option<PathBuf>,
+    /// Also evaluate a range of thresholds
+    #[arg(long)]
+    sweep: bool,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t)]
+    device: crate::Device,
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report {
+    model: PathBuf,
+    reference: Option<PathBuf>,
+    device: crate::Device,
+    threads: usize,
+    num_tokens: Option<usize>,
+    #[serde(flatten)]
+    point: Point,
+    /// The same model with its FFNs dense, and with nothing of them but b2.
+    dense: Baseline,
+    zero_ffn: Baseline,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    points: Vec<Point>,
+}
+
+#[derive(Clone, Serialize)]
+struct Point {
+    /// Of a sweep; otherwise every layer has its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rel_threshold: Option<f32>,
+    spearman: Option<f64>,
+    sts_density: Option<f64>,
+    density: Option<f64>,
+    hidden_error: Option<f64>,
+    embedding_cosine: Option<f64>,
+    flops_saved: Option<FlopsSaved>,
+    tokens_per_s: Option<Speed>,
+    layers: Vec<LayerOutcome>,
+}
+
+#[derive(Clone, Serialize)]
+struct Speed {
+    model: f64,
+    ffn: f64,
+    dense_model: f64,
+    dense_ffn: f64,
+}
+
+#[derive(Serialize)]
+struct Baseline {
+    spearman: Option<f64>,
+    hidden_error: Option<f64>,
+    embedding_cosine: Option<f64>,
+}
+
+impl Eval {
+    pub fn run(self, common: &Common) -> Result<()> {
+        self.device.check()?;
+        let folder = Folder::open(&self.model)?;
+        let backend = Cpu;
+        let encoder = Encoder::load(backend, &folder)?;
+        let reference = self.reference.as_deref().map(Folder::open).transpose()?;
+        let reference = reference.map(|folder| Encoder::load(backend, &folder)).transpose()?;
+        let costs = (0..folder.num_layers())
+            .map(|layer| Ok(FfnCost::from(&folder.ffn(layer)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let tokenizer = Tokenizer::open(&folder, None)?;
+
+        let dense = Variant {
+            encoder: reference.as_ref().unwrap_or(&encoder),
+            run: FfnRun::Dense,
+            costs: &costs,
+        };
+        let mut runs = vec![FfnRun::Stored, FfnRun::Zero];
+        let thresholds = if self.sweep && folder.moefy().is_some() { &SWEEP[..] } else { &[] };
+        runs.extend(thresholds.iter().map(|&tau| FfnRun::Selection(Selection::dynamic_k(tau))));
+        let variants: Vec<_> =
+            runs.iter().map(|&run| Variant { encoder: &encoder, run, costs: &costs }).collect();
+
+        let bar = Bar::new(common.quiet);
+        let text = self.text.as_deref().map(|file| {
+            let sequences = self.sequences(file, &tokenizer)?;
+            compare("evaluate the text", &dense, &variants, &sequences, &bar)
+        });
+        let text = text.transpose()?;
+        let sts = self.sts.as_deref().map(|file| {
+            let pairs = SentencePairs::read(file)?;
+            let sentences: Vec<_> = pairs.first.iter().chain(&pairs.second).collect();
+            let sequences = tokenizer.encode(&sentences)?;
+            let ranked = compare("rank the sentence pairs", &dense, &variants, &sequences, &bar)?;
+            let sts = |outcome| Sts::new(outcome, &pairs, encoder.d_model());
+            ranked.outcomes.iter().map(sts).collect()
+        });
+        let sts: Option<Vec<Sts>> = sts.transpose()?;
+        drop(bar);
+
+        let report = self.report(&folder, thresholds, text, sts);
+        if common.json {
+            output::json(&report)
+        } else {
+            report.print()
+        }
+        Ok(())
+    }
+
+    /// As many texts of a file as fit into `max_tokens`.
+    fn sequences(&self, file: &Path, tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>> {
+        let mut sequences = tokenizer.encode(&read_lines(file)?)?;
+        let mut room = self.max_tokens;
+        let texts = sequences.iter().take_while(|tokens| {
+            let fits = tokens.len() <= room;
+            room = room.saturating_sub(tokens.len());
+            fits
+        });
+        let texts = texts.count();
+        if texts == 0 {
+            let expected = format!("at least {}, the length of the first text", sequences[0].len());
+            return Err(Error::argument("eval", "--max-tokens", expected, self.max_tokens));
+        }
+        sequences.truncate(texts);
+        Ok(sequences)
+    }
+
+    fn report(
+        self,
+        folder: &Folder,
+        thresholds: &[f32],
+        text: Option<Comparison>,
+        sts: Option<Vec<Sts>>,
+    ) -> Report {
+        // Outcomes come as: dense, as stored, zero FFN, then the sweep.
+        let outcome = |i: usize| text.as_ref().map(|text| &text.outcomes[i]);
+        let sts = |i: usize| sts.as_ref().map(|sts| &sts[i]);
+        let baseline = |i: usize| Baseline {
+            spearman: sts(i).map(|s| s.spearman),
+            hidden_error: outcome(i).map(|o| o.hidden_error),
+            embedding_cosine: outcome(i).map(|o| o.embedding_cosine),
+        };
+        let point = |i: usize, rel_threshold| Point {
+            rel_threshold,
+            spearman: sts(i).map(|s| s.spearman),
+            sts_density: sts(i).map(|s| s.density),
+            density: outcome(i).map(|o| o.density),
+            hidden_error: outcome(i).map(|o| o.hidden_error),
+            embedding_cosine: outcome(i).map(|o| o.embedding_cosine),
+            flops_saved: outcome(i).map(|o| o.flops_saved),
+            tokens_per_s: outcome(i).zip(outcome(0)).map(|(o, dense)| Speed {
+                model: o.tokens_per_s.model,
+                ffn: o.tokens_per_s.ffn,
+                dense_model: dense.tokens_per_s.model,
+                dense_ffn: dense.tokens_per_s.ffn,
+            }),
+            layers: outcome(i).map(|o| o.layers.clone()).unwrap_or_default(),
+        };
+        let points = thresholds.iter().enumerate().map(|(i, &tau)| point(3 + i, Some(tau)));
+        Report {
+            device: self.device,
+            threads: rayon::current_num_threads(),
+            num_tokens: text.as_ref().map(|text| text.num_tokens),
+            point: point(1, None),
+            dense: baseline(0),
+            zero_ffn: baseline(2),
+            points: points.collect(),
+            model: folder.path().to_path_buf(),
+            reference: self.reference,
+        }
+    }
+}
+
+/// Outcomes over one set of texts: dense first, then one per variant.
+struct Comparison {
+    num_tokens: usize,
+    outcomes: Vec<Outcome>,
+}
+
+fn compare(
+    what: &str,
+    dense: &Variant<'_, Cpu>,
+    variants: &[Variant<'_, Cpu>],
+    sequences: &[Vec<u32>],
+    bar: &Bar,
+) -> Result<Comparison> {
+    let num_tokens = sequences.iter().map(Vec::len).sum();
+    let mut done = 0;
+    let outcomes = evaluate(dense, variants, sequences, |tokens| {
+        done += tokens;
+        bar.step(what, done, num_tokens);
+    })?;
+    Ok(Comparison { num_tokens, outcomes })
+}
+
+/// How well the cosines of a variant's embeddings rank sentence pairs.
+struct Sts {
+    spearman: f64,
+    density: f64,
+}
+
+impl Sts {
+    /// The embeddings hold all first sentences, then all second ones.
+    fn new(outcome: &Outcome, pairs: &SentencePairs, d_model: usize) -> Result<Self> {
+        let (first, second) = outcome.embeddings.split_at(outcome.embeddings.len() / 2);
+        let spearman = spearman(&cosines(first, second, d_model), &pairs.scores)?;
+        Ok(Self { spearman, density: outcome.density })
+    }
+}
+
+impl Report {
+    fn print(&self) {
+        let number = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.4}"));
+        let share = |value: Option<f64>| value.map_or("-".into(), output::percent);
+        let per_second =
+            |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.0}"));
+        let Self { point, dense, zero_ffn: zero, .. } = self;
+        let saved = |pick: fn(FlopsSaved) -> f64| share(point.flops_saved.map(pick));
+        let speed = |pick: fn(&Speed) -> f64| per_second(point.tokens_per_s.as_ref().map(pick));
+        let none = || "-".to_string();
+        let rows = [
+            (
+                "hidden error",
+                [dense, zero].map(|b| number(b.hidden_error)),
+                number(point.hidden_error),
+            ),
+            (
+                "embedding cosine",
+                [dense, zero].map(|b| number(b.embedding_cosine)),
+                number(point.embedding_cosine),
+            ),
+            ("STS Spearman", [dense, zero].map(|b| number(b.spearman)), number(point.spearman)),
+            ("density", ["100.0 %".into(), "0.0 %".into()], share(point.density)),
+            ("density on STS", ["100.0 %".into(), "0.0 %".into()], share(point.sts_density)),
+            ("FLOPs saved, model", [none(), none()], saved(|s| s.model)),
+            ("FLOPs saved, FFNs", [none(), none()], saved(|s| s.ffn)),
+            ("tokens/s, model", [speed(|s| s.dense_model), none()], speed(|s| s.model)),
+            ("tokens/s, FFNs", [speed(|s| s.dense_ffn), none()], speed(|s| s.ffn)),
+        ];
+        let rows = rows.map(|(name, [dense, zero], value)| [name.into(), dense, value, zero]);
+        output::line(&output::table(["", "dense", "this model", "no FFN"], rows));
+
+        if !point.layers.is_empty() {
+            let rows = point.layers.iter().map(|layer| {
+                [
+                    layer.layer.to_string(),
+                    output::percent(layer.density),
+                    number(Some(layer.hidden_error)),
+                    layer.mean_k.map_or("-".into(), |k| format!("{k:.1}")),
+                    layer.max_k.map_or("-".into(), |k| k.to_string()),
+                ]
+            });
+            let header = ["layer", "density", "hidden error", "mean k", "max k"];
+            output::line(&format!("\n{}", output::table(header, rows)));
+        }
+        if !self.points.is_empty() {
+            let rows = self.points.iter().map(|point| {
+                [
+                    point.rel_threshold.map_or("-".into(), |tau| tau.to_string()),
+                    share(point.density),
+                    number(point.hidden_error),
+                    share(point.sts_density),
+                    number(point.spearman),
+                    share(point.flops_saved.map(|saved| saved.ffn)),
+                ]
+            });
+            let header = [
+                "threshold",
+                "density",
+                "hidden error",
+                "density on STS",
+                "STS Spearman",
+                "FFN FLOPs saved",
+            ];
+            output::line(&format!("\n{}", output::table(header, rows)));
+        }
+    }
+}

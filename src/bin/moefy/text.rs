@@ -1,0 +1,123 @@
+//! Text files: one text per line for the commands, sentence pairs for `eval --sts`.
+
+use std::path::Path;
+
+use moefy::model::{Folder, Tokenizer};
+use moefy::{Error, Result};
+
+/// The lines that are not blank.
+pub fn read_lines(file: &Path) -> Result<Vec<String>> {
+    let bytes = std::fs::read(file).map_err(Error::io("read", file))?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        Error::file(file, format!("expected UTF-8 text, got a byte that is none at offset {at}"))
+    })?;
+    let lines: Vec<String> =
+        text.lines().map(str::trim).filter(|line| !line.is_empty()).map(String::from).collect();
+    if lines.is_empty() {
+        return Err(Error::file(file, "expected text, got nothing but blank lines"));
+    }
+    Ok(lines)
+}
+
+/// The token sequences of a text file, one per line.
+pub fn tokenise(folder: &Folder, file: &Path) -> Result<Vec<Vec<u32>>> {
+    Tokenizer::open(folder, None)?.encode(&read_lines(file)?)
+}
+
+/// The last part of a path, for the record.
+pub fn file_name_of(file: &Path) -> String {
+    file.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+}
+
+/// Pairs of sentences with a similarity score.
+#[derive(Debug, Default, PartialEq)]
+pub struct SentencePairs {
+    pub first: Vec<String>,
+    pub second: Vec<String>,
+    pub scores: Vec<f64>,
+}
+
+impl SentencePairs {
+    /// A CSV file of three columns: sentence, sentence, score; a header is skipped.
+    pub fn read(file: &Path) -> Result<Self> {
+        let bytes = std::fs::read(file).map_err(Error::io("read", file))?;
+        Self::parse(&bytes).map_err(|problem| Error::file(file, problem))
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let mut pairs = Self::default();
+        let mut reader =
+            csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(bytes);
+        for (row, record) in reader.records().enumerate() {
+            let record = record.map_err(|error| error.to_string())?;
+            let [first, second, score] = record.iter().collect::<Vec<_>>()[..] else {
+                let got = record.len();
+                return Err(format!(
+                    "row {}: expected 3 columns (sentence, sentence, score), got {got}",
+                    row + 1
+                ));
+            };
+            match score.trim().parse::<f64>() {
+                Ok(score) if score.is_finite() => pairs.scores.push(score),
+                Err(_) if row == 0 => continue,
+                _ => {
+                    return Err(format!(
+                        "row {}: expected a number as score, got `{score}`",
+                        row + 1
+                    ));
+                }
+            }
+            pairs.first.push(first.to_string());
+            pairs.second.push(second.to_string());
+        }
+        if pairs.scores.len() < 2 {
+            return Err(format!("expected at least 2 pairs, got {}", pairs.scores.len()));
+        }
+        Ok(pairs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_with_and_without_header() {
+        let rows = "\"a, b\",c,1.5\nd,e,0\n";
+        let expected = SentencePairs {
+            first: vec!["a, b".into(), "d".into()],
+            second: vec!["c".into(), "e".into()],
+            scores: vec![1.5, 0.0],
+        };
+        assert_eq!(SentencePairs::parse(rows.as_bytes()).unwrap(), expected);
+        let with_header = format!("sentence1,sentence2,score\n{rows}");
+        assert_eq!(SentencePairs::parse(with_header.as_bytes()).unwrap(), expected);
+    }
+
+    #[test]
+    fn errors_name_the_row() {
+        let error = |text: &str| SentencePairs::parse(text.as_bytes()).unwrap_err();
+        assert!(error("a,b,1\nc,d\n").contains("row 2"));
+        assert!(error("a,b,1\nc,d,x\n").contains("row 2"));
+        assert!(error("a,b,1\nc,d,nan\n").contains("`nan`"));
+        assert!(error("a,b,1\n").contains("at least 2"));
+        assert!(error("").contains("got 0"));
+    }
+
+    #[test]
+    fn any_bytes_are_an_error_or_pairs() {
+        bolero::check!().with_test_time(fuzz_time()).for_each(|bytes: &[u8]| {
+            if let Ok(pairs) = SentencePairs::parse(bytes) {
+                assert_eq!(pairs.first.len(), pairs.scores.len());
+                assert_eq!(pairs.second.len(), pairs.scores.len());
+            }
+        });
+    }
+
+    /// A tenth of the time that all parsers are fuzzed.
+    fn fuzz_time() -> std::time::Duration {
+        let seconds = std::env::var("MOEFY_FUZZ_SECONDS").ok().and_then(|s| s.parse().ok());
+        std::time::Duration::from_secs_f64(seconds.unwrap_or(2.0) / 10.0)
+    }
+}

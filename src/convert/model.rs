@@ -1,0 +1,111 @@
+//! Conversion of a whole model, layer by layer along its dense hidden states.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::stream::{Stream, spread};
+use super::thresholds::{ThresholdTarget, set_thresholds};
+use super::{ConvertOptions, STATISTICS_TOKENS, make_experts};
+use crate::error::{Error, Result};
+use crate::ffn::DenseFfn;
+use crate::model::format::Calibration;
+use crate::model::{Backend, Conversion, ConvertedLayer, Encoder, Ffn, FfnRun, Folder};
+
+/// A text that routers and τ are fitted on.
+#[derive(Clone, Copy, Debug)]
+pub struct CalibrationText<'a> {
+    /// What the converted model will say about it: the file's name.
+    pub name: &'a str,
+    /// Tokens as the model takes them, in the order of the text.
+    pub sequences: &'a [Vec<u32>],
+}
+
+/// Hears how far a conversion is.
+pub trait Progress {
+    /// `done` of `total` parts of `what` are done.
+    fn step(&self, what: &str, done: usize, total: usize);
+}
+
+/// Tells nobody.
+impl Progress for () {
+    fn step(&self, _: &str, _: usize, _: usize) {}
+}
+
+/// What every long loop calls.
+pub(super) struct Watch<'a> {
+    pub progress: &'a dyn Progress,
+    pub interrupted: &'a AtomicBool,
+}
+
+impl Watch<'_> {
+    pub fn step(&self, what: &str, done: usize, total: usize) -> Result<()> {
+        if self.interrupted.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        self.progress.step(what, done, total);
+        Ok(())
+    }
+}
+
+/// Converts every FFN of `folder`; `encoder` is that folder on a device. Routers learn from the
+/// dense hidden states of about `calibration_tokens` tokens. τ and the statistics come from a
+/// part of them, about [`STATISTICS_TOKENS`], run through the *converted* model, so that the
+/// density is the one that will be executed.
+///
+/// In memory are the hidden states of the calibration tokens, one layer's FFN inputs, and one
+/// layer's FFN. `interrupted` may be raised to stop with [`Error::Interrupted`].
+///
+/// # Errors
+/// When the folder is converted already, the options do not fit it, the text is shorter than
+/// [`MIN_TOKENS`](super::MIN_TOKENS) or does not fit the model, or the device refuses.
+pub fn convert_model<B: Backend>(
+    mut encoder: Encoder<B>,
+    folder: &Folder,
+    text: CalibrationText<'_>,
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+    interrupted: &AtomicBool,
+) -> Result<Conversion> {
+    let watch = Watch { progress, interrupted };
+    options.check(&dense_ffn(folder, 0)?)?;
+    let sequences = spread(text.sequences, options.calibration_tokens);
+    let mut stream = Stream::start(&encoder, &sequences)?;
+    let num_layers = encoder.num_layers();
+    let mut layers = Vec::with_capacity(num_layers);
+    for layer in 0..num_layers {
+        let what = |part: &str| format!("layer {} of {num_layers}: {part}", layer + 1);
+        let inputs = stream.attention(&encoder, layer, &|done, total| {
+            watch.step(&what("attention"), done, total)
+        })?;
+        let dense = dense_ffn(folder, layer)?;
+        let (moe, training) = make_experts(&dense, &inputs, options, layer, &mut |done, total| {
+            watch.step(&what("router"), done, total)
+        })?;
+        drop(inputs);
+        let training = Some(training);
+        layers
+            .push(ConvertedLayer { router_training: training, ..ConvertedLayer::new(layer, &moe) });
+        encoder.replace_ffn(layer, &Ffn::Moe(moe))?;
+        stream.ffn(&encoder, layer, FfnRun::Dense, &|done, total| {
+            watch.step(&what("FFN"), done, total)
+        })?;
+    }
+    drop(stream);
+
+    let sample = spread(&sequences, STATISTICS_TOKENS);
+    let target =
+        ThresholdTarget::Density { density: options.density, scope: options.rel_threshold_scope };
+    set_thresholds(&encoder, &sample, target, &watch, &mut layers)?;
+    let num_tokens = sequences.iter().map(|sequence| sequence.len()).sum();
+    let calibration = Calibration { file_name: text.name.into(), num_tokens };
+    Ok(Conversion { method: options.method(calibration), layers })
+}
+
+fn dense_ffn(folder: &Folder, layer: usize) -> Result<DenseFfn> {
+    match folder.ffn(layer)? {
+        Ffn::Dense(ffn) => Ok(ffn),
+        Ffn::Moe(_) => Err(Error::file(
+            folder.path(),
+            "is converted already: change it with `retune`, or `restore` it first",
+        )),
+    }
+}

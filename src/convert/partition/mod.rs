@@ -1,0 +1,87 @@
+//! Which neurons form an expert.
+
+mod assignment;
+mod kmeans;
+mod random;
+
+use rand::Rng;
+
+use crate::error::{Error, Result};
+use crate::ffn::{DenseFfn, Partition};
+
+pub use kmeans::{Clusters, balanced_kmeans};
+
+/// How neurons are grouped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PartitionMethod {
+    /// Balanced k-means on the unit-length input rows of the neurons, gate rows for a GLU
+    /// ("parameter clustering": MoEfication, arXiv 2110.01786, section 3.2).
+    #[default]
+    Kmeans,
+    /// A random split into equal parts.
+    Random,
+}
+
+impl PartitionMethod {
+    /// Every method.
+    pub const ALL: [Self; 2] = [Self::Kmeans, Self::Random];
+
+    /// Its name in options and files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kmeans => "kmeans",
+            Self::Random => "random",
+        }
+    }
+}
+
+/// Splits the neurons of `ffn`, except the `shared` ones, into `num_experts` experts of equal width.
+/// The result depends on the weights, the arguments and the state of `rng` alone.
+///
+/// # Errors
+/// When `shared` names a neuron that does not exist or names one twice, or when `num_experts` is 0
+/// or does not divide the number of the other neurons.
+pub fn partition(
+    ffn: &DenseFfn,
+    method: PartitionMethod,
+    num_experts: usize,
+    shared: &[u32],
+    rng: &mut impl Rng,
+) -> Result<Partition> {
+    let d_ff = ffn.d_ff();
+    Partition::width_of_experts(d_ff, num_experts, shared.len())?;
+    // A shared neuron carries the label `num_experts`.
+    let mut labels = vec![0; d_ff];
+    for &neuron in shared {
+        match labels.get_mut(neuron as usize) {
+            Some(label) if *label == 0 => *label = num_experts as u32,
+            _ => {
+                let expected = format!("different neurons below d_ff = {d_ff}");
+                return Err(Error::argument("partition", "shared", expected, neuron));
+            }
+        }
+    }
+    let routed: Vec<u32> = (0..d_ff as u32).filter(|&n| labels[n as usize] == 0).collect();
+    let of_routed = match method {
+        PartitionMethod::Random => random::random(routed.len(), num_experts, rng),
+        PartitionMethod::Kmeans => {
+            // The gate rows of a GLU come first in w_in.
+            let mut rows = ffn.w_in().gather_rows(&routed).to_f32().into_owned();
+            rows.chunks_exact_mut(ffn.d_model()).for_each(normalise);
+            balanced_kmeans(&rows, ffn.d_model(), num_experts, rng).labels
+        }
+    };
+    for (neuron, label) in routed.into_iter().zip(of_routed) {
+        labels[neuron as usize] = label;
+    }
+    Partition::new(num_experts, labels)
+}
+
+/// Scales a vector to length 1; zero stays zero.
+fn normalise(row: &mut [f32]) {
+    let norm = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    if norm > 0.0 {
+        row.iter_mut().for_each(|x| *x = (f64::from(*x) / norm) as f32);
+    }
+}

@@ -1,0 +1,80 @@
+//! Several token sequences, one after another, without padding.
+
+use crate::error::{Error, Result};
+
+/// Packed sequences: sequence i is `token_ids[sequence_offsets[i]..sequence_offsets[i + 1]]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    token_ids: Vec<u32>,
+    sequence_offsets: Vec<u32>,
+}
+
+impl Batch {
+    /// Takes over packed sequences; `sequence_offsets` has one entry more than there are
+    /// sequences and is an exclusive prefix sum of their lengths.
+    ///
+    /// # Errors
+    /// When the offsets do not start at 0, do not end at the number of tokens, or do not grow: an
+    /// empty sequence has no embedding.
+    pub fn new(token_ids: Vec<u32>, sequence_offsets: Vec<u32>) -> Result<Self> {
+        let refuse = |expected: String, got: String| {
+            Err(Error::argument("batch", "sequence_offsets", expected, got))
+        };
+        if sequence_offsets.first() != Some(&0) {
+            return refuse("offsets that start at 0".into(), format!("{sequence_offsets:?}"));
+        }
+        if let Some(i) = sequence_offsets.windows(2).position(|pair| pair[0] >= pair[1]) {
+            let (from, to) = (sequence_offsets[i], sequence_offsets[i + 1]);
+            let got = format!("tokens {from}..{to} for sequence {i}");
+            return refuse("sequences of at least one token".into(), got);
+        }
+        let end = sequence_offsets[sequence_offsets.len() - 1];
+        if end as usize != token_ids.len() {
+            let expected = format!("offsets that end at the number of tokens, {}", token_ids.len());
+            return refuse(expected, end.to_string());
+        }
+        Ok(Self { token_ids, sequence_offsets })
+    }
+
+    /// Packs sequences one after another.
+    ///
+    /// # Errors
+    /// When a sequence is empty, or all together have 2³² tokens or more.
+    pub fn pack<S: AsRef<[u32]>>(sequences: impl IntoIterator<Item = S>) -> Result<Self> {
+        let (mut token_ids, mut sequence_offsets) = (Vec::new(), vec![0]);
+        for sequence in sequences {
+            token_ids.extend_from_slice(sequence.as_ref());
+            let end = u32::try_from(token_ids.len()).map_err(|_| {
+                Error::argument("batch", "sequences", "of fewer than 2^32 tokens", token_ids.len())
+            })?;
+            sequence_offsets.push(end);
+        }
+        Self::new(token_ids, sequence_offsets)
+    }
+
+    /// All sequences' tokens.
+    pub fn token_ids(&self) -> &[u32] {
+        &self.token_ids
+    }
+
+    /// The first token of every sequence, and the number of tokens.
+    pub fn sequence_offsets(&self) -> &[u32] {
+        &self.sequence_offsets
+    }
+
+    /// T.
+    pub fn num_tokens(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    /// Number of sequences.
+    pub fn num_sequences(&self) -> usize {
+        self.sequence_offsets.len() - 1
+    }
+
+    /// The sequences, in order.
+    pub fn sequences(&self) -> impl Iterator<Item = &[u32]> {
+        let bounds = self.sequence_offsets.windows(2);
+        bounds.map(|pair| &self.token_ids[pair[0] as usize..pair[1] as usize])
+    }
+}

@@ -1,0 +1,264 @@
+//! The command as scripts use it: exit codes, JSON, one-sentence errors, no partial output.
+#![cfg(feature = "cli")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+
+use assert_cmd::Command;
+use common::{TinyBert, VOCAB, read_tensors};
+use moefy::DType;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A folder with a tiny model `dense`, calibration text `text`, and sentence pairs `sts`.
+struct Scene(TempDir);
+
+impl Scene {
+    fn new() -> Self {
+        let scene = Self(TempDir::new().unwrap());
+        TinyBert::new(1, DType::F32).write(&scene.path("dense"));
+        let mut rng = ChaCha8Rng::seed_from_u64(2);
+        let mut sentence = || {
+            let words = rng.random_range(4..20);
+            let word = |_| VOCAB[rng.random_range(5..26)];
+            (0..words).map(word).collect::<Vec<_>>().join(" ")
+        };
+        let text: String = (0..400).map(|_| sentence() + "\n").collect();
+        let sts: String =
+            (0..20).map(|i| format!("\"{}\",\"{}\",{i}\n", sentence(), sentence())).collect();
+        fs::write(scene.path("text"), text).unwrap();
+        fs::write(scene.path("sts"), sts).unwrap();
+        scene
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn moefy(&self, arguments: &str) -> Command {
+        let mut command = Command::cargo_bin("moefy").unwrap();
+        command.current_dir(self.0.path()).args(arguments.split_whitespace());
+        command
+    }
+
+    fn json(&self, arguments: &str) -> Value {
+        let output = self.moefy(arguments).assert().success().get_output().stdout.clone();
+        serde_json::from_slice(&output).unwrap()
+    }
+
+    /// Exit code 1, nothing on standard output, and one sentence that holds all of `words`.
+    fn refuses(&self, arguments: &str, words: &[&str]) {
+        let before = self.listing();
+        let output = self.moefy(arguments).assert().code(1).get_output().clone();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(output.stdout.is_empty(), "{arguments}");
+        assert_eq!(error.lines().count(), 1, "{arguments}: {error}");
+        assert!(error.starts_with("error: "), "{error}");
+        for word in words {
+            assert!(error.contains(word), "{arguments}: no `{word}` in: {error}");
+        }
+        assert_eq!(self.listing(), before, "{arguments} left something behind");
+    }
+
+    fn listing(&self) -> BTreeSet<PathBuf> {
+        let entries = fs::read_dir(self.0.path()).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    }
+
+    /// Options in `more` override those of [`CONVERT`].
+    fn convert(&self, out: &str, more: &str) {
+        let arguments = CONVERT.replacen("OUT", out, 1);
+        self.moefy(&format!("{arguments} --calibration text {more}")).assert().success();
+    }
+}
+
+const CONVERT: &str = "convert dense OUT --experts 8 --partition kmeans --router d2dmoe \
+                       --density 0.4 --seed 0";
+
+#[test]
+fn convert_inspect_eval_retune_restore() {
+    let scene = Scene::new();
+    scene.convert("moe", "");
+
+    let inspected = scene.json("inspect moe --json");
+    let layers = inspected["moefy"]["layers"].as_array().unwrap();
+    assert_eq!(layers.len(), common::LAYERS);
+    assert_eq!(layers[0]["num_experts"], 8);
+    let densities = layers.iter().map(|l| l["statistics"]["density"].as_f64().unwrap());
+    let calibrated = densities.sum::<f64>() / layers.len() as f64;
+    assert!((calibrated - 0.4).abs() < 0.05, "calibrated to {calibrated}");
+
+    let report = scene.json("eval moe --reference dense --text text --sts sts --sweep --json");
+    for key in ["spearman", "sts_density", "density", "hidden_error", "embedding_cosine"] {
+        assert!(report[key].is_number(), "{key}: {report}");
+        assert!(report["points"].as_array().unwrap().iter().all(|point| point[key].is_number()));
+    }
+    for key in ["model", "ffn"] {
+        assert!(report["flops_saved"][key].is_number() && report["tokens_per_s"][key].is_number());
+    }
+    assert!((report["density"].as_f64().unwrap() - 0.4).abs() < 0.08, "{report}");
+    assert_eq!(report["layers"].as_array().unwrap().len(), common::LAYERS);
+    // Everything selected is the dense model; hardly anything selected is far from it.
+    let points = report["points"].as_array().unwrap();
+    let error = |tau: f64| {
+        let point =
+            points.iter().find(|p| (p["rel_threshold"].as_f64().unwrap() - tau).abs() < 1e-6);
+        point.unwrap()["hidden_error"].as_f64().unwrap()
+    };
+    assert!(error(0.0) < 1e-5, "{}", error(0.0));
+    assert!(error(0.9) > 100.0 * error(0.0), "{}", error(0.9));
+    assert!(report["zero_ffn"]["hidden_error"].as_f64().unwrap() > error(0.5));
+
+    scene.moefy("retune moe all --rel-threshold 0").assert().success();
+    let all = scene.json("eval all --text text --json");
+    assert_eq!(all["density"], 1.0);
+    assert!(all["hidden_error"].as_f64().unwrap() < 1e-5);
+    assert_eq!(read_tensors(&scene.path("all")), read_tensors(&scene.path("moe")));
+
+    scene.moefy("retune moe dense-ish --density 0.8 --calibration text").assert().success();
+    let tuned = scene.json("eval dense-ish --text text --json")["density"].as_f64().unwrap();
+    assert!((tuned - 0.8).abs() < 0.08, "{tuned}");
+
+    scene.moefy("restore moe restored").assert().success();
+    assert_eq!(read_tensors(&scene.path("restored")), read_tensors(&scene.path("dense")));
+    let config = |folder: &str| common::read_json(&scene.path(folder).join("config.json"));
+    assert_eq!(config("restored"), config("dense"));
+    for file in ["LICENSE", "README.md", "tokenizer.json", "1_Pooling/config.json"] {
+        let read = |folder: &str| fs::read(scene.path(folder).join(file)).unwrap();
+        assert_eq!(read("moe"), read("dense"), "{file}");
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bytes_for_any_number_of_threads() {
+    let scene = Scene::new();
+    scene.convert("one", "--threads 1");
+    scene.convert("three", "--threads 3");
+    scene.convert("other", "--seed 1");
+    let bytes = |folder: &str, file: &str| fs::read(scene.path(folder).join(file)).unwrap();
+    for file in ["model.safetensors", "config.json"] {
+        assert_eq!(bytes("one", file), bytes("three", file), "{file}");
+        assert_ne!(bytes("one", file), bytes("other", file), "{file}");
+    }
+}
+
+#[test]
+fn every_partition_and_scope_converts() {
+    let scene = Scene::new();
+    scene.convert("random", "--partition random --threshold-scope layer");
+    let inspected = scene.json("inspect random --json");
+    assert_eq!(inspected["moefy"]["method"]["partition"], "random");
+    assert_eq!(inspected["moefy"]["method"]["rel_threshold_scope"], "layer");
+}
+
+#[test]
+fn a_dense_model_evaluates_as_itself() {
+    let scene = Scene::new();
+    let report = scene.json("eval dense --text text --sts sts --json");
+    assert_eq!(report["density"], 1.0);
+    assert_eq!(report["hidden_error"], 0.0);
+    assert_eq!(report["spearman"], report["dense"]["spearman"]);
+    assert!(report["zero_ffn"]["hidden_error"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn embeddings_have_unit_length_and_keep_their_order() {
+    let scene = Scene::new();
+    fs::write(scene.path("three"), "the cat sat\n\nthe dog ran over the old mat\na bird\n")
+        .unwrap();
+    let rows = scene.json("embed dense --text three --json");
+    let rows = rows.as_array().unwrap();
+    assert_eq!(rows.len(), 3);
+    for row in rows {
+        let text = row["text"].as_str().unwrap();
+        let mut alone = scene.moefy("embed dense --json");
+        let alone = alone.arg(text).assert().success().get_output().stdout.clone();
+        let alone: Value = serde_json::from_slice(&alone).unwrap();
+        // Matrix products of other sizes round differently.
+        let values = |row: &Value| -> Vec<f64> {
+            row["embedding"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
+        };
+        let (alone, row) = (values(&alone[0]), values(row));
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        assert!((dot(&row, &row) - 1.0).abs() < 1e-5);
+        assert!((dot(&row, &alone) - 1.0).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn bad_input_is_one_sentence_and_leaves_nothing() {
+    let scene = Scene::new();
+    fs::write(scene.path("empty"), "\n \n").unwrap();
+    fs::write(scene.path("tiny"), "the cat\n").unwrap();
+    fs::write(scene.path("binary"), [0xff, 0xfe, 0x00]).unwrap();
+    let convert = |more: &str| format!("convert dense out --density 0.4 {more}");
+    let text = "--calibration text";
+    scene.refuses(&convert(&format!("{text} --experts 7")), &["num_experts", "48", "7"]);
+    scene.refuses(&convert(&format!("{text} --experts 0")), &["num_experts", "0"]);
+    scene.refuses(&convert(&format!("{text} --experts 8 --shared 48")), &["shared", "48"]);
+    scene.refuses(&convert("--experts 8 --calibration empty"), &["empty", "blank"]);
+    scene.refuses(&convert("--experts 8 --calibration tiny"), &["calibration", "tokens"]);
+    scene.refuses(&convert("--experts 8 --calibration binary"), &["binary", "UTF-8"]);
+    scene.refuses(&convert("--experts 8 --calibration missing"), &["missing", "No such file"]);
+    let density = "convert dense out --experts 8 --calibration text --density 1.5";
+    scene.refuses(density, &["density", "1.5"]);
+    scene.refuses("convert missing out --experts 8 --density 0.4 --calibration text", &["missing"]);
+    scene.refuses("convert text out --experts 8 --density 0.4 --calibration text", &["text"]);
+    scene.refuses("convert dense text --experts 8 --density 0.4 --calibration text", &["text"]);
+    scene.refuses("eval dense --text text --device cuda", &["--device", "cuda"]);
+    scene.refuses("eval dense --text text --max-tokens 1", &["--max-tokens"]);
+    scene.refuses("eval dense --sts text", &["row 1"]);
+    scene.refuses("restore dense out", &["dense"]);
+    scene.refuses("retune dense out --rel-threshold 0.5", &["dense"]);
+    scene.convert("moe", "");
+    scene.refuses("retune moe out --rel-threshold 1.5", &["rel_threshold", "1.5"]);
+    scene.refuses("convert moe out --experts 8 --density 0.4 --calibration text", &["converted"]);
+    scene.refuses("restore moe dense", &["dense", "exists"]);
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2() {
+    let scene = Scene::new();
+    for arguments in ["", "frobnicate", "convert dense", "eval dense", "eval dense --threads 0"] {
+        scene.moefy(arguments).assert().code(2);
+    }
+}
+
+#[test]
+fn an_old_output_survives_unless_it_is_replaced() {
+    let scene = Scene::new();
+    scene.convert("moe", "");
+    let old = read_tensors(&scene.path("moe"));
+    scene.refuses(&CONVERT.replacen("OUT", "moe --calibration text", 1), &["moe", "exists"]);
+    assert_eq!(read_tensors(&scene.path("moe")), old);
+    scene.convert("moe", "--overwrite --seed 5");
+    assert_ne!(read_tensors(&scene.path("moe")), old);
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_conversion_leaves_nothing() {
+    let scene = Scene::new();
+    let before = scene.listing();
+    // Enough text that the conversion is still under way when the signal comes.
+    let text = fs::read_to_string(scene.path("text")).unwrap().repeat(200);
+    fs::write(scene.path("text"), text).unwrap();
+    let binary = assert_cmd::cargo::cargo_bin("moefy");
+    let mut child = std::process::Command::new(binary)
+        .current_dir(scene.0.path())
+        .args(CONVERT.split_whitespace())
+        .args(["--calibration", "text", "--calibration-tokens", "1000000"])
+        .spawn()
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    let signalled =
+        std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(signalled.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert_eq!(scene.listing(), before);
+}

@@ -1,0 +1,189 @@
+//! Conversion of a whole model: a random little BERT.
+
+mod common;
+mod support;
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::{LAYERS, POSITIONS, TinyBert, VOCAB};
+use moefy::convert::{
+    CalibrationText, ConvertOptions, Progress, RouterMethod, ThresholdScope, convert_model,
+};
+use moefy::cpu::Cpu;
+use moefy::ffn::{ExpertMask, SelectionRule};
+use moefy::model::{Conversion, Encoder, Ffn, FfnRun, Folder, Output, embed, write_moefied};
+use moefy::{DType, Error, Result};
+use support::{Random, on_threads};
+
+fn options(scope: ThresholdScope) -> ConvertOptions {
+    ConvertOptions {
+        num_experts: 8,
+        density: 0.4,
+        router: RouterMethod::D2dMoe { hidden: 16, epochs: 2 },
+        rel_threshold_scope: scope,
+        ..ConvertOptions::default()
+    }
+}
+
+fn open(model: &TinyBert) -> Folder {
+    let dir = tempfile::tempdir().unwrap();
+    model.write(dir.path());
+    // The files stay mapped when their folder is gone.
+    Folder::open(dir.path()).unwrap()
+}
+
+fn sequences(num_sequences: usize) -> Vec<Vec<u32>> {
+    let mut random = Random::new(3);
+    let sequence = |_| {
+        let length = 1 + random.below(POSITIONS);
+        (0..length).map(|_| random.below(VOCAB.len()) as u32).collect()
+    };
+    (0..num_sequences).map(sequence).collect()
+}
+
+fn convert(
+    folder: &Folder,
+    sequences: &[Vec<u32>],
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+    interrupted: &AtomicBool,
+) -> Result<Conversion> {
+    let text = CalibrationText { name: "text.txt", sequences };
+    convert_model(Encoder::load(Cpu, folder)?, folder, text, options, progress, interrupted)
+}
+
+#[test]
+fn the_converted_model_executes_the_density_that_it_was_given() {
+    let folder = open(&TinyBert::new(0, DType::F32));
+    let sequences = sequences(120);
+    let num_tokens: usize = sequences.iter().map(Vec::len).sum();
+    for scope in ThresholdScope::ALL {
+        let options = options(scope);
+        let conversion =
+            convert(&folder, &sequences, &options, &(), &AtomicBool::new(false)).unwrap();
+        assert_eq!(conversion.method.calibration.as_ref().unwrap().num_tokens, num_tokens);
+        assert_eq!(conversion.method.rel_threshold_scope, scope.name());
+
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("dense");
+        TinyBert::new(0, DType::F32).write(&source);
+        let path = dir.path().join("moe");
+        let output = Output { path: &path, overwrite: false, interrupted: &AtomicBool::new(false) };
+        write_moefied(&Folder::open(&source).unwrap(), &conversion, output).unwrap();
+        let converted = Folder::open(&path).unwrap();
+        let encoder = Encoder::load(Cpu, &converted).unwrap();
+        let mut pairs = [0; LAYERS];
+        let mut observe = |layer: usize, mask: &ExpertMask| pairs[layer] += mask.num_pairs();
+        embed(&encoder, &sequences, FfnRun::Stored, Some(&mut observe)).unwrap();
+
+        let executed: Vec<f64> =
+            pairs.iter().map(|&pairs| pairs as f64 / (num_tokens * 8) as f64).collect();
+        for (converted, executed) in conversion.layers.iter().zip(&executed) {
+            let statistics = converted.statistics.as_ref().unwrap();
+            // The sample is the whole of this short text.
+            assert_eq!(statistics.num_tokens, num_tokens);
+            assert!((statistics.density - executed).abs() < 1e-3, "{statistics:?} {executed}");
+            if scope == ThresholdScope::Layer {
+                assert!((executed - 0.4).abs() < 2e-3, "{executed}");
+            }
+        }
+        let mean = executed.iter().sum::<f64>() / LAYERS as f64;
+        assert!((mean - 0.4).abs() < 2e-3, "{mean}");
+        let threshold = |layer: usize| conversion.layers[layer].selection.rule;
+        assert_eq!(threshold(0) == threshold(1), scope == ThresholdScope::Global);
+        assert!(matches!(threshold(0), SelectionRule::DynamicK { .. }));
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    let folder = open(&TinyBert::new(1, DType::F32));
+    let sequences = sequences(60);
+    let run = |threads| {
+        let never = AtomicBool::new(false);
+        let options = options(ThresholdScope::Global);
+        on_threads(threads, || convert(&folder, &sequences, &options, &(), &never).unwrap())
+    };
+    let one = run(1);
+    assert_eq!(one, run(2));
+    assert_eq!(one, run(5));
+}
+
+/// Hears everything, and raises the flag after some steps.
+struct Impatient<'a> {
+    steps: Mutex<Vec<(String, usize, usize)>>,
+    patience: usize,
+    interrupted: &'a AtomicBool,
+}
+
+impl Progress for Impatient<'_> {
+    fn step(&self, what: &str, done: usize, total: usize) {
+        let mut steps = self.steps.lock().unwrap();
+        steps.push((what.into(), done, total));
+        self.interrupted.store(steps.len() >= self.patience, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn every_part_is_heard_of_and_can_be_the_last() {
+    let folder = open(&TinyBert::new(2, DType::F32));
+    let sequences = sequences(40);
+    let mut patience = usize::MAX;
+    loop {
+        let interrupted = AtomicBool::new(false);
+        let listener = Impatient { steps: Mutex::default(), patience, interrupted: &interrupted };
+        let options = options(ThresholdScope::Global);
+        let result = convert(&folder, &sequences, &options, &listener, &interrupted);
+        let steps = listener.steps.into_inner().unwrap();
+        if patience == usize::MAX {
+            result.unwrap();
+            assert!(steps.iter().all(|(_, done, total)| done <= total), "{steps:?}");
+            for what in ["layer 1 of 2: attention", "layer 2 of 2: router", "threshold"] {
+                assert!(steps.iter().any(|(heard, ..)| heard == what), "{what}: {steps:?}");
+            }
+            patience = steps.len() - 1;
+        } else {
+            assert!(matches!(result, Err(Error::Interrupted)), "{patience}");
+            assert_eq!(steps.len(), patience);
+            patience -= 1;
+        }
+        if patience == 0 {
+            break;
+        }
+    }
+}
+
+#[test]
+fn what_cannot_work_is_refused() {
+    let folder = open(&TinyBert::new(0, DType::F32));
+    let never = AtomicBool::new(false);
+    let good = options(ThresholdScope::Global);
+    let refusal = |folder: &Folder, sequences: &[Vec<u32>], options: &ConvertOptions| {
+        convert(folder, sequences, options, &(), &never).unwrap_err().to_string()
+    };
+    let nothing = refusal(&folder, &[], &good);
+    assert!(nothing.contains("at least 320 tokens, got 0"), "{nothing}");
+    let short = refusal(&folder, &vec![vec![1; 10]; 31], &good);
+    assert!(short.contains("at least 320 tokens, got 310"), "{short}");
+    let unknown = refusal(&folder, &vec![vec![99; 10]; 40], &good);
+    assert!(unknown.contains("vocab_size"), "{unknown}");
+    let uneven =
+        refusal(&folder, &sequences(40), &ConvertOptions { num_experts: 7, ..good.clone() });
+    assert!(uneven.contains("num_experts must be a divisor of the 48"), "{uneven}");
+    let few = ConvertOptions { calibration_tokens: 100, ..good.clone() };
+    let few = refusal(&folder, &sequences(40), &few);
+    assert!(few.contains("at least 320 tokens"), "{few}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let (source, path) = (dir.path().join("dense"), dir.path().join("moe"));
+    TinyBert::new(0, DType::F32).write(&source);
+    let source = Folder::open(&source).unwrap();
+    let conversion = convert(&source, &sequences(40), &good, &(), &never).unwrap();
+    let output = Output { path: &path, overwrite: false, interrupted: &never };
+    write_moefied(&source, &conversion, output).unwrap();
+    let converted = Folder::open(&path).unwrap();
+    assert!(matches!(converted.ffn(0), Ok(Ffn::Moe(_))));
+    let again = refusal(&converted, &sequences(40), &good);
+    assert!(again.contains("is converted already"), "{again}");
+}
