@@ -41,8 +41,8 @@ __device__ __forceinline__ Group find_group(const moefy_experts_params& p, uint3
 __device__ __forceinline__ RowRange rows_of(const moefy_experts_params& p, const Group& group)
 {
   if (group.expert == kNoExpert) return {0, group.width == 0 ? 0 : valid_tokens(p)};
-  const uint32_t begin = p.expert_offsets[group.expert];
-  return {begin, p.expert_offsets[group.expert + 1] - begin};
+  const uint32_t begin = min(p.expert_offsets[group.expert], p.max_pairs);
+  return {begin, min(p.expert_offsets[group.expert + 1], p.max_pairs) - begin};
 }
 
 __device__ __forceinline__ uint32_t token_of(const moefy_experts_params& p, const Group& group, uint32_t row)
