@@ -14,6 +14,13 @@ extern "C" __global__ void moefy_abi_probe(const __grid_constant__ moefy_abi_pro
       LAYOUT(moefy_router_select_params, num_experts),
       LAYOUT(moefy_router_layer_params, reserved),
       LAYOUT(moefy_route_index_params, reserved),
+      LAYOUT(moefy_neurons, reserved),
+      LAYOUT(moefy_experts_params, num_arrivals),
+      LAYOUT(moefy_gates_params, reserved),
+      LAYOUT(moefy_activate_params, reserved),
+      LAYOUT(moefy_clear_invalid_params, num_tokens),
+      LAYOUT(moefy_split_valid_params, num_chunks),
+      LAYOUT(moefy_statistics_params, num_experts),
   };
   constexpr uint64_t kWords = sizeof(kLayout) / sizeof(kLayout[0]);
 #pragma unroll

@@ -1,6 +1,5 @@
-// What the dense path needs around its two library products.
+// What the dense path needs between its two library products.
 #include "experts.cuh"
-#include "memory.cuh"
 
 namespace moefy {
 namespace {
@@ -26,15 +25,6 @@ template <class T> __device__ __forceinline__ void activate_hidden(const moefy_a
   }
 }
 
-__device__ __forceinline__ void clear_invalid(const moefy_clear_invalid_params& p)
-{
-  const uint64_t chunks = p.row_bytes / kChunkBytes;
-  const uint64_t first = *p.num_valid_tokens * chunks;
-  const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
-  uint64_t i = first + static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (; i < p.num_tokens * chunks; i += step) static_cast<uint4*>(p.y)[i] = uint4{};
-}
-
 }  // namespace
 }  // namespace moefy
 
@@ -48,9 +38,3 @@ __device__ __forceinline__ void clear_invalid(const moefy_clear_invalid_params& 
 MOEFY_DENSE_ACTIVATE(f32, float)
 MOEFY_DENSE_ACTIVATE(f16, __half)
 MOEFY_DENSE_ACTIVATE(bf16, __nv_bfloat16)
-
-extern "C" __global__ void __launch_bounds__(256)
-  moefy_dense_clear_invalid(const __grid_constant__ moefy_clear_invalid_params p)
-{
-  moefy::clear_invalid(p);
-}

@@ -266,3 +266,265 @@ const _: () = {
     ["Offset of field: moefy_route_index_params::reserved"]
         [::std::mem::offset_of!(moefy_route_index_params, reserved) - 100usize];
 };
+impl moefy_activation {
+    pub const MOEFY_RELU: moefy_activation = moefy_activation(0);
+    pub const MOEFY_GELU: moefy_activation = moefy_activation(1);
+    pub const MOEFY_GELU_TANH: moefy_activation = moefy_activation(2);
+    pub const MOEFY_SILU: moefy_activation = moefy_activation(3);
+    pub const MOEFY_IDENTITY: moefy_activation = moefy_activation(4);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_activation(pub u32);
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_neurons {
+    pub w_in: u64,
+    pub w_out: u64,
+    pub b_in: u64,
+    pub b_out: u64,
+    pub mean: u64,
+    pub d_model: u64,
+    pub d_ff: u32,
+    pub num_experts: u32,
+    pub expert_width: u32,
+    pub shared: u32,
+    pub rank: u32,
+    pub glu: u32,
+    pub activation: moefy_activation,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_neurons"][::std::mem::size_of::<moefy_neurons>() - 80usize];
+    ["Alignment of moefy_neurons"][::std::mem::align_of::<moefy_neurons>() - 8usize];
+    ["Offset of field: moefy_neurons::w_in"][::std::mem::offset_of!(moefy_neurons, w_in) - 0usize];
+    ["Offset of field: moefy_neurons::w_out"]
+        [::std::mem::offset_of!(moefy_neurons, w_out) - 8usize];
+    ["Offset of field: moefy_neurons::b_in"][::std::mem::offset_of!(moefy_neurons, b_in) - 16usize];
+    ["Offset of field: moefy_neurons::b_out"]
+        [::std::mem::offset_of!(moefy_neurons, b_out) - 24usize];
+    ["Offset of field: moefy_neurons::mean"][::std::mem::offset_of!(moefy_neurons, mean) - 32usize];
+    ["Offset of field: moefy_neurons::d_model"]
+        [::std::mem::offset_of!(moefy_neurons, d_model) - 40usize];
+    ["Offset of field: moefy_neurons::d_ff"][::std::mem::offset_of!(moefy_neurons, d_ff) - 48usize];
+    ["Offset of field: moefy_neurons::num_experts"]
+        [::std::mem::offset_of!(moefy_neurons, num_experts) - 52usize];
+    ["Offset of field: moefy_neurons::expert_width"]
+        [::std::mem::offset_of!(moefy_neurons, expert_width) - 56usize];
+    ["Offset of field: moefy_neurons::shared"]
+        [::std::mem::offset_of!(moefy_neurons, shared) - 60usize];
+    ["Offset of field: moefy_neurons::rank"][::std::mem::offset_of!(moefy_neurons, rank) - 64usize];
+    ["Offset of field: moefy_neurons::glu"][::std::mem::offset_of!(moefy_neurons, glu) - 68usize];
+    ["Offset of field: moefy_neurons::activation"]
+        [::std::mem::offset_of!(moefy_neurons, activation) - 72usize];
+    ["Offset of field: moefy_neurons::reserved"]
+        [::std::mem::offset_of!(moefy_neurons, reserved) - 76usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_experts_params {
+    pub neurons: moefy_neurons,
+    pub x: u64,
+    pub y: u64,
+    pub mask: u64,
+    pub gates: u64,
+    pub num_valid_tokens: u64,
+    pub union_ids: u64,
+    pub num_union: u64,
+    pub expert_offsets: u64,
+    pub token_ids: u64,
+    pub hidden: u64,
+    pub hidden_stride: u64,
+    pub hidden_shared: u64,
+    pub hidden_linear: u64,
+    pub neuron_ids: u64,
+    pub partials: u64,
+    pub arrivals: u64,
+    pub num_tokens: u32,
+    pub max_pairs: u32,
+    pub num_splits: u32,
+    pub num_arrivals: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 224usize];
+    ["Alignment of moefy_experts_params"][::std::mem::align_of::<moefy_experts_params>() - 8usize];
+    ["Offset of field: moefy_experts_params::neurons"]
+        [::std::mem::offset_of!(moefy_experts_params, neurons) - 0usize];
+    ["Offset of field: moefy_experts_params::x"]
+        [::std::mem::offset_of!(moefy_experts_params, x) - 80usize];
+    ["Offset of field: moefy_experts_params::y"]
+        [::std::mem::offset_of!(moefy_experts_params, y) - 88usize];
+    ["Offset of field: moefy_experts_params::mask"]
+        [::std::mem::offset_of!(moefy_experts_params, mask) - 96usize];
+    ["Offset of field: moefy_experts_params::gates"]
+        [::std::mem::offset_of!(moefy_experts_params, gates) - 104usize];
+    ["Offset of field: moefy_experts_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_experts_params, num_valid_tokens) - 112usize];
+    ["Offset of field: moefy_experts_params::union_ids"]
+        [::std::mem::offset_of!(moefy_experts_params, union_ids) - 120usize];
+    ["Offset of field: moefy_experts_params::num_union"]
+        [::std::mem::offset_of!(moefy_experts_params, num_union) - 128usize];
+    ["Offset of field: moefy_experts_params::expert_offsets"]
+        [::std::mem::offset_of!(moefy_experts_params, expert_offsets) - 136usize];
+    ["Offset of field: moefy_experts_params::token_ids"]
+        [::std::mem::offset_of!(moefy_experts_params, token_ids) - 144usize];
+    ["Offset of field: moefy_experts_params::hidden"]
+        [::std::mem::offset_of!(moefy_experts_params, hidden) - 152usize];
+    ["Offset of field: moefy_experts_params::hidden_stride"]
+        [::std::mem::offset_of!(moefy_experts_params, hidden_stride) - 160usize];
+    ["Offset of field: moefy_experts_params::hidden_shared"]
+        [::std::mem::offset_of!(moefy_experts_params, hidden_shared) - 168usize];
+    ["Offset of field: moefy_experts_params::hidden_linear"]
+        [::std::mem::offset_of!(moefy_experts_params, hidden_linear) - 176usize];
+    ["Offset of field: moefy_experts_params::neuron_ids"]
+        [::std::mem::offset_of!(moefy_experts_params, neuron_ids) - 184usize];
+    ["Offset of field: moefy_experts_params::partials"]
+        [::std::mem::offset_of!(moefy_experts_params, partials) - 192usize];
+    ["Offset of field: moefy_experts_params::arrivals"]
+        [::std::mem::offset_of!(moefy_experts_params, arrivals) - 200usize];
+    ["Offset of field: moefy_experts_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 208usize];
+    ["Offset of field: moefy_experts_params::max_pairs"]
+        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 212usize];
+    ["Offset of field: moefy_experts_params::num_splits"]
+        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 216usize];
+    ["Offset of field: moefy_experts_params::num_arrivals"]
+        [::std::mem::offset_of!(moefy_experts_params, num_arrivals) - 220usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_gates_params {
+    pub scores: u64,
+    pub mask: u64,
+    pub gates: u64,
+    pub num_tokens: u32,
+    pub num_experts: u32,
+    pub renormalise: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_gates_params"][::std::mem::size_of::<moefy_gates_params>() - 40usize];
+    ["Alignment of moefy_gates_params"][::std::mem::align_of::<moefy_gates_params>() - 8usize];
+    ["Offset of field: moefy_gates_params::scores"]
+        [::std::mem::offset_of!(moefy_gates_params, scores) - 0usize];
+    ["Offset of field: moefy_gates_params::mask"]
+        [::std::mem::offset_of!(moefy_gates_params, mask) - 8usize];
+    ["Offset of field: moefy_gates_params::gates"]
+        [::std::mem::offset_of!(moefy_gates_params, gates) - 16usize];
+    ["Offset of field: moefy_gates_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_gates_params, num_tokens) - 24usize];
+    ["Offset of field: moefy_gates_params::num_experts"]
+        [::std::mem::offset_of!(moefy_gates_params, num_experts) - 28usize];
+    ["Offset of field: moefy_gates_params::renormalise"]
+        [::std::mem::offset_of!(moefy_gates_params, renormalise) - 32usize];
+    ["Offset of field: moefy_gates_params::reserved"]
+        [::std::mem::offset_of!(moefy_gates_params, reserved) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_activate_params {
+    pub neurons: moefy_neurons,
+    pub pre: u64,
+    pub hidden: u64,
+    pub mask: u64,
+    pub gates: u64,
+    pub num_tokens: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_activate_params"][::std::mem::size_of::<moefy_activate_params>() - 120usize];
+    ["Alignment of moefy_activate_params"]
+        [::std::mem::align_of::<moefy_activate_params>() - 8usize];
+    ["Offset of field: moefy_activate_params::neurons"]
+        [::std::mem::offset_of!(moefy_activate_params, neurons) - 0usize];
+    ["Offset of field: moefy_activate_params::pre"]
+        [::std::mem::offset_of!(moefy_activate_params, pre) - 80usize];
+    ["Offset of field: moefy_activate_params::hidden"]
+        [::std::mem::offset_of!(moefy_activate_params, hidden) - 88usize];
+    ["Offset of field: moefy_activate_params::mask"]
+        [::std::mem::offset_of!(moefy_activate_params, mask) - 96usize];
+    ["Offset of field: moefy_activate_params::gates"]
+        [::std::mem::offset_of!(moefy_activate_params, gates) - 104usize];
+    ["Offset of field: moefy_activate_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_activate_params, num_tokens) - 112usize];
+    ["Offset of field: moefy_activate_params::reserved"]
+        [::std::mem::offset_of!(moefy_activate_params, reserved) - 116usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_clear_invalid_params {
+    pub y: u64,
+    pub num_valid_tokens: u64,
+    pub row_bytes: u64,
+    pub num_tokens: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_clear_invalid_params"]
+        [::std::mem::size_of::<moefy_clear_invalid_params>() - 32usize];
+    ["Alignment of moefy_clear_invalid_params"]
+        [::std::mem::align_of::<moefy_clear_invalid_params>() - 8usize];
+    ["Offset of field: moefy_clear_invalid_params::y"]
+        [::std::mem::offset_of!(moefy_clear_invalid_params, y) - 0usize];
+    ["Offset of field: moefy_clear_invalid_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_clear_invalid_params, num_valid_tokens) - 8usize];
+    ["Offset of field: moefy_clear_invalid_params::row_bytes"]
+        [::std::mem::offset_of!(moefy_clear_invalid_params, row_bytes) - 16usize];
+    ["Offset of field: moefy_clear_invalid_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_clear_invalid_params, num_tokens) - 24usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_split_valid_params {
+    pub num_valid_tokens: u64,
+    pub of_chunk: u64,
+    pub chunk_tokens: u32,
+    pub num_chunks: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_split_valid_params"]
+        [::std::mem::size_of::<moefy_split_valid_params>() - 24usize];
+    ["Alignment of moefy_split_valid_params"]
+        [::std::mem::align_of::<moefy_split_valid_params>() - 8usize];
+    ["Offset of field: moefy_split_valid_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_split_valid_params, num_valid_tokens) - 0usize];
+    ["Offset of field: moefy_split_valid_params::of_chunk"]
+        [::std::mem::offset_of!(moefy_split_valid_params, of_chunk) - 8usize];
+    ["Offset of field: moefy_split_valid_params::chunk_tokens"]
+        [::std::mem::offset_of!(moefy_split_valid_params, chunk_tokens) - 16usize];
+    ["Offset of field: moefy_split_valid_params::num_chunks"]
+        [::std::mem::offset_of!(moefy_split_valid_params, num_chunks) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_statistics_params {
+    pub mask: u64,
+    pub num_valid_tokens: u64,
+    pub k_histogram: u64,
+    pub expert_counts: u64,
+    pub num_tokens: u32,
+    pub num_experts: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_statistics_params"][::std::mem::size_of::<moefy_statistics_params>() - 40usize];
+    ["Alignment of moefy_statistics_params"]
+        [::std::mem::align_of::<moefy_statistics_params>() - 8usize];
+    ["Offset of field: moefy_statistics_params::mask"]
+        [::std::mem::offset_of!(moefy_statistics_params, mask) - 0usize];
+    ["Offset of field: moefy_statistics_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_statistics_params, num_valid_tokens) - 8usize];
+    ["Offset of field: moefy_statistics_params::k_histogram"]
+        [::std::mem::offset_of!(moefy_statistics_params, k_histogram) - 16usize];
+    ["Offset of field: moefy_statistics_params::expert_counts"]
+        [::std::mem::offset_of!(moefy_statistics_params, expert_counts) - 24usize];
+    ["Offset of field: moefy_statistics_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_statistics_params, num_tokens) - 32usize];
+    ["Offset of field: moefy_statistics_params::num_experts"]
+        [::std::mem::offset_of!(moefy_statistics_params, num_experts) - 36usize];
+};

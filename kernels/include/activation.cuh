@@ -1,17 +1,9 @@
-// The number formats of weights and activations, and the activations phi.
+// The activations phi, and rounding to an element.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
-
-#include "moefy_abi.h"
+#include "element.cuh"
 
 namespace moefy {
-
-__device__ __forceinline__ float to_float(float v) { return v; }
-__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 /// Rounds to nearest even.
 template <class T> __device__ __forceinline__ T from_float(float v);

@@ -23,12 +23,11 @@ __device__ __forceinline__ uint32_t input_row(const moefy_neurons& n, uint32_t n
 /// Row of w_in of a GLU's neuron: the up row, or for a linear neuron its only one.
 __device__ __forceinline__ uint32_t up_row(const moefy_neurons& n, uint32_t neuron) { return neuron + n.d_ff; }
 
-/// Tokens of this batch that are not padding.
-__device__ __forceinline__ uint32_t valid_tokens(const moefy_experts_params& p)
+/// Tokens that are not padding.
+template <class Params>
+__device__ __forceinline__ uint32_t valid_tokens(const Params& p)
 {
-  if (p.num_valid_tokens == nullptr) return p.num_tokens;
-  const uint32_t valid = *p.num_valid_tokens;
-  return valid <= p.first_token ? 0 : min(valid - p.first_token, p.num_tokens);
+  return p.num_valid_tokens == nullptr ? p.num_tokens : min(*p.num_valid_tokens, p.num_tokens);
 }
 
 __device__ __forceinline__ bool selects(const uint32_t* mask, uint32_t num_experts, uint32_t token, uint32_t expert)

@@ -132,4 +132,109 @@ typedef struct moefy_route_index_params {
   uint32_t reserved;
 } moefy_route_index_params;
 
+typedef enum moefy_activation {
+  MOEFY_RELU = 0,
+  MOEFY_GELU = 1,
+  MOEFY_GELU_TANH = 2,
+  MOEFY_SILU = 3,
+  MOEFY_IDENTITY = 4
+} moefy_activation;
+
+/* The neurons of one layer in expert order: num_experts * expert_width routed ones, then `shared` ones that every
+ * token runs (together d_ff), then `rank` linear ones, which stand for a compensation U (V x): their input rows come
+ * after all others in w_in, their output rows after all others in w_out. */
+typedef struct moefy_neurons {
+  MOEFY_PTR(const void) w_in;   /* [G * d_ff + rank, d_model], G = 2 for a GLU: gate rows, then up rows */
+  MOEFY_PTR(const void) w_out;  /* [d_ff + rank, d_model] */
+  MOEFY_PTR(const float) b_in;  /* [G * d_ff] or null */
+  MOEFY_PTR(const float) b_out; /* [d_model] or null: b2 with the constants of a compensation */
+  MOEFY_PTR(const float) mean;  /* [d_ff] or null: subtracted from every activation */
+  uint64_t d_model;             /* a multiple of 8 */
+  uint32_t d_ff;
+  uint32_t num_experts;
+  uint32_t expert_width;
+  uint32_t shared;
+  uint32_t rank;
+  uint32_t glu; /* 0 or 1 */
+  moefy_activation activation;
+  uint32_t reserved;
+} moefy_neurons;
+
+/* y[t] = b2 + shared(x[t]) + sum over the selected experts e of gate[t, e] * expert_e(x[t]). */
+typedef struct moefy_experts_params {
+  moefy_neurons neurons;
+  MOEFY_PTR(const void) x;                    /* [num_tokens, d_model] */
+  MOEFY_PTR(void) y;                          /* [num_tokens, d_model] */
+  MOEFY_PTR(const uint32_t) mask;             /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(const float) gates;               /* [num_tokens, num_experts] or null: all 1 */
+  MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
+  MOEFY_PTR(const uint32_t) union_ids;        /* few tokens: the experts that any of them runs, ascending */
+  MOEFY_PTR(const uint32_t) num_union;        /* few tokens: [1] */
+  MOEFY_PTR(const uint32_t) expert_offsets;   /* many tokens: [num_experts + 1] */
+  MOEFY_PTR(const uint32_t) token_ids;        /* many tokens: of each expert, ascending */
+  /* Few tokens: [padded tokens, hidden_stride], one column for each executed neuron.
+   * Many tokens: one row for each (expert, token) pair, expert by expert, of padded width hidden_stride; at
+   * hidden_shared the rows of all tokens for the shared neurons, at hidden_linear those for the linear ones, each as
+   * wide as its neurons, rounded up to 8. */
+  MOEFY_PTR(void) hidden;
+  uint64_t hidden_stride;
+  uint64_t hidden_shared;
+  uint64_t hidden_linear;
+  MOEFY_PTR(uint32_t) neuron_ids; /* few tokens: of each column of `hidden` */
+  MOEFY_PTR(float) partials;      /* few tokens: [column stripes, token tiles, num_splits, tile] */
+  MOEFY_PTR(uint32_t) arrivals;   /* few tokens: [column stripes, token tiles] */
+  uint32_t num_tokens;
+  uint32_t max_pairs;  /* many tokens: entries of token_ids */
+  uint32_t num_splits; /* few tokens: blocks that share a column stripe */
+  uint32_t num_arrivals;
+} moefy_experts_params;
+
+/* Scores -> gates of moefy_experts_params. */
+typedef struct moefy_gates_params {
+  MOEFY_PTR(const float) scores;  /* [num_tokens, num_experts] */
+  MOEFY_PTR(const uint32_t) mask; /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(float) gates;         /* [num_tokens, num_experts] */
+  uint32_t num_tokens;
+  uint32_t num_experts;
+  uint32_t renormalise; /* divide by the sum over the selected experts instead of all */
+  uint32_t reserved;
+} moefy_gates_params;
+
+/* Dense products: pre-activations -> h. */
+typedef struct moefy_activate_params {
+  moefy_neurons neurons;
+  MOEFY_PTR(const void) pre;      /* [num_tokens, G * d_ff + rank] */
+  MOEFY_PTR(void) hidden;         /* [num_tokens, d_ff + rank] */
+  MOEFY_PTR(const uint32_t) mask; /* [num_tokens, ceil(num_experts/32)] or null: all experts */
+  MOEFY_PTR(const float) gates;   /* [num_tokens, num_experts] or null: all 1 */
+  uint32_t num_tokens;
+  uint32_t reserved;
+} moefy_activate_params;
+
+/* Writes zeros to the rows of y at and beyond num_valid_tokens. */
+typedef struct moefy_clear_invalid_params {
+  MOEFY_PTR(void) y; /* [num_tokens, row_bytes] */
+  MOEFY_PTR(const uint32_t) num_valid_tokens;
+  uint64_t row_bytes; /* a multiple of 16 */
+  uint64_t num_tokens;
+} moefy_clear_invalid_params;
+
+/* How many of num_valid_tokens each chunk of a batch gets. */
+typedef struct moefy_split_valid_params {
+  MOEFY_PTR(const uint32_t) num_valid_tokens;
+  MOEFY_PTR(uint32_t) of_chunk; /* [num_chunks] */
+  uint32_t chunk_tokens;
+  uint32_t num_chunks;
+} moefy_split_valid_params;
+
+/* Adds up what selection did. */
+typedef struct moefy_statistics_params {
+  MOEFY_PTR(const uint32_t) mask;             /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
+  MOEFY_PTR(uint64_t) k_histogram;            /* [num_experts + 1] */
+  MOEFY_PTR(uint64_t) expert_counts;          /* [num_experts] */
+  uint32_t num_tokens;
+  uint32_t num_experts;
+} moefy_statistics_params;
+
 #endif

@@ -33,6 +33,13 @@ pub fn host_abi() -> Vec<u32> {
         moefy_router_select_params.num_experts,
         moefy_router_layer_params.reserved,
         moefy_route_index_params.reserved,
+        moefy_neurons.reserved,
+        moefy_experts_params.num_arrivals,
+        moefy_gates_params.reserved,
+        moefy_activate_params.reserved,
+        moefy_clear_invalid_params.num_tokens,
+        moefy_split_valid_params.num_chunks,
+        moefy_statistics_params.num_experts,
     ]
 }
 

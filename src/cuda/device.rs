@@ -2,7 +2,9 @@
 
 use super::driver::Context;
 use super::kernels::{Modules, build_info};
-use super::{abi_probe, route_index, router_select, select};
+use super::{
+    abi_probe, dense, experts, gates, padding, route_index, router_select, select, statistics,
+};
 use crate::error::Result;
 
 /// What a device says of itself.
@@ -30,9 +32,14 @@ pub struct Properties {
 pub struct Device {
     pub(super) context: Context,
     pub(super) abi_probe: abi_probe::Kernels,
+    pub(super) dense: dense::Kernels,
+    pub(super) experts: experts::Kernels,
+    pub(super) gates: gates::Kernels,
+    pub(super) padding: padding::Kernels,
     pub(super) route_index: route_index::Kernels,
     pub(super) router_select: router_select::Kernels,
     pub(super) select: select::Kernels,
+    pub(super) statistics: statistics::Kernels,
     properties: Properties,
 }
 
@@ -49,9 +56,14 @@ impl Device {
         let modules = Modules::load(&context, &properties)?;
         Ok(Self {
             abi_probe: abi_probe::Kernels::load(&modules)?,
+            dense: dense::Kernels::load(&modules)?,
+            experts: experts::Kernels::load(&modules, properties.max_shared_bytes)?,
+            gates: gates::Kernels::load(&modules)?,
+            padding: padding::Kernels::load(&modules)?,
             route_index: route_index::Kernels::load(&modules)?,
             router_select: router_select::Kernels::load(&modules)?,
             select: select::Kernels::load(&modules)?,
+            statistics: statistics::Kernels::load(&modules)?,
             context,
             properties,
         })

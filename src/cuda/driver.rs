@@ -93,6 +93,23 @@ impl Context {
             .map_err(cannot(format!("allocate {bytes} bytes on the device")))
     }
 
+    /// Waits for everything on the device.
+    pub(super) fn synchronize(&self) -> Result<()> {
+        self.0.synchronize().map_err(cannot("wait for the device"))
+    }
+
+    /// Copies to the host beside whatever other streams do: waits for the copy alone.
+    ///
+    /// # Safety
+    /// `address` must lead to as many readable bytes.
+    pub(super) unsafe fn copy_to_host_beside(&self, bytes: &mut [u8], address: u64) -> Result<()> {
+        let doing = "copy from the device";
+        let stream = self.0.new_stream().map_err(cannot(doing))?;
+        unsafe { result::memcpy_dtoh_async(bytes, address, stream.cu_stream()) }
+            .map_err(cannot(doing))?;
+        stream.synchronize().map_err(cannot(doing))
+    }
+
     /// # Safety
     /// `address` must come from [`Self::allocate`], and nothing may use it any more.
     pub(super) unsafe fn free(&self, address: u64) {

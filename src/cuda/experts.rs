@@ -86,8 +86,6 @@ pub struct ExpertsInputs {
     pub gates: Option<View>,
     /// u32 \[1, 1\]: rows of y at and beyond it become zeros, and it must have bounded the lists too.
     pub num_valid_tokens: Option<View>,
-    /// How many tokens of the batch come before these, as `num_valid_tokens` counts.
-    pub first_token: usize,
     /// Which tokens run which experts.
     pub lists: ExpertLists,
 }
@@ -221,7 +219,6 @@ pub unsafe fn experts(
         })?,
         num_valid_tokens: check.optional_words("num_valid_tokens", inputs.num_valid_tokens, 1)?,
         num_tokens: check.size("num_tokens", num_tokens)?,
-        first_token: check.size("first_token", inputs.first_token)?,
         ..without_addresses(abi)
     };
     match inputs.lists {

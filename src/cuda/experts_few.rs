@@ -74,8 +74,11 @@ impl Shape {
         let tokens = token_tiles.checked_mul(tile_tokens)?;
         let hidden = layout.place(tokens.checked_mul(hidden_stride)?, dtype.bytes())?;
         let neuron_ids = layout.place(hidden_stride, 4)?;
-        let outputs = stripes.checked_mul(TILE * vector)?.checked_mul(tokens)?;
-        let partials = layout.place(outputs.checked_mul(splits)?, 4)?;
+        // A bound on stripes * token_tiles * splits that grows with the tokens, so that a workspace for
+        // many is enough for fewer.
+        let blocks = stripes.checked_mul(token_tiles)?.checked_add(2 * multiprocessors)?;
+        let outputs = tile_tokens * TILE * vector;
+        let partials = layout.place(blocks.checked_mul(outputs)?, 4)?;
         let arrivals = layout.place(stripes.checked_mul(token_tiles)?, 4)?;
         Some(Self {
             size,

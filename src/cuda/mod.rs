@@ -18,23 +18,45 @@ mod driver;
 
 mod abi_probe;
 mod buffer;
+#[cfg(feature = "cuda")]
+mod cublaslt;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_cublaslt.rs"]
+mod cublaslt;
+mod dense;
 mod device;
+mod experts;
+mod experts_few;
+mod experts_many;
+mod gates;
 #[cfg(feature = "cuda")]
 pub mod interop;
 mod kernels;
+mod moe_ffn;
+mod neurons;
+mod padding;
+mod plan;
 mod route_index;
 mod router_select;
 mod select;
+mod statistics;
 mod view;
+mod workspace;
 
 pub use abi_probe::{abi_probe, host_abi};
 pub use buffer::Buffer;
 pub use device::{Device, Properties};
 pub use driver::RawStream;
+pub use experts::{ExpertLists, ExpertsInputs, experts, experts_workspace_bytes};
+pub use gates::gates;
 pub use kernels::{BuildInfo, build_info};
+pub use moe_ffn::MoeFfn;
+pub use neurons::Neurons;
+pub use plan::{Fallback, FfnInputs, FfnPlan, Path, PlanOptions};
 pub use route_index::{RouteIndexOutputs, route_index, route_index_workspace_bytes};
 pub use router_select::{
     DeviceRouter, RouterSelectOutputs, RouterView, router_select, router_select_workspace_bytes,
 };
 pub use select::{SelectOutputs, select, select_workspace_bytes};
+pub use statistics::RoutingCounts;
 pub use view::{Format, View, Workspace};

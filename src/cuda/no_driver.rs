@@ -41,6 +41,14 @@ impl Context {
         match self.0 {}
     }
 
+    pub(super) fn synchronize(&self) -> Result<()> {
+        match self.0 {}
+    }
+
+    pub(super) unsafe fn copy_to_host_beside(&self, _: &mut [u8], _: u64) -> Result<()> {
+        match self.0 {}
+    }
+
     pub(super) unsafe fn free(&self, _: u64) {
         match self.0 {}
     }

@@ -27,7 +27,7 @@ __device__ __forceinline__ void gates(const moefy_gates_params& p)
 }  // namespace
 }  // namespace moefy
 
-extern "C" __global__ void __launch_bounds__(256) moefy_experts_gates(const __grid_constant__ moefy_gates_params p)
+extern "C" __global__ void __launch_bounds__(256) moefy_gates(const __grid_constant__ moefy_gates_params p)
 {
   moefy::gates(p);
 }
