@@ -93,11 +93,6 @@ impl Context {
             .map_err(cannot(format!("allocate {bytes} bytes on the device")))
     }
 
-    /// Waits for everything on the device.
-    pub(super) fn synchronize(&self) -> Result<()> {
-        self.0.synchronize().map_err(cannot("wait for the device"))
-    }
-
     /// Copies to the host beside whatever other streams do: waits for the copy alone.
     ///
     /// # Safety

@@ -16,14 +16,14 @@ const GUARD_BYTE: u8 = 0xa5;
 const POISON: u8 = 0xff;
 
 pub struct Gpu {
-    pub device: Device,
+    pub device: Arc<Device>,
     pub stream: Arc<CudaStream>,
     seed: u64,
 }
 
 impl Gpu {
     pub fn open() -> moefy::Result<Self> {
-        let device = Device::open(0)?;
+        let device = Arc::new(Device::open(0)?);
         let stream = device.cudarc_context().new_stream().expect("a stream");
         let now = std::time::UNIX_EPOCH.elapsed().expect("a clock").as_secs();
         let seed =

@@ -5,7 +5,9 @@
 
 mod abi;
 mod bad_input;
+mod experts;
 mod harness;
+mod plan;
 mod route_index;
 mod router_select;
 mod select;
@@ -24,6 +26,8 @@ fn main() -> ExitCode {
     let tests: Tests = [
         abi::tests(),
         bad_input::tests(),
+        experts::tests(),
+        plan::tests(),
         route_index::tests(),
         router_select::tests(),
         select::tests(),
