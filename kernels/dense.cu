@@ -5,8 +5,8 @@ namespace moefy {
 namespace {
 
 /// pre [num_tokens, G * d_ff + rank] -> h [num_tokens, d_ff + rank]; a block column covers neurons, blockIdx.y tokens.
-template <class T> __device__ __forceinline__ void activate_hidden(const moefy_activate_params& p)
-{
+template <class T>
+__device__ __forceinline__ void activate_hidden(const moefy_activate_params& p) {
   const moefy_neurons& n = p.neurons;
   const uint32_t neuron = blockIdx.x * blockDim.x + threadIdx.x;
   if (neuron >= num_neurons(n)) return;
@@ -28,11 +28,10 @@ template <class T> __device__ __forceinline__ void activate_hidden(const moefy_a
 }  // namespace
 }  // namespace moefy
 
-#define MOEFY_DENSE_ACTIVATE(name, type)                                                                             \
-  extern "C" __global__ void __launch_bounds__(256)                                                                  \
-    moefy_dense_activate_##name(const __grid_constant__ moefy_activate_params p)                                     \
-  {                                                                                                                  \
-    moefy::activate_hidden<type>(p);                                                                                 \
+#define MOEFY_DENSE_ACTIVATE(name, type)                                             \
+  extern "C" __global__ void __launch_bounds__(256)                                  \
+      moefy_dense_activate_##name(const __grid_constant__ moefy_activate_params p) { \
+    moefy::activate_hidden<type>(p);                                                 \
   }
 
 MOEFY_DENSE_ACTIVATE(f32, float)

@@ -13,32 +13,32 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kTile = 8;  // tokens of one fragment
 
-template <class T> constexpr int kVector = kChunkBytes / sizeof(T);
+template <class T>
+constexpr int kVector = kChunkBytes / sizeof(T);
 
 /// Products of two times eight rows with eight tokens, all loaded in chunks of 16 bytes: lane 4g + t brings chunk t of
 /// rows g and g + 8 and of token g.
-template <class T> struct Dots {
+template <class T>
+struct Dots {
   float c[4] = {};
 
-  __device__ void add(uint4 low, uint4 high, uint4 x)
-  {
+  __device__ void add(uint4 low, uint4 high, uint4 x) {
     const uint32_t first[4] = {low.x, high.x, low.y, high.y};
     const uint32_t second[4] = {low.z, high.z, low.w, high.w};
     mma(c, first, x.x, x.y, T());
     mma(c, second, x.z, x.w, T());
   }
 
-  __device__ void finish(float (&out)[4]) const
-  {
+  __device__ void finish(float (&out)[4]) const {
     for (int i = 0; i < 4; ++i) out[i] = c[i];
   }
 };
 
-template <> struct Dots<float> {
+template <>
+struct Dots<float> {
   float c[2][kTile] = {};
 
-  __device__ void add(uint4 low, uint4 high, uint4 x)
-  {
+  __device__ void add(uint4 low, uint4 high, uint4 x) {
 #pragma unroll
     for (int token = 0; token < kTile; ++token) {
       const float4 of_token = shuffle(as_float4(x), token * 4 + threadIdx.x % 4);
@@ -47,8 +47,7 @@ template <> struct Dots<float> {
     }
   }
 
-  __device__ void finish(float (&out)[4]) const
-  {
+  __device__ void finish(float (&out)[4]) const {
     float sums[2][kTile];
 #pragma unroll
     for (int token = 0; token < kTile; ++token) {
@@ -66,13 +65,10 @@ struct Executed {
   uint32_t all;
 
   __device__ explicit Executed(const moefy_experts_params& p)
-    : routed(*p.num_union * p.neurons.expert_width), all(routed + p.neurons.shared + p.neurons.rank)
-  {
-  }
+      : routed(*p.num_union * p.neurons.expert_width), all(routed + p.neurons.shared + p.neurons.rank) {}
 
   /// Expert and neuron of a column of h; a column beyond the last gets a neuron whose weights can be read.
-  __device__ void find(const moefy_experts_params& p, uint32_t column, uint32_t& expert, uint32_t& neuron) const
-  {
+  __device__ void find(const moefy_experts_params& p, uint32_t column, uint32_t& expert, uint32_t& neuron) const {
     expert = kNoExpert;
     neuron = 0;
     if (column < routed) {
@@ -84,10 +80,10 @@ struct Executed {
   }
 };
 
-/// One block takes 16 rows of w_in at a time (16 neurons, or 8 of a GLU with gate and up rows together); its warps split
-/// d_model.
-template <class T, int kTiles> __device__ __forceinline__ void few_hidden(const moefy_experts_params& p)
-{
+/// One block takes 16 rows of w_in at a time (16 neurons, or 8 of a GLU with gate and up rows together); its warps
+/// split d_model.
+template <class T, int kTiles>
+__device__ __forceinline__ void few_hidden(const moefy_experts_params& p) {
   constexpr int kStep = kWarps * 4 * kVector<T>;
   constexpr int kUnroll = 4;
   __shared__ float sums[kWarps][16][kTiles * kTile];
@@ -182,11 +178,11 @@ template <class T, int kTiles> __device__ __forceinline__ void few_hidden(const 
 /// Sums of four neurons' output rows, weighted by h of eight tokens: lane 4g + t brings the g-th 16 bytes of columns of
 /// neurons 4t to 4t + 3 and h of token g for the same neurons. c[j][i] belongs to column 2j + i / 2 of the lane's and
 /// to token 2t + i % 2.
-template <class T> struct Rows {
+template <class T>
+struct Rows {
   float c[kVector<T> / 2][4] = {};
 
-  __device__ void add(const uint4 (&w)[4], const T* h)
-  {
+  __device__ void add(const uint4 (&w)[4], const T* h) {
     const uint2 of_token = h == nullptr ? uint2{} : *reinterpret_cast<const uint2*>(h);
     const uint32_t words[4][4] = {{w[0].x, w[0].y, w[0].z, w[0].w},
                                   {w[1].x, w[1].y, w[1].z, w[1].w},
@@ -195,25 +191,24 @@ template <class T> struct Rows {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const uint32_t a[4] = {
-        __byte_perm(words[0][j], words[1][j], 0x5410), __byte_perm(words[0][j], words[1][j], 0x7632),
-        __byte_perm(words[2][j], words[3][j], 0x5410), __byte_perm(words[2][j], words[3][j], 0x7632)};
+          __byte_perm(words[0][j], words[1][j], 0x5410), __byte_perm(words[0][j], words[1][j], 0x7632),
+          __byte_perm(words[2][j], words[3][j], 0x5410), __byte_perm(words[2][j], words[3][j], 0x7632)};
       mma(c[j], a, of_token.x, of_token.y, T());
     }
   }
 
-  __device__ void finish(float (&out)[kVector<T> / 2][4]) const
-  {
+  __device__ void finish(float (&out)[kVector<T> / 2][4]) const {
     for (int j = 0; j < kVector<T> / 2; ++j) {
       for (int i = 0; i < 4; ++i) out[j][i] = c[j][i];
     }
   }
 };
 
-template <> struct Rows<float> {
+template <>
+struct Rows<float> {
   float c[kTile][4] = {};
 
-  __device__ void add(const uint4 (&w)[4], const float* h)
-  {
+  __device__ void add(const uint4 (&w)[4], const float* h) {
     const float4 own = h == nullptr ? float4{} : *reinterpret_cast<const float4*>(h);
     const float4 row[4] = {as_float4(w[0]), as_float4(w[1]), as_float4(w[2]), as_float4(w[3])};
 #pragma unroll
@@ -226,8 +221,7 @@ template <> struct Rows<float> {
     }
   }
 
-  __device__ void finish(float (&out)[2][4]) const
-  {
+  __device__ void finish(float (&out)[2][4]) const {
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int column = 0; column < 4; ++column) {
@@ -242,8 +236,8 @@ template <> struct Rows<float> {
 
 /// One block takes eight vectors of columns (blockIdx.x) and a share of the neurons (blockIdx.y); the last block to
 /// finish a stripe of columns adds the shares in their order.
-template <class T, int kTiles> __device__ __forceinline__ void few_combine(const moefy_experts_params& p)
-{
+template <class T, int kTiles>
+__device__ __forceinline__ void few_combine(const moefy_experts_params& p) {
   constexpr int kPerTile = kVector<T> / 2 * 4;
   constexpr int kPerLane = kTiles * kPerTile;
   __shared__ float sums[kWarps / 2][kPerLane][32];
@@ -323,16 +317,14 @@ template <class T, int kTiles> __device__ __forceinline__ void few_combine(const
 }  // namespace
 }  // namespace moefy
 
-#define MOEFY_EXPERTS_FEW(name, type, tiles)                                                                         \
-  extern "C" __global__ void __launch_bounds__(moefy::kWarps * 32)                                                   \
-    moefy_experts_few_hidden_##name##_##tiles(const __grid_constant__ moefy_experts_params p)                        \
-  {                                                                                                                  \
-    moefy::few_hidden<type, tiles>(p);                                                                               \
-  }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(moefy::kWarps * 32)                                                   \
-    moefy_experts_few_combine_##name##_##tiles(const __grid_constant__ moefy_experts_params p)                       \
-  {                                                                                                                  \
-    moefy::few_combine<type, tiles>(p);                                                                              \
+#define MOEFY_EXPERTS_FEW(name, type, tiles)                                                       \
+  extern "C" __global__ void __launch_bounds__(moefy::kWarps * 32)                                 \
+      moefy_experts_few_hidden_##name##_##tiles(const __grid_constant__ moefy_experts_params p) {  \
+    moefy::few_hidden<type, tiles>(p);                                                             \
+  }                                                                                                \
+  extern "C" __global__ void __launch_bounds__(moefy::kWarps * 32)                                 \
+      moefy_experts_few_combine_##name##_##tiles(const __grid_constant__ moefy_experts_params p) { \
+    moefy::few_combine<type, tiles>(p);                                                            \
   }
 
 MOEFY_EXPERTS_FEW(f32, float, 1)

@@ -15,8 +15,7 @@ constexpr uint32_t kTokens = 128;
 constexpr uint32_t kColumns = 64;
 constexpr int kWarpsAcross = kColumns / 16;
 constexpr int kWarpsDown = kWarps / kWarpsAcross;
-constexpr int kTiles = kTokens / 8 / kWarpsDown;  // fragments of eight rows of a warp: every kWarpsDown-th
-constexpr int kBatch = 2;                         // of them at a time, to hide latency
+constexpr int kBatch = 2;             // fragments of eight rows that a warp takes at a time, to hide latency
 constexpr int kHiddenRowBytes = 128;  // of h in one stage
 constexpr int kHiddenChunks = kHiddenRowBytes / kChunkBytes;
 constexpr int kHiddenBytes = kTokens * kHiddenRowBytes;
@@ -33,14 +32,12 @@ struct Work {
 
 /// Place of the sums of the columns 16 * `across` + g and that plus 8 of a token. Tokens whose lowest bits differ use
 /// different banks.
-__device__ __forceinline__ uint32_t sum_place(uint32_t token, uint32_t across, uint32_t g)
-{
+__device__ __forceinline__ uint32_t sum_place(uint32_t token, uint32_t across, uint32_t g) {
   return token * kColumns + ((across * 8 + g) ^ (token % 4 * 4)) * 2;
 }
 
 /// First row of an expert whose token is at or beyond `token`.
-__device__ uint32_t lower_bound(const uint32_t* token_ids, uint32_t count, uint32_t token)
-{
+__device__ uint32_t lower_bound(const uint32_t* token_ids, uint32_t count, uint32_t token) {
   uint32_t low = 0;
   while (count > 0) {
     const uint32_t half = count / 2;
@@ -55,8 +52,7 @@ __device__ uint32_t lower_bound(const uint32_t* token_ids, uint32_t count, uint3
 }
 
 /// Lists the groups that have any of the block's tokens, in order; returns their number.
-__device__ uint32_t list_work(const moefy_experts_params& p, uint32_t token0, Work* list)
-{
+__device__ uint32_t list_work(const moefy_experts_params& p, uint32_t token0, Work* list) {
   __shared__ uint32_t warp_counts[kWarps];
   const uint32_t groups = num_groups(p.neurons);
   const int warp = threadIdx.x / 32;
@@ -92,12 +88,12 @@ __device__ uint32_t list_work(const moefy_experts_params& p, uint32_t token0, Wo
 }
 
 /// Walks through the stages: pieces of as many neurons of a group as fit.
-template <int kNeurons> struct Cursor {
+template <int kNeurons>
+struct Cursor {
   uint32_t item = 0;
   uint32_t neuron = 0;
 
-  __device__ void advance(uint32_t width)
-  {
+  __device__ void advance(uint32_t width) {
     neuron += kNeurons;
     if (neuron >= width) {
       neuron = 0;
@@ -106,107 +102,130 @@ template <int kNeurons> struct Cursor {
   }
 };
 
-__device__ __forceinline__ uint32_t width_of(const moefy_neurons& n, uint32_t group)
-{
+__device__ __forceinline__ uint32_t width_of(const moefy_neurons& n, uint32_t group) {
   return group < n.num_experts ? n.expert_width : group == n.num_experts ? n.shared : n.rank;
 }
 
-template <class V> __device__ __forceinline__ V load_shared(uint32_t address)
-{
+template <class V>
+__device__ __forceinline__ V load_shared(uint32_t address) {
   return *static_cast<const V*>(__cvta_shared_to_generic(address));
 }
 
-/// Adds the products of a step of 64 bytes of h to a warp's fragments: the columns from 16 * `across`, and of the tiles of
-/// eight rows `first`, `first` + kWarpsDown and so on those that begin before `rows`.
-template <class T>
-__device__ __forceinline__ void multiply(float (&c)[kTiles][4], uint32_t w, uint32_t h, int across, int first,
-                                         uint32_t rows, int step)
-{
-  const int lane = threadIdx.x % 32;
-  uint32_t a[2][4];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t neuron = (step * 2 + i) * 16 + lane % 8 + lane / 16 * 8;
-    load_matrices_transposed(a[i], w + swizzled<kColumns * 2>(neuron, across * 2 + lane / 8 % 2));
-  }
-#pragma unroll
-  for (int i = 0; i < kTiles; i += kBatch) {
-    if ((first + i * kWarpsDown) * 8 >= rows) break;
-    uint32_t b[kBatch][4];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const uint32_t row = (first + (i + j) * kWarpsDown) * 8 + lane % 8;
-      load_matrices(b[j], h + swizzled<kHiddenRowBytes>(row, step * 4 + lane / 8));
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      mma(c[i + j], a[0], b[j][0], b[j][1], T());
-      mma(c[i + j], a[1], b[j][2], b[j][3], T());
-    }
-  }
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
-template <>
-__device__ __forceinline__ void multiply<float>(float (&c)[kTiles][4], uint32_t w, uint32_t h, int across, int first,
-                                                uint32_t rows, int step)
-{
-  const int t = threadIdx.x % 4;
-  const int column = across * 16 + threadIdx.x % 32 / 4;
-#pragma unroll 1
-  for (int chunk = step * 4; chunk < step * 4 + 4; ++chunk) {
-    float a[2][4];
+/// 16 columns of a stage's weights, as a warp multiplies them.
+template <class T>
+struct Weights {
+  static constexpr int kSteps = 2;  // of 32 neurons
+  uint32_t a[kSteps][2][4];
+
+  __device__ void load(uint32_t w, int across, uint32_t neurons) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int at = column + i / 4 * 8;
-      a[i / 4][i % 4] = load_shared<float>(w + swizzled<kColumns * 4>(chunk * 4 + i % 4, at / 4) + at % 4 * 4);
-    }
+    for (int step = 0; step < kSteps; ++step) {
+      if (step * 32 >= neurons) break;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const uint32_t row = (first + i * kWarpsDown) * 8 + 2 * t;
-      if (row >= rows) break;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float4 b = load_shared<float4>(h + swizzled<kHiddenRowBytes>(row + r, chunk));
-        c[i][r] = dot(make_float4(a[0][0], a[0][1], a[0][2], a[0][3]), b, c[i][r]);
-        c[i][r + 2] = dot(make_float4(a[1][0], a[1][1], a[1][2], a[1][3]), b, c[i][r + 2]);
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t neuron = (step * 2 + i) * 16 + lane % 8 + lane / 16 * 8;
+        load_matrices_transposed(a[step][i], w + swizzled<kColumns * 2>(neuron, across * 2 + lane / 8 % 2));
       }
     }
   }
+
+  /// Products with the eight rows of h that begin at `row`.
+  __device__ void multiply(float (&c)[4], uint32_t h, uint32_t row, uint32_t neurons) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (step * 32 >= neurons) break;
+      uint32_t b[4];
+      load_matrices(b, h + swizzled<kHiddenRowBytes>(row + lane % 8, step * 4 + lane / 8));
+      mma(c, a[step][0], b[0], b[1], T());
+      mma(c, a[step][1], b[2], b[3], T());
+    }
+  }
+};
+
+template <>
+struct Weights<float> {
+  uint32_t from;
+  uint32_t column;
+
+  __device__ void load(uint32_t w, int across, uint32_t) {
+    from = w;
+    column = across * 16 + threadIdx.x % 32 / 4;
+  }
+
+  __device__ void multiply(float (&c)[4], uint32_t h, uint32_t row, uint32_t neurons) const {
+    const int t = threadIdx.x % 4;
+#pragma unroll 1
+    for (uint32_t chunk = 0; chunk * 4 < neurons; ++chunk) {
+      float a[2][4];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t at = column + i / 4 * 8;
+        a[i / 4][i % 4] = load_shared<float>(from + swizzled<kColumns * 4>(chunk * 4 + i % 4, at / 4) + at % 4 * 4);
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float4 b = load_shared<float4>(h + swizzled<kHiddenRowBytes>(row + 2 * t + r, chunk));
+        c[r] = dot(make_float4(a[0][0], a[0][1], a[0][2], a[0][3]), b, c[r]);
+        c[r + 2] = dot(make_float4(a[1][0], a[1][1], a[1][2], a[1][3]), b, c[r + 2]);
+      }
+    }
+  }
+};
+
+/// Two neighbouring words, or zeros. A branch for each would cost more than the work.
+__device__ __forceinline__ float2 load_if(bool valid, uint32_t address) {
+  float2 v;
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.shared.v2.f32 {%0,%1}, [%2];}"
+               : "=&f"(v.x), "=&f"(v.y)
+               : "r"(address), "r"(static_cast<int>(valid))
+               : "memory");
+  return v;
 }
 
-/// Adds a warp's fragments to the sums and clears them. No other warp has these rows and columns.
-template <class Token>
-__device__ __forceinline__ void flush(float (&c)[kTiles][4], float* sums, int across, int first, uint32_t rows,
-                                      Token token_of_row)
-{
-  constexpr int kPlaces = kBatch * 2;
+__device__ __forceinline__ void store_if(bool valid, uint32_t address, float2 v) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p st.shared.v2.f32 [%0], {%1,%2};}" ::"r"(address), "f"(v.x),
+               "f"(v.y), "r"(static_cast<int>(valid))
+               : "memory");
+}
+
+/// Adds fragments of eight rows to the sums of the rows' tokens: the fragments `tile`, `tile` + kWarpsDown and so on.
+__device__ __forceinline__ void add_to_sums(const float (&c)[kBatch][4], uint32_t sums, uint32_t tokens, int across,
+                                            uint32_t tile, uint32_t rows) {
   const int g = threadIdx.x % 32 / 4;
   const int t = threadIdx.x % 4;
+  bool valid[kBatch][2];
+  uint32_t places[kBatch][2];
+  float2 values[kBatch][2];
+  // All reads before the first write: they differ in place, but the compiler cannot know.
 #pragma unroll
-  for (int i = 0; i < kTiles; i += kBatch) {
-    if ((first + i * kWarpsDown) * 8 >= rows) break;
-    // All reads before the first write: the compiler cannot know that they differ in place.
-    float2* places[kPlaces];
-    float2 values[kPlaces];
+  for (int j = 0; j < kBatch; ++j) {
+    const uint32_t row = (tile + j * kWarpsDown) * 8 + 2 * t;
+    const uint2 token = load_shared<uint2>(tokens + row * 4);
+    places[j][0] = sums + sum_place(token.x, across, g) * 4;
+    places[j][1] = sums + sum_place(token.y, across, g) * 4;
 #pragma unroll
-    for (int j = 0; j < kPlaces; ++j) {
-      const uint32_t row = (first + (i + j / 2) * kWarpsDown) * 8 + 2 * t + j % 2;
-      places[j] = row < rows ? reinterpret_cast<float2*>(sums + sum_place(token_of_row(row), across, g)) : nullptr;
+    for (int r = 0; r < 2; ++r) {
+      valid[j][r] = row + r < rows;
+      values[j][r] = load_if(valid[j][r], places[j][r]);
     }
+  }
 #pragma unroll
-    for (int j = 0; j < kPlaces; ++j) values[j] = places[j] == nullptr ? float2{} : *places[j];
+  for (int j = 0; j < kBatch; ++j) {
 #pragma unroll
-    for (int j = 0; j < kPlaces; ++j) {
-      float(&from)[4] = c[i + j / 2];
-      if (places[j] != nullptr) *places[j] = {values[j].x + from[j % 2], values[j].y + from[j % 2 + 2]};
-      from[j % 2] = 0.0f;
-      from[j % 2 + 2] = 0.0f;
+    for (int r = 0; r < 2; ++r) {
+      store_if(valid[j][r], places[j][r], {values[j][r].x + c[j][r], values[j][r].y + c[j][r + 2]});
     }
   }
 }
 
-template <class T, int kStages> __device__ __forceinline__ void many_combine(const moefy_experts_params& p)
-{
+template <class T, int kStages>
+__device__ __forceinline__ void many_combine(const moefy_experts_params& p) {
   constexpr int kVector = kChunkBytes / sizeof(T);
   constexpr int kNeurons = kHiddenRowBytes / sizeof(T);
   constexpr int kStep = 64 / sizeof(T);  // neurons of one call of multiply
@@ -246,9 +265,13 @@ template <class T, int kStages> __device__ __forceinline__ void many_combine(con
       copy_async(to + kWeightBytes + swizzled<kHiddenRowBytes>(row, i % kHiddenChunks),
                  hidden + (valid ? row * group.hidden_stride + neuron : 0), valid);
     }
-    if (group.expert != kNoExpert && threadIdx.x < work.count) {
-      copy_async_word(to + kWeightBytes + kHiddenBytes + threadIdx.x * 4,
-                      p.token_ids + work.begin + threadIdx.x);
+    if (threadIdx.x < work.count) {
+      const uint32_t token = to + kWeightBytes + kHiddenBytes + threadIdx.x * 4;
+      if (group.expert == kNoExpert) {
+        store_shared(token, work.begin + threadIdx.x);
+      } else {
+        copy_async_word(token, p.token_ids + work.begin + threadIdx.x);
+      }
     }
   };
 
@@ -261,7 +284,6 @@ template <class T, int kStages> __device__ __forceinline__ void many_combine(con
     }
     copy_async_commit();
   }
-  float c[kTiles][4] = {};
   for (uint32_t stage = 0; now.item < length; ++stage, ++next) {
     copy_async_wait<kStages - 2>();
     __syncthreads();
@@ -271,20 +293,24 @@ template <class T, int kStages> __device__ __forceinline__ void many_combine(con
     }
     copy_async_commit();
 
+    // No other warp has these columns and rows, and the next stage waits for all warps, so that two never add to the
+    // same token.
     const uint32_t from = stages + stage % kStages * kStageBytes;
     const Work work = list[now.item];
     const uint32_t width = width_of(n, work.group);
-    for (int step = 0; step * kStep < min(width - now.neuron, kNeurons); ++step) {
-      multiply<T>(c, from, from + kWeightBytes, across, first_tile, work.count, step);
+    const uint32_t neurons = min(width - now.neuron, kNeurons);
+    Weights<T> weights;
+    weights.load(from, across, neurons);
+    for (uint32_t tile = first_tile; tile * 8 < work.count; tile += kBatch * kWarpsDown) {
+      float c[kBatch][4] = {};
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        weights.multiply(c[j], from + kWeightBytes, (tile + j * kWarpsDown) * 8, neurons);
+      }
+      add_to_sums(c, shared_address(sums) - token0 * kColumns * 4, from + kWeightBytes + kHiddenBytes, across, tile,
+                  work.count);
     }
-    const uint32_t item = now.item;
     now.advance(width);
-    if (now.item == item) continue;
-    // A group is complete. The next one waits for all warps, so that two never add to the same token.
-    flush(c, sums, across, first_tile, work.count, [&](uint32_t row) {
-      const bool routed = work.group < n.num_experts;
-      return routed ? load_shared<uint32_t>(from + kWeightBytes + kHiddenBytes + row * 4) - token0 : row;
-    });
   }
   __syncthreads();
 
@@ -296,18 +322,17 @@ template <class T, int kStages> __device__ __forceinline__ void many_combine(con
     float sum = sums[sum_place(token, at / 16, at % 8) + at / 8 % 2];
     if (n.b_out != nullptr) sum += n.b_out[column0 + at];
     static_cast<T*>(p.y)[(token0 + token) * n.d_model + column0 + at] =
-      from_float<T>(token0 + token < valid ? sum : 0.0f);
+        from_float<T>(token0 + token < valid ? sum : 0.0f);
   }
 }
 
 }  // namespace
 }  // namespace moefy
 
-#define MOEFY_EXPERTS_MANY_COMBINE(name, type, stages)                                                               \
-  extern "C" __global__ void __launch_bounds__(moefy::kThreads, 2)                                                   \
-    moefy_experts_many_combine_##name##_##stages(const __grid_constant__ moefy_experts_params p)                     \
-  {                                                                                                                  \
-    moefy::many_combine<type, stages>(p);                                                                            \
+#define MOEFY_EXPERTS_MANY_COMBINE(name, type, stages)                                               \
+  extern "C" __global__ void __launch_bounds__(moefy::kThreads, 2)                                   \
+      moefy_experts_many_combine_##name##_##stages(const __grid_constant__ moefy_experts_params p) { \
+    moefy::many_combine<type, stages>(p);                                                            \
   }
 
 // Three stages where shared memory allows it.

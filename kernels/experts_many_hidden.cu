@@ -1,8 +1,8 @@
 // The op `experts` for many tokens, first product: h of every (expert, token) pair, expert by expert.
 //
 // A persistent grid takes tiles of 128 tokens of one expert by kRows input rows of it. Token rows are gathered by
-// asynchronous copies straight from x. A tile of a GLU holds eight gate rows, the eight up rows of the same neurons, and
-// so on: then one lane has both factors.
+// asynchronous copies straight from x. A tile of a GLU holds eight gate rows, the eight up rows of the same neurons,
+// and so on: then one lane has both factors.
 #include "expert_groups.cuh"
 #include "mma.cuh"
 
@@ -17,23 +17,25 @@ constexpr int kRowsPerPass = kThreads / kChunks;
 constexpr uint32_t kNoRow = 0xffffffffu;
 
 /// So that two blocks fit a multiprocessor.
-template <int kRows> constexpr int kStages = kRows == 128 ? 3 : 4;
+template <int kRows>
+constexpr int kStages = kRows == 128 ? 3 : 4;
 
-template <int kRows> constexpr int kStageBytes = (kTokens + kRows) * kRowBytes;
+template <int kRows>
+constexpr int kStageBytes = (kTokens + kRows) * kRowBytes;
 
 /// How eight warps share a tile.
-template <int kRows> struct WarpTile {
+template <int kRows>
+struct WarpTile {
   static constexpr int kWarpsAcross = kRows >= 64 ? 2 : 1;
   static constexpr int kWarpsDown = 8 / kWarpsAcross;
-  static constexpr int kDown = kTokens / kWarpsDown / 16;     // fragments of 16 tokens
-  static constexpr int kAcross = kRows / kWarpsAcross / 8;    // fragments of 8 rows
+  static constexpr int kDown = kTokens / kWarpsDown / 16;   // fragments of 16 tokens
+  static constexpr int kAcross = kRows / kWarpsAcross / 8;  // fragments of 8 rows
 };
 
 /// Adds the products of one 32-byte step of the stage's tiles.
 template <class T, int kDown, int kAcross>
 __device__ __forceinline__ void multiply(float (&c)[kDown][kAcross][4], uint32_t x, uint32_t w, int token0, int row0,
-                                         int step)
-{
+                                         int step) {
   const int lane = threadIdx.x % 32;
   uint32_t a[kDown][4];
 #pragma unroll
@@ -52,8 +54,7 @@ __device__ __forceinline__ void multiply(float (&c)[kDown][kAcross][4], uint32_t
   }
 }
 
-__device__ __forceinline__ float4 load_shared(uint32_t address)
-{
+__device__ __forceinline__ float4 load_shared(uint32_t address) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
@@ -64,8 +65,7 @@ __device__ __forceinline__ float4 load_shared(uint32_t address)
 
 template <int kDown, int kAcross>
 __device__ __forceinline__ void multiply_f32(float (&c)[kDown][kAcross][4], uint32_t x, uint32_t w, int token0,
-                                             int row0, int step)
-{
+                                             int row0, int step) {
   const int g = threadIdx.x % 32 / 4;
   const int t = threadIdx.x % 4;
 #pragma unroll
@@ -90,8 +90,8 @@ __device__ __forceinline__ void multiply_f32(float (&c)[kDown][kAcross][4], uint
 }
 
 /// Exclusive sums of the groups' numbers of tiles, in shared memory; the last entry is the number of tiles.
-template <int kRows> __device__ void count_tiles(const moefy_experts_params& p, uint32_t* tile_offsets)
-{
+template <int kRows>
+__device__ void count_tiles(const moefy_experts_params& p, uint32_t* tile_offsets) {
   __shared__ uint32_t warp_sums[kThreads / 32];
   const uint32_t groups = num_groups(p.neurons);
   const int lane = threadIdx.x % 32;
@@ -125,8 +125,7 @@ template <int kRows> __device__ void count_tiles(const moefy_experts_params& p, 
 }
 
 /// The last index whose offset is at most `tile`.
-__device__ __forceinline__ uint32_t find_tile(const uint32_t* tile_offsets, uint32_t groups, uint32_t tile)
-{
+__device__ __forceinline__ uint32_t find_tile(const uint32_t* tile_offsets, uint32_t groups, uint32_t tile) {
   uint32_t low = 0;
   uint32_t high = groups;
   while (high - low > 1) {
@@ -141,24 +140,22 @@ __device__ __forceinline__ uint32_t find_tile(const uint32_t* tile_offsets, uint
 }
 
 /// Row of w_in behind row `row` of a group's tiles, or kNoRow beyond its last neuron.
-__device__ __forceinline__ uint32_t weight_row(const moefy_neurons& n, const Group& group, uint32_t row)
-{
+__device__ __forceinline__ uint32_t weight_row(const moefy_neurons& n, const Group& group, uint32_t row) {
   const uint32_t neuron = group.halves == 2 ? row / 16 * 8 + row % 8 : row;
   if (neuron >= group.width) return kNoRow;
   const bool up = group.halves == 2 && row / 8 % 2 == 1;
   return up ? up_row(n, group.first_neuron + neuron) : input_row(n, group.first_neuron + neuron);
 }
 
-template <class T> __device__ __forceinline__ void store_pair(T* at, float first, float second)
-{
+template <class T>
+__device__ __forceinline__ void store_pair(T* at, float first, float second) {
   at[0] = from_float<T>(first);
   at[1] = from_float<T>(second);
 }
 
 template <class T, int kRows>
 __device__ void hidden_tile(const moefy_experts_params& p, const Group& group, RowRange tokens, uint32_t row0,
-                            uint32_t memory)
-{
+                            uint32_t memory) {
   using Tile = WarpTile<kRows>;
   constexpr int kVector = kChunkBytes / sizeof(T);
   constexpr int kTokenPasses = kTokens / kRowsPerPass;
@@ -228,10 +225,9 @@ __device__ void hidden_tile(const moefy_experts_params& p, const Group& group, R
   for (int i = 0; i < Tile::kDown * 2; ++i) {
     if (warp_token + i * 8 + g >= tokens.count) continue;
     const uint32_t row = tokens.begin + warp_token + i * 8 + g;
-    const float gate =
-      p.gates == nullptr || group.expert == kNoExpert
-        ? 1.0f
-        : gate_of(p.gates, n.num_experts, token_of(p, group, row), group.expert);
+    const float gate = p.gates == nullptr || group.expert == kNoExpert
+                           ? 1.0f
+                           : gate_of(p.gates, n.num_experts, token_of(p, group, row), group.expert);
     const auto store = [&](uint32_t neuron, const float* pre, const float* up) {
       if (neuron >= group.hidden_stride) return;
       float value[2] = {};
@@ -257,8 +253,8 @@ __device__ void hidden_tile(const moefy_experts_params& p, const Group& group, R
   __syncthreads();  // The next tile writes over the stages.
 }
 
-template <class T, int kRows> __device__ __forceinline__ void many_hidden(const moefy_experts_params& p)
-{
+template <class T, int kRows>
+__device__ __forceinline__ void many_hidden(const moefy_experts_params& p) {
   extern __shared__ __align__(128) unsigned char memory[];
   uint32_t* tile_offsets = reinterpret_cast<uint32_t*>(memory + kStages<kRows> * kStageBytes<kRows>);
   const uint32_t groups = num_groups(p.neurons);
@@ -278,11 +274,10 @@ template <class T, int kRows> __device__ __forceinline__ void many_hidden(const 
 }  // namespace
 }  // namespace moefy
 
-#define MOEFY_EXPERTS_MANY_HIDDEN(name, type, rows)                                                                  \
-  extern "C" __global__ void __launch_bounds__(moefy::kThreads, 2)                                                    \
-    moefy_experts_many_hidden_##name##_##rows(const __grid_constant__ moefy_experts_params p)                        \
-  {                                                                                                                  \
-    moefy::many_hidden<type, rows>(p);                                                                               \
+#define MOEFY_EXPERTS_MANY_HIDDEN(name, type, rows)                                               \
+  extern "C" __global__ void __launch_bounds__(moefy::kThreads, 2)                                \
+      moefy_experts_many_hidden_##name##_##rows(const __grid_constant__ moefy_experts_params p) { \
+    moefy::many_hidden<type, rows>(p);                                                            \
   }
 
 MOEFY_EXPERTS_MANY_HIDDEN(f32, float, 64)

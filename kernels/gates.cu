@@ -6,8 +6,7 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 
-__device__ __forceinline__ void gates(const moefy_gates_params& p)
-{
+__device__ __forceinline__ void gates(const moefy_gates_params& p) {
   const uint32_t token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (token >= p.num_tokens) return;
   const float* scores = p.scores + static_cast<uint64_t>(token) * p.num_experts;
@@ -27,7 +26,6 @@ __device__ __forceinline__ void gates(const moefy_gates_params& p)
 }  // namespace
 }  // namespace moefy
 
-extern "C" __global__ void __launch_bounds__(256) moefy_gates(const __grid_constant__ moefy_gates_params p)
-{
+extern "C" __global__ void __launch_bounds__(256) moefy_gates(const __grid_constant__ moefy_gates_params p) {
   moefy::gates(p);
 }

@@ -15,8 +15,7 @@ __device__ __forceinline__ uint32_t num_neurons(const moefy_neurons& n) { return
 __device__ __forceinline__ uint32_t routed_neurons(const moefy_neurons& n) { return n.num_experts * n.expert_width; }
 
 /// Row of w_in of a neuron; of a GLU's neuron the gate row.
-__device__ __forceinline__ uint32_t input_row(const moefy_neurons& n, uint32_t neuron)
-{
+__device__ __forceinline__ uint32_t input_row(const moefy_neurons& n, uint32_t neuron) {
   return neuron < n.d_ff ? neuron : neuron + n.glu * n.d_ff;
 }
 
@@ -25,25 +24,21 @@ __device__ __forceinline__ uint32_t up_row(const moefy_neurons& n, uint32_t neur
 
 /// Tokens that are not padding.
 template <class Params>
-__device__ __forceinline__ uint32_t valid_tokens(const Params& p)
-{
+__device__ __forceinline__ uint32_t valid_tokens(const Params& p) {
   return p.num_valid_tokens == nullptr ? p.num_tokens : min(*p.num_valid_tokens, p.num_tokens);
 }
 
-__device__ __forceinline__ bool selects(const uint32_t* mask, uint32_t num_experts, uint32_t token, uint32_t expert)
-{
+__device__ __forceinline__ bool selects(const uint32_t* mask, uint32_t num_experts, uint32_t token, uint32_t expert) {
   const uint64_t row = static_cast<uint64_t>(token) * ceil_div(num_experts, 32);
   return mask[row + expert / 32] >> (expert % 32) & 1;
 }
 
-__device__ __forceinline__ float gate_of(const float* gates, uint32_t num_experts, uint32_t token, uint32_t expert)
-{
+__device__ __forceinline__ float gate_of(const float* gates, uint32_t num_experts, uint32_t token, uint32_t expert) {
   return gates == nullptr ? 1.0f : gates[static_cast<uint64_t>(token) * num_experts + expert];
 }
 
 /// Activation of a neuron above its mean, from its pre-activations without biases. `up` counts for a GLU only.
-__device__ __forceinline__ float neuron_value(const moefy_neurons& n, uint32_t neuron, float pre, float up)
-{
+__device__ __forceinline__ float neuron_value(const moefy_neurons& n, uint32_t neuron, float pre, float up) {
   if (neuron >= n.d_ff) return pre;
   if (n.b_in != nullptr) {
     pre += n.b_in[neuron];

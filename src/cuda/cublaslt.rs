@@ -19,7 +19,11 @@ const CANDIDATES: usize = 24;
 const RUNS: usize = 3;
 
 fn fails(doing: &'static str) -> impl FnOnce(result::CublasError) -> Error {
-    move |error| Error::Cuda { doing: doing.into(), code: error.0 as i32, name: format!("{:?}", error.0) }
+    move |error| Error::Cuda {
+        doing: doing.into(),
+        code: error.0 as i32,
+        name: format!("{:?}", error.0),
+    }
 }
 
 /// What follows a product.
@@ -171,11 +175,13 @@ impl Description {
     ) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, result::CublasError> {
         let [input, out] = self.layouts(tokens)?;
         let preference = result::create_matmul_pref()?;
-        let attribute = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        let attribute =
+            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
         let bytes = WORKSPACE_BYTES;
         // SAFETY: all-zero is a value of this C struct, and the library writes `found` of them.
         unsafe {
-            let mut results: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] = std::mem::zeroed();
+            let mut results: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] =
+                std::mem::zeroed();
             let mut found = 0;
             let status = result::set_matmul_pref_attribute(
                 preference,
@@ -261,6 +267,13 @@ impl Product {
         }
         product.algorithm = best.1;
         Ok(product)
+    }
+
+    /// The same algorithm with another bias.
+    pub(super) fn with_bias(&self, bias: u64) -> Result<Self> {
+        let description = Description::new(&self.description.shape, bias)
+            .map_err(fails("describe a dense product"))?;
+        Ok(Self { description, algorithm: self.algorithm })
     }
 
     /// Fails without a launch where the algorithm cannot do this number of tokens.

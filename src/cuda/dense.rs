@@ -165,6 +165,19 @@ impl Dense {
         Ok(dense)
     }
 
+    /// The same algorithms for another layer of the same sizes.
+    pub(super) fn with_layer(&self, layer: DenseLayer) -> Result<Self> {
+        let rebind = |(size, [first, second]): &(usize, [Product; 2])| {
+            Ok((*size, [first.with_bias(layer.bias_in)?, second.with_bias(layer.bias_out)?]))
+        };
+        Ok(Self {
+            library: CublasLt::open()?,
+            layer,
+            places: self.places,
+            sizes: self.sizes.iter().map(rebind).collect::<Result<_>>()?,
+        })
+    }
+
     fn operands(&self, run: &DenseRun) -> [Operands; 2] {
         let [pre, hidden, workspace] =
             [self.places.pre, self.places.hidden, self.places.library].map(|p| run.workspace + p);
@@ -221,7 +234,12 @@ impl Dense {
     /// # Safety
     /// The addresses must be what the layer says, for `num_tokens` of at least 1 and at most the
     /// largest size, and the context must be bound.
-    pub(super) unsafe fn run(&self, device: &Device, stream: RawStream, run: &DenseRun) -> Result<()> {
+    pub(super) unsafe fn run(
+        &self,
+        device: &Device,
+        stream: RawStream,
+        run: &DenseRun,
+    ) -> Result<()> {
         let [input, output] = self.operands(run);
         // SAFETY: the caller's promise.
         unsafe {

@@ -149,7 +149,11 @@ enum Shape {
 impl Shape {
     fn new(check: &Arguments<'_>, launch: &Launch, lists: &ExpertLists) -> Result<Self> {
         if launch.num_tokens > MAX_TOKENS {
-            return Err(check.error("num_tokens", format!("at most {MAX_TOKENS}"), launch.num_tokens));
+            return Err(check.error(
+                "num_tokens",
+                format!("at most {MAX_TOKENS}"),
+                launch.num_tokens,
+            ));
         }
         let shape = match lists {
             ExpertLists::Union { .. } => experts_few::Shape::new(launch).map(Self::Few),

@@ -65,7 +65,7 @@ impl Shape {
         let stripes = launch.d_model.div_ceil(TILE * vector);
         let neurons = launch.d_ff + launch.rank;
         // Blocks enough for two on every multiprocessor, as long as each warp has a few steps to take.
-        let wanted = (2 * multiprocessors).div_ceil(stripes * token_tiles);
+        let wanted = (2 * multiprocessors).div_ceil((stripes * token_tiles).max(1));
         let splits = wanted.min(neurons.div_ceil(STEP * WARPS * 4)).max(1);
         let hidden_stride = neurons.checked_next_multiple_of(STEP)?;
         let groups = hidden_stride / STEP * launch.halves;
@@ -121,7 +121,13 @@ impl Shape {
         let (hidden, combine) = (&kernels.hidden, &kernels.combine);
         // SAFETY: the caller's promise; the places do not overlap.
         unsafe {
-            hidden.get(self.dtype, self.size).launch(stream, [blocks, tiles, 1], THREADS, 0, &params)?;
+            hidden.get(self.dtype, self.size).launch(
+                stream,
+                [blocks, tiles, 1],
+                THREADS,
+                0,
+                &params,
+            )?;
             let grid = [stripes, splits, tiles];
             combine.get(self.dtype, self.size).launch(stream, grid, THREADS, 0, &params)
         }

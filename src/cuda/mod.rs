@@ -17,6 +17,8 @@ mod driver;
 mod driver;
 
 mod abi_probe;
+#[cfg(feature = "cuda")]
+pub mod bench;
 mod buffer;
 #[cfg(feature = "cuda")]
 mod cublaslt;

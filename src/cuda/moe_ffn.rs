@@ -133,6 +133,20 @@ impl MoeFfn {
         self.gate
     }
 
+    /// Whether a plan for one is a plan for the other.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        let sizes = |ffn: &Self| {
+            let n = &ffn.neurons;
+            let optional = [n.b_in.is_some(), n.b_out.is_some(), n.mean.is_some(), n.glu];
+            let numbers = [n.num_experts, n.expert_width, n.shared, n.rank, n.d_model()];
+            (optional, numbers, n.activation, ffn.dtype, ffn.selection, ffn.gate)
+        };
+        let router = |ffn: &Self| (ffn.router.view().hidden(), ffn.router.view().num_experts());
+        Arc::ptr_eq(&self.device, &other.device)
+            && sizes(self) == sizes(other)
+            && router(self) == router(other)
+    }
+
     /// The original FFN.
     pub(super) fn exact(&self) -> Result<DenseLayer> {
         let neurons = Neurons { mean: None, b_out: None, ..self.neurons };

@@ -58,6 +58,10 @@ impl Product {
         match library.0 {}
     }
 
+    pub(super) fn with_bias(&self, _: u64) -> Result<Self> {
+        match self.0 {}
+    }
+
     pub(super) unsafe fn run(&self, _: &CublasLt, _: RawStream, _: &Operands) -> Result<()> {
         match self.0 {}
     }

@@ -38,8 +38,7 @@ pub enum Path {
 
 impl Path {
     /// Every path.
-    pub const ALL: [Self; 4] =
-        [Self::Few, Self::ExpertMajor, Self::DenseExact, Self::DenseMasked];
+    pub const ALL: [Self; 4] = [Self::Few, Self::ExpertMajor, Self::DenseExact, Self::DenseMasked];
 
     /// Its name on the command line and in records.
     pub fn name(self) -> &'static str {
@@ -50,7 +49,6 @@ impl Path {
             Self::DenseMasked => "dense-masked",
         }
     }
-
 }
 
 /// What runs where the dense products are faster.
@@ -72,6 +70,14 @@ pub struct PlanOptions {
     pub fallback: Fallback,
     /// Whether to count what selection does.
     pub statistics: bool,
+}
+
+/// What a sparse run does, in turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    Route,
+    Index,
+    Experts,
 }
 
 /// What a run reads.
@@ -214,7 +220,9 @@ impl MoeFfn {
             places.op = place(op?.div_ceil(4))?;
             Some(())
         };
-        fill().ok_or_else(|| check.error("max_tokens", "such that the workspace can exist", max_tokens))?;
+        fill().ok_or_else(|| {
+            check.error("max_tokens", "such that the workspace can exist", max_tokens)
+        })?;
         places.bytes = layout.bytes();
         Ok(places)
     }
@@ -264,6 +272,27 @@ impl Places {
 }
 
 impl FfnPlan {
+    /// The same plan for another layer with the same sizes, without timing anything again.
+    ///
+    /// # Errors
+    /// When the layer differs in size, type, activation, biases, selection or gate.
+    pub fn with_ffn(&self, ffn: &Arc<MoeFfn>) -> Result<Self> {
+        if !self.ffn.is_like(ffn) {
+            let check = Arguments { device: self.ffn.device(), op: "plan" };
+            return Err(check.error("ffn", "of the sizes and rules of the plan's", "another"));
+        }
+        let layer = ffn.dense_layer_of(self.max_tokens, &self.options)?;
+        let dense = match (&self.dense, layer) {
+            (Some(dense), Some(layer)) => Some(dense.with_layer(layer)?),
+            _ => None,
+        };
+        let counters = match &self.counters {
+            Some(_) => Some(Counters::new(ffn.device(), ffn.neurons().num_experts)?),
+            None => None,
+        };
+        Ok(Self { ffn: ffn.clone(), dense, counters, ..*self })
+    }
+
     /// Bytes of workspace that a run needs.
     pub fn workspace_bytes(&self) -> usize {
         self.places.bytes
@@ -298,6 +327,22 @@ impl FfnPlan {
     /// As for [`select`](super::select).
     pub unsafe fn run(
         &self,
+        stream: RawStream,
+        y: View,
+        inputs: &FfnInputs,
+        workspace: Workspace,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.run_until(Stage::Experts, stream, y, inputs, workspace) }
+    }
+
+    /// Stops after a stage, to see what each costs.
+    ///
+    /// # Safety
+    /// As for [`Self::run`].
+    pub(super) unsafe fn run_until(
+        &self,
+        last: Stage,
         stream: RawStream,
         y: View,
         inputs: &FfnInputs,
@@ -352,7 +397,7 @@ impl FfnPlan {
                     num_valid_tokens: valid,
                     ..*inputs
                 };
-                self.run_chunk(stream, path, rows(y), &inputs, base)?;
+                self.run_chunk(last, stream, path, rows(y), &inputs, base)?;
             }
         }
         Ok(())
@@ -360,6 +405,7 @@ impl FfnPlan {
 
     unsafe fn run_chunk(
         &self,
+        last: Stage,
         stream: RawStream,
         path: Path,
         y: View,
@@ -378,6 +424,9 @@ impl FfnPlan {
                 return self.run_dense(stream, y, inputs, [0, 0], op);
             }
             let (mask, gates) = self.route(stream, inputs, base, op)?;
+            if last == Stage::Route {
+                return Ok(());
+            }
             if path == Path::DenseMasked {
                 let gates = gates.map_or(0, |gates| gates.address);
                 return self.run_dense(stream, y, inputs, [mask.address, gates], op);
@@ -401,9 +450,11 @@ impl FfnPlan {
             let valid = inputs.num_valid_tokens;
             let device = ffn.device();
             route_index(device, stream, &outputs, mask, num_experts, valid, Workspace::NONE)?;
+            if last == Stage::Index {
+                return Ok(());
+            }
             let lists = places.lists(base, path, num_experts, num_tokens);
-            let inputs =
-                ExpertsInputs { x: inputs.x, mask, gates, num_valid_tokens: valid, lists };
+            let inputs = ExpertsInputs { x: inputs.x, mask, gates, num_valid_tokens: valid, lists };
             experts(device, stream, y, neurons, &inputs, op)
         }
     }
@@ -425,10 +476,8 @@ impl FfnPlan {
             View::matrix(base + self.places.scores, Format::F32, [num_tokens, num_experts]);
         let selected = SelectOutputs { mask, counts: None, status: inputs.status };
         let valid = inputs.num_valid_tokens;
-        let outputs = RouterSelectOutputs {
-            selected,
-            scores: (ffn.gate() != Gate::One).then_some(scores),
-        };
+        let outputs =
+            RouterSelectOutputs { selected, scores: (ffn.gate() != Gate::One).then_some(scores) };
         let (router, selection) = (ffn.router().view(), ffn.selection());
         // SAFETY: the caller's promise.
         unsafe {

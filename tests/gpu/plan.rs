@@ -42,7 +42,13 @@ struct Case {
 }
 
 impl Case {
-    fn new(gpu: &Gpu, layer: &ffn::MoeFfn, shape: Shape, max_tokens: usize, options: PlanOptions) -> Self {
+    fn new(
+        gpu: &Gpu,
+        layer: &ffn::MoeFfn,
+        shape: Shape,
+        max_tokens: usize,
+        options: PlanOptions,
+    ) -> Self {
         let dtype = layer.neurons().dtype();
         let on_device = Arc::new(MoeFfn::new(&gpu.device, layer).expect("memory"));
         let plan = on_device.plan(max_tokens, options).expect("a plan");
@@ -81,7 +87,12 @@ impl Case {
         }
     }
 
-    fn launch(&self, stream: moefy::cuda::RawStream, num_tokens: usize, padded: bool) -> moefy::Result<()> {
+    fn launch(
+        &self,
+        stream: moefy::cuda::RawStream,
+        num_tokens: usize,
+        padded: bool,
+    ) -> moefy::Result<()> {
         let shape = [num_tokens, self.shape.d_model];
         let y = View::matrix(self.y.address(), Format::Float(self.dtype), shape);
         let bytes = self.plan.workspace_bytes();
@@ -106,7 +117,12 @@ fn fill(output: &mut Output, bytes: &[u8]) {
 }
 
 /// At least one expert each: with none, the scores would select the first.
-fn routing(rng: &mut ChaCha8Rng, num_tokens: usize, num_experts: usize, density: f64) -> ExpertMask {
+fn routing(
+    rng: &mut ChaCha8Rng,
+    num_tokens: usize,
+    num_experts: usize,
+    density: f64,
+) -> ExpertMask {
     let mut mask = random_mask(rng, num_tokens, num_experts, density);
     (0..num_tokens).for_each(|token| mask.insert(token, token % num_experts));
     mask
@@ -140,7 +156,8 @@ fn every_path(gpu: &Gpu) {
                     let eager = case.read(num_tokens);
                     let error = relative_error(&eager, &reference_of(path, &layer, &x, &mask));
                     // Dense products round once more: the pre-activations.
-                    let bar = tolerance(&layer, dtype) * if path == Path::DenseMasked { 2.0 } else { 1.0 };
+                    let bar = tolerance(&layer, dtype)
+                        * if path == Path::DenseMasked { 2.0 } else { 1.0 };
                     assert!(error <= bar, "{} {dtype} T {num_tokens}: {error:.3e}", path.name());
                     if num_tokens == 0 {
                         continue;
