@@ -37,6 +37,8 @@ mod kernels;
 mod moe_ffn;
 mod neurons;
 mod padding;
+mod path;
+mod places;
 mod plan;
 mod route_index;
 mod router_select;
@@ -54,7 +56,8 @@ pub use gates::gates;
 pub use kernels::{BuildInfo, build_info};
 pub use moe_ffn::MoeFfn;
 pub use neurons::Neurons;
-pub use plan::{Fallback, FfnInputs, FfnPlan, Path, PlanOptions};
+pub use path::{Fallback, FfnInputs, Path, PlanOptions};
+pub use plan::FfnPlan;
 pub use route_index::{RouteIndexOutputs, route_index, route_index_workspace_bytes};
 pub use router_select::{
     DeviceRouter, RouterSelectOutputs, RouterView, router_select, router_select_workspace_bytes,

@@ -1,76 +1,20 @@
-//! How a MoEfied FFN runs: which path, in which workspace.
+//! A layer that is ready to run: what its path takes, in which order, where in the workspace.
 
 use std::sync::Arc;
 
-use super::dense::{Dense, DenseLayer, DenseRun, dense_workspace_bytes};
+use super::dense::{Dense, DenseLayer, DenseRun};
 use super::driver::RawStream;
+use super::places::Places;
 use super::statistics::Counters;
 use super::view::{Arguments, Format, View, Workspace};
-use super::workspace::Layout;
 use super::{
-    Buffer, ExpertLists, ExpertsInputs, MoeFfn, RouteIndexOutputs, RouterSelectOutputs,
-    RoutingCounts, SelectOutputs, experts, experts_workspace_bytes, gates, padding, route_index,
-    router_select, router_select_workspace_bytes, select,
+    Buffer, ExpertsInputs, FfnInputs, MoeFfn, Path, PlanOptions, RouteIndexOutputs,
+    RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, gates, padding, route_index,
+    router_select, select,
 };
 use crate::abi::{moefy_clear_invalid_params, moefy_split_valid_params};
 use crate::error::Result;
-use crate::ffn::{Gate, SelectionRule};
-
-/// Tokens that go through the layer together; more go in turns, so that the workspace is bounded.
-const MAX_CHUNK: usize = 8192;
-/// Bytes of h of the experts that a chunk may have.
-const MAX_HIDDEN_BYTES: usize = 512 << 20;
-/// Tokens up to which `auto` streams the union of the experts.
-const MAX_FEW_TOKENS: usize = 8;
-
-/// A way to compute the layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Path {
-    /// `few`: streams the union of the tokens' experts.
-    Few,
-    /// `expert-major`: each expert with its own tokens.
-    ExpertMajor,
-    /// `dense-exact`: the original FFN.
-    DenseExact,
-    /// `dense-masked`: the function of the experts, computed densely.
-    DenseMasked,
-}
-
-impl Path {
-    /// Every path.
-    pub const ALL: [Self; 4] = [Self::Few, Self::ExpertMajor, Self::DenseExact, Self::DenseMasked];
-
-    /// Its name on the command line and in records.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Few => "few",
-            Self::ExpertMajor => "expert-major",
-            Self::DenseExact => "dense-exact",
-            Self::DenseMasked => "dense-masked",
-        }
-    }
-}
-
-/// What runs where the dense products are faster.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Fallback {
-    /// The original FFN, without a router: at least as accurate as the sparse one.
-    #[default]
-    Exact,
-    /// The sparse layer's own function: one function at every number of tokens.
-    Masked,
-}
-
-/// What a plan may choose.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct PlanOptions {
-    /// Always this path; `None` chooses by the number of tokens.
-    pub path: Option<Path>,
-    /// What a choice may fall back to.
-    pub fallback: Fallback,
-    /// Whether to count what selection does.
-    pub statistics: bool,
-}
+use crate::ffn::Gate;
 
 /// What a sparse run does, in turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,27 +22,6 @@ pub(super) enum Stage {
     Route,
     Index,
     Experts,
-}
-
-/// What a run reads.
-#[derive(Clone, Copy, Debug)]
-pub struct FfnInputs {
-    /// \[num_tokens, d_model\], without gaps, aligned to 16 bytes, of the weights' element type.
-    pub x: View,
-    /// u32 \[1, 1\]: rows at and beyond it are padding and come back as zeros.
-    pub num_valid_tokens: Option<View>,
-    /// f32 \[num_tokens, num_experts\]: selection reads these scores instead of the router's, which
-    /// runs all the same. For measurements under imposed routing.
-    pub scores: Option<View>,
-    /// One word that gains status bits; see [`SelectOutputs`] and [`RouteIndexOutputs`].
-    pub status: Option<View>,
-}
-
-impl FfnInputs {
-    /// Nothing but tokens.
-    pub fn new(x: View) -> Self {
-        Self { x, num_valid_tokens: None, scores: None, status: None }
-    }
 }
 
 /// A layer that is ready to run up to a number of tokens.
@@ -109,25 +32,6 @@ pub struct FfnPlan {
     places: Places,
     dense: Option<Dense>,
     counters: Option<Counters>,
-}
-
-/// Places in the workspace, of one chunk but for `valid`.
-#[derive(Clone, Copy, Debug)]
-struct Places {
-    chunk: usize,
-    max_k: usize,
-    valid: u64,
-    mask: u64,
-    scores: u64,
-    counts: u64,
-    offsets: u64,
-    token_ids: u64,
-    expert_masks: u64,
-    union_ids: u64,
-    num_union: u64,
-    /// Of whatever runs: one after another.
-    op: u64,
-    bytes: usize,
 }
 
 impl MoeFfn {
@@ -153,121 +57,6 @@ impl MoeFfn {
             plan.dense = Some(plan.tune(layer)?);
         }
         Ok(plan)
-    }
-
-    /// The path for so many tokens.
-    fn path(num_tokens: usize, options: &PlanOptions) -> Path {
-        match (options.path, options.fallback) {
-            (Some(path), _) => path,
-            (None, _) if num_tokens <= MAX_FEW_TOKENS => Path::Few,
-            (None, Fallback::Exact) => Path::DenseExact,
-            (None, Fallback::Masked) => Path::DenseMasked,
-        }
-    }
-
-    fn dense_layer_of(&self, tokens: usize, options: &PlanOptions) -> Result<Option<DenseLayer>> {
-        match Self::path(tokens, options) {
-            _ if tokens == 0 => Ok(None),
-            Path::DenseExact => self.exact().map(Some),
-            Path::DenseMasked => self.masked().map(Some),
-            Path::Few | Path::ExpertMajor => Ok(None),
-        }
-    }
-
-    fn places(&self, max_tokens: usize, options: &PlanOptions) -> Result<Places> {
-        let check = Arguments { device: self.device(), op: "plan" };
-        let neurons = self.neurons();
-        let num_experts = neurons.num_experts;
-        check.size("max_tokens", max_tokens)?;
-        let max_k = match self.selection().rule {
-            SelectionRule::TopK { k } => k,
-            _ => num_experts,
-        };
-        let max_k = max_k.min(self.selection().max_experts.unwrap_or(num_experts));
-        let mut chunk = max_tokens.min(MAX_CHUNK);
-        let hidden_row = neurons.expert_width.next_multiple_of(8) * self.dtype().bytes() * max_k;
-        while chunk > 1024 && chunk * hidden_row > MAX_HIDDEN_BYTES {
-            chunk /= 2;
-        }
-        let mut places = Places {
-            chunk,
-            max_k,
-            valid: 0,
-            mask: 0,
-            scores: 0,
-            counts: 0,
-            offsets: 0,
-            token_ids: 0,
-            expert_masks: 0,
-            union_ids: 0,
-            num_union: 0,
-            op: 0,
-            bytes: 0,
-        };
-        let op = self.op_bytes(&places, max_tokens, options)?;
-        let mut layout = Layout::default();
-        let mut place = |count: usize| layout.place(count, 4);
-        let mut fill = || {
-            places.valid = place(max_tokens.div_ceil(chunk.max(1)))?;
-            places.mask = place(chunk * num_experts.div_ceil(32))?;
-            places.scores = place(chunk.checked_mul(num_experts)?)?;
-            places.counts = place(num_experts)?;
-            places.offsets = place(num_experts + 1)?;
-            places.token_ids = place(chunk.checked_mul(max_k)?)?;
-            places.expert_masks = place(num_experts.checked_mul(chunk.div_ceil(32))?)?;
-            places.union_ids = place(num_experts)?;
-            places.num_union = place(1)?;
-            places.op = place(op?.div_ceil(4))?;
-            Some(())
-        };
-        fill().ok_or_else(|| {
-            check.error("max_tokens", "such that the workspace can exist", max_tokens)
-        })?;
-        places.bytes = layout.bytes();
-        Ok(places)
-    }
-
-    /// Workspace of the operations of a chunk.
-    fn op_bytes(
-        &self,
-        places: &Places,
-        max_tokens: usize,
-        options: &PlanOptions,
-    ) -> Result<Option<usize>> {
-        let neurons = self.neurons();
-        let router = self.router().view();
-        let routing = router_select_workspace_bytes(places.chunk, neurons.d_model(), &router);
-        let mut bytes = Some(routing);
-        let mut include = |other: Option<usize>| bytes = bytes.zip(other).map(|(a, b)| a.max(b));
-        let sparse = |tokens, path| {
-            let lists = places.lists(0, path, neurons.num_experts, tokens);
-            experts_workspace_bytes(self.device(), neurons, tokens, &lists)
-        };
-        let at_most = Self::path(max_tokens, options);
-        if let Some(layer) = self.dense_layer_of(max_tokens, options)? {
-            include(dense_workspace_bytes(&layer, places.chunk));
-        } else {
-            include(Some(sparse(places.chunk, at_most)?));
-        }
-        if options.path.is_none() {
-            include(Some(sparse(MAX_FEW_TOKENS.min(max_tokens), Path::Few)?));
-        }
-        Ok(bytes)
-    }
-}
-
-impl Places {
-    fn lists(&self, base: u64, path: Path, num_experts: usize, tokens: usize) -> ExpertLists {
-        match path {
-            Path::Few => ExpertLists::Union {
-                union_ids: View::words(base + self.union_ids, num_experts),
-                num_union: View::words(base + self.num_union, 1),
-            },
-            _ => ExpertLists::Tokens {
-                offsets: View::words(base + self.offsets, num_experts + 1),
-                token_ids: View::words(base + self.token_ids, tokens * self.max_k),
-            },
-        }
     }
 }
 
@@ -300,7 +89,7 @@ impl FfnPlan {
 
     /// The path that a run of so many tokens takes.
     pub fn path(&self, num_tokens: usize) -> Path {
-        MoeFfn::path(num_tokens, &self.options)
+        self.ffn.path(num_tokens, &self.options)
     }
 
     /// The layer.
