@@ -74,7 +74,8 @@ pub struct FfnInputs {
     /// f32 \[num_tokens, num_experts\]: selection reads these scores instead of the router's, which
     /// runs all the same. For measurements under imposed routing.
     pub scores: Option<View>,
-    /// One word that gains status bits; see [`SelectOutputs`] and [`RouteIndexOutputs`].
+    /// One word that gains status bits; see [`SelectOutputs`](super::SelectOutputs) and
+    /// [`RouteIndexOutputs`](super::RouteIndexOutputs).
     pub status: Option<View>,
 }
 

@@ -5,7 +5,8 @@ use super::path::MAX_FEW_TOKENS;
 use super::view::{Arguments, View};
 use super::workspace::Layout;
 use super::{
-    ExpertLists, MoeFfn, Path, PlanOptions, experts_workspace_bytes, router_select_workspace_bytes,
+    ExpertLists, MoeFfn, Path, PlanOptions, experts_workspace_bytes, route_index_workspace_bytes,
+    router_select_workspace_bytes,
 };
 use crate::error::Result;
 use crate::ffn::SelectionRule;
@@ -101,7 +102,8 @@ impl MoeFfn {
         let neurons = self.neurons();
         let router = self.router().view();
         let routing = router_select_workspace_bytes(places.chunk, neurons.d_model(), &router);
-        let mut bytes = Some(routing);
+        let lists = route_index_workspace_bytes(places.chunk, neurons.num_experts);
+        let mut bytes = Some(routing.max(lists));
         let mut include = |other: Option<usize>| bytes = bytes.zip(other).map(|(a, b)| a.max(b));
         let sparse = |tokens, path| {
             let lists = places.lists(0, path, neurons.num_experts, tokens);

@@ -238,7 +238,7 @@ impl FfnPlan {
             };
             let valid = inputs.num_valid_tokens;
             let device = ffn.device();
-            route_index(device, stream, &outputs, mask, num_experts, valid, Workspace::NONE)?;
+            route_index(device, stream, &outputs, mask, num_experts, valid, op)?;
             if last == Stage::Index {
                 return Ok(());
             }

@@ -2,7 +2,7 @@
 
 use moefy::cuda::{
     ExpertLists, ExpertsInputs, Format, MoeFfn, View, Workspace, experts, experts_workspace_bytes,
-    gates, route_index,
+    gates, route_index, route_index_workspace_bytes,
 };
 use moefy::ffn::{
     self, Activation, Compensation, DenseFfn, ExpertMask, Gate, Partition, Router, Selection,
@@ -153,6 +153,7 @@ fn check(
         Which::Many => ExpertLists::Tokens { offsets: views.offsets, token_ids: views.token_ids },
     };
     let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, &expert_lists).unwrap();
+    let bytes = bytes.max(route_index_workspace_bytes(num_tokens, num_experts));
     let scratch = Output::new(gpu, bytes);
     let workspace = Workspace { address: scratch.address(), bytes };
     let softmax = Output::words(gpu, num_tokens * num_experts);
@@ -172,8 +173,8 @@ fn check(
     let mut y = Output::new(gpu, num_tokens * d_model * dtype.bytes());
     let y_view = View::matrix(y.address(), float, [num_tokens, d_model]);
     gpu.run(&mut [&mut y], |stream| unsafe {
-        let (device, none) = (&gpu.device, Workspace::NONE);
-        route_index(device, stream, &views, mask_view, num_experts, None, none)?;
+        let device = &gpu.device;
+        route_index(device, stream, &views, mask_view, num_experts, None, workspace)?;
         if matches!(layer.gate(), Gate::Softmax | Gate::Renormalised) {
             let renormalise = layer.gate() == Gate::Renormalised;
             let scores = scores_view.expect("a softmax has scores");
@@ -302,6 +303,7 @@ fn padding(gpu: &Gpu) {
         for lists in [union, tokens] {
             let neurons = on_device.neurons();
             let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, &lists).unwrap();
+            let bytes = bytes.max(route_index_workspace_bytes(num_tokens, shape.num_experts));
             let scratch = Output::new(gpu, bytes);
             let inputs = ExpertsInputs {
                 x: View::matrix(x_device.address(), float, x.shape()),
@@ -313,10 +315,10 @@ fn padding(gpu: &Gpu) {
             let mut y = Output::new(gpu, num_tokens * shape.d_model * 4);
             let y_view = View::matrix(y.address(), float, x.shape());
             gpu.run(&mut [&mut y], |stream| unsafe {
-                let (device, none) = (&gpu.device, Workspace::NONE);
+                let device = &gpu.device;
                 let workspace = Workspace { address: scratch.address(), bytes };
                 let experts_of = shape.num_experts;
-                route_index(device, stream, &views, mask_view, experts_of, num_valid, none)?;
+                route_index(device, stream, &views, mask_view, experts_of, num_valid, workspace)?;
                 experts(device, stream, y_view, neurons, &inputs, workspace)
             });
             let y = y.read::<f32>();
