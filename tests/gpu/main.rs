@@ -6,6 +6,7 @@
 mod abi;
 mod bad_input;
 mod harness;
+mod interop;
 mod route_index;
 mod router_select;
 mod select;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     let tests: Tests = [
         abi::tests(),
         bad_input::tests(),
+        interop::tests(),
         route_index::tests(),
         router_select::tests(),
         select::tests(),
