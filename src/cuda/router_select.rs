@@ -88,6 +88,15 @@ impl RouterView {
         }
     }
 
+    /// Width of a token.
+    pub fn d_model(&self) -> usize {
+        match self {
+            Self::Linear { w } | Self::Mlp { w1: w, .. } | Self::Centroid { centroids: w, .. } => {
+                w.shape[1]
+            }
+        }
+    }
+
     /// Width of the hidden layer; 0 where there is none.
     pub fn hidden(&self) -> usize {
         match self {

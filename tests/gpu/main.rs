@@ -7,6 +7,7 @@ mod abi;
 mod bad_input;
 mod experts;
 mod harness;
+mod interop;
 mod plan;
 mod route_index;
 mod router_select;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         bad_input::tests(),
         experts::tests(),
         plan::tests(),
+        interop::tests(),
         route_index::tests(),
         router_select::tests(),
         select::tests(),

@@ -1,7 +1,7 @@
 //! Masks from given scores are those of the reference, bit for bit.
 
 use moefy::abi::MOEFY_STATUS_ROW_WITHOUT_SCORE;
-use moefy::cuda::{Format, SelectOutputs, View, Workspace, interop, select};
+use moefy::cuda::{Format, SelectOutputs, View, Workspace, select};
 use moefy::ffn::Selection;
 use moefy::reference;
 use rand::RngExt;
@@ -14,7 +14,6 @@ pub fn tests() -> crate::Tests {
         ("select::every_rule_and_size", every_rule_and_size),
         ("select::ties_and_special_values", ties_and_special_values),
         ("select::rows_apart_and_padding", rows_apart_and_padding),
-        ("select::on_cudarc_slices", on_cudarc_slices),
     ]
 }
 
@@ -137,18 +136,4 @@ fn rows_apart_and_padding(gpu: &Gpu) {
         let expected = reference::select(&selection, &packed, num_experts).mask;
         assert_eq!(mask.read::<u32>(), expected.words());
     }
-}
-
-fn on_cudarc_slices(gpu: &Gpu) {
-    let scores = uniform(&mut gpu.rng(), 5 * 40);
-    let selection = Selection::top_k(3);
-    let input = gpu.stream.clone_htod(&scores).unwrap();
-    let mut mask = gpu.stream.alloc_zeros::<u32>(5 * 2).unwrap();
-    let mut counts = gpu.stream.alloc_zeros::<u32>(5).unwrap();
-    let (mask_out, counts_out) = (&mut mask, Some(&mut counts));
-    interop::select(&gpu.device, &gpu.stream, mask_out, counts_out, &input, 40, &selection)
-        .unwrap();
-    let expected = reference::select(&selection, &scores, 40).mask;
-    assert_eq!(gpu.stream.clone_dtoh(&mask).unwrap(), expected.words());
-    assert_eq!(gpu.stream.clone_dtoh(&counts).unwrap(), [3; 5]);
 }
