@@ -81,6 +81,7 @@ test-scripts:
 
 test-rust: inputs
 	cargo test $(CARGO_FLAGS)
+	cargo run $(CARGO_FLAGS) --example quickstart
 
 # A minimal installation of Rust lacks these two.
 tools:

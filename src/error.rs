@@ -83,9 +83,9 @@ impl Error {
     ) -> Self {
         Self::Argument {
             op,
-            argument: argument.into(),
-            expected: expected.into(),
-            got: got.to_string(),
+            argument: one_line(argument.into()),
+            expected: one_line(expected.into()),
+            got: one_line(got.to_string()),
         }
     }
 
@@ -98,20 +98,42 @@ impl Error {
     ) -> Self {
         Self::Tensor {
             file: file.into(),
-            tensor: tensor.into(),
-            expected: expected.into(),
-            got: got.to_string(),
+            tensor: one_line(tensor.into()),
+            expected: one_line(expected.into()),
+            got: one_line(got.to_string()),
         }
     }
 
     /// An [`Error::File`].
     pub fn file(file: &Path, problem: impl Into<String>) -> Self {
-        Self::File { file: file.into(), problem: problem.into() }
+        Self::File { file: file.into(), problem: one_line(problem.into()) }
     }
 
     /// For `map_err`: an [`Error::Io`] about `file`.
     pub fn io(doing: &'static str, file: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let file = file.to_path_buf();
         move |source| Self::Io { doing, file, source }
+    }
+}
+
+/// Names and values that come from files may hold line breaks and other control characters; an
+/// error is one line all the same.
+fn one_line(text: String) -> String {
+    if !text.contains(char::is_control) {
+        return text;
+    }
+    let shown =
+        |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(shown).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_line() {
+        let error = Error::file(Path::new("config.json"), "unknown variant `mea\n`");
+        assert_eq!(error.to_string(), "config.json: unknown variant `mea\\n`");
     }
 }

@@ -26,6 +26,8 @@ const ROWS: usize = 4;
 /// Up to this many tokens, weights are read row by row, as they lie in memory: one long stream comes
 /// twice as fast as four short ones.
 const FEW: usize = 8;
+/// How far ahead of them weights are asked for, where they are read row by row.
+const ROWS_AHEAD: usize = 8;
 
 /// z \[ids, rows\] += x\[ids\] · wᵀ.
 pub struct Products<'a> {
@@ -53,6 +55,9 @@ impl WithSimd for Products<'_> {
             let few = ids.len() <= FEW && ids.len() * d <= NEAR;
             let rows_at_once = if few { 1 } else { ROWS };
             for row in (0..num_rows).step_by(rows_at_once) {
+                if few {
+                    prefetch(w, (row + ROWS_AHEAD) * d, d);
+                }
                 for start in (0..d).step_by(CHUNK) {
                     let cols = start..d.min(start + CHUNK);
                     let tiles = DotTiles { x, d, ids, w, z: &mut *z, num_rows, row, cols };
@@ -66,6 +71,20 @@ impl WithSimd for Products<'_> {
             }
         }
     }
+}
+
+/// Asks for elements `start..start + len` of the rows `w` of weights, or of what lies behind them,
+/// so that they are in the second-level cache when their turn comes.
+#[inline(always)]
+fn prefetch(w: &[f32], start: usize, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (start..start + len).step_by(64 / size_of::<f32>()) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: only a hint, which no address makes fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(w.as_ptr().wrapping_add(at).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (w, start, len);
 }
 
 /// N rows of weights against all tokens.
@@ -169,6 +188,7 @@ impl WithSimd for Accumulate<'_> {
             for start in vectors.clone().step_by(width) {
                 let cols = start..vectors.end.min(start + width);
                 for row in 0..num_rows {
+                    prefetch(self.w, (row + ROWS_AHEAD) * self.d + cols.start, cols.len());
                     self.add_row(simd, row, cols.clone());
                 }
             }

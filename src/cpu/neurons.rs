@@ -25,8 +25,9 @@ const Y_COLUMNS: usize = 256;
 const Y_TOKENS: usize = 512;
 /// Up to this many tokens, a task owns as many columns as there are for each thread.
 const FEW_TOKENS: usize = 32;
-/// Multiply-adds that take as long as waking a thread.
-pub const WORTH_A_THREAD: usize = 1 << 16;
+/// Multiply-adds that take much longer than waking a thread, which on a virtual machine can be
+/// 100 µs.
+pub const WORTH_A_THREAD: usize = 3 << 18;
 
 /// Neurons in neuron-major order.
 #[derive(Clone, Debug)]

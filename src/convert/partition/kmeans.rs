@@ -9,7 +9,7 @@ use crate::cpu::{Matrix, MatrixMut, gemm};
 /// Rounds without progress before the search ends, and what counts as progress.
 const PATIENCE: usize = 5;
 const PROGRESS: f64 = 1e-5;
-/// A bound that no layer has come near.
+/// Twenty to seventy rounds are usual.
 const MAX_ROUNDS: usize = 500;
 /// What a balanced assignment may lose per row, as an inner product of unit vectors.
 const EPSILON: f64 = 1e-5;
@@ -32,8 +32,8 @@ pub struct Clusters {
 ///
 /// Every row sees its own cluster *without itself* (as in Hartigan's method; Telgarsky and Vattani,
 /// AISTATS 2010). In small clusters of many dimensions a row is so much of its own centroid that
-/// plain k-means stops near where it started: on MiniLM (32 rows in 384 dimensions) this explains
-/// 5 to 30 % more of the variance.
+/// plain k-means stops near where it started: on two layers of MiniLM (32 rows in 384 dimensions)
+/// this explains 7 % and 23 % more of the variance.
 ///
 /// # Panics
 /// When `rows` is not \[R, dim\] with R a positive multiple of `num_clusters`.
