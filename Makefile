@@ -8,9 +8,19 @@ CARGO_FLAGS := --release --locked --features $(FEATURES)
 # How long the parsers are fuzzed, all together.
 export MOEFY_FUZZ_SECONDS ?= 60
 export PYTHONDONTWRITEBYTECODE := 1
+# The version of CUDA that cudarc speaks, whatever is installed here.
+export CUDARC_CUDA_VERSION ?= 13000
+# Compiles the kernels; `make toolchain` installs it. With WITHOUT_NVCC=1 everything goes on without kernels.
+ifndef WITHOUT_NVCC
+INSTALLED_NVCC := $(wildcard $(CURDIR)/.toolchain/nvidia/cu13/bin/nvcc)
+endif
+ifdef INSTALLED_NVCC
+export MOEFY_NVCC ?= $(INSTALLED_NVCC)
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test inputs fmt fmt-check clippy docs licences test-scripts test-rust tools clean-inputs
+.PHONY: help demo test test-kernels inputs toolchain fmt fmt-check clippy docs licences spills abi abi-check test-scripts \
+  test-rust gpu-bundle gpu-bundle-all tools clean-inputs
 # The steps of `test` share one build folder: they would only wait for each other.
 .NOTPARALLEL:
 
@@ -23,8 +33,21 @@ demo: inputs ## convert a real model and show what was skipped and what it cost
 
 test: fmt-check licences test-scripts clippy docs test-rust ## everything that is checked before a change is accepted
 
+# A second make, because this one began before there was a compiler for the kernels.
+test-kernels: toolchain ## the same with the kernels compiled, their registers and their host interface checked
+	@$(MAKE) --no-print-directory spills abi-check test
+
 inputs: ## fetch the model and the text that demo and test use (110 MB, once)
 	$(PYTHON) scripts/fetch_inputs.py
+
+toolchain: ## install nvcc 13.0 and libclang into .toolchain/ (270 MB, once)
+	$(if $(WITHOUT_NVCC),@echo no kernels: WITHOUT_NVCC is set,$(PYTHON) scripts/install_nvcc.py)
+
+gpu-bundle: toolchain ## build gpu-bundle/, whose run.sh tests and measures on a machine with a GPU
+	@$(MAKE) --no-print-directory gpu-bundle-all
+
+gpu-bundle-all:
+	scripts/gpu_bundle.sh
 
 fmt: tools ## format the code
 	cargo fmt
@@ -37,6 +60,18 @@ clippy: tools
 
 docs:
 	RUSTDOCFLAGS='-D warnings' cargo doc $(CARGO_FLAGS) --no-deps
+
+spills:
+	$(if $(INSTALLED_NVCC),$(PYTHON) scripts/check_spills.py $(INSTALLED_NVCC),@echo SKIPPED no nvcc: spills)
+
+# The crate without GPUs and without the command. Where libclang is installed, the build script has src/abi.rs to
+# generate on the way.
+abi: tools ## generate src/abi.rs from the header of the kernels again
+	LIBCLANG_PATH=$(CURDIR)/.toolchain/clang/native cargo clippy --release --locked --no-default-features \
+	  $(if $(INSTALLED_NVCC),--features bindgen) --lib -- -D warnings
+
+abi-check: abi
+	$(if $(INSTALLED_NVCC),git diff --exit-code src/abi.rs,@echo SKIPPED no libclang: src/abi.rs is not compared)
 
 licences:
 	$(PYTHON) scripts/check_licences.py

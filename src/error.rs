@@ -52,6 +52,22 @@ pub enum Error {
         /// The system's own word.
         source: std::io::Error,
     },
+    /// There is no GPU that the crate can use: no driver, no device, one too old, or no kernels.
+    #[error("no GPU can be used: {problem}")]
+    NoGpu {
+        /// Why, and what to do.
+        problem: String,
+    },
+    /// The CUDA driver refused.
+    #[error("cannot {doing}: the CUDA driver says {name} (error {code})")]
+    Cuda {
+        /// Verb phrase: "launch moefy_select", …
+        doing: String,
+        /// The driver's number for it.
+        code: i32,
+        /// The driver's name for it.
+        name: String,
+    },
     /// The user interrupted; nothing was left behind.
     #[error("interrupted; nothing was written")]
     Interrupted,

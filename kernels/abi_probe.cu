@@ -1,0 +1,30 @@
+// Reports the layout of every struct of the contract, as the device compiler sees it.
+
+#include <stddef.h>
+
+#include "moefy_abi.h"
+
+#define LAYOUT(type, last_field) sizeof(type), offsetof(type, last_field)
+
+extern "C" __global__ void moefy_abi_probe(const __grid_constant__ moefy_abi_probe_params p) {
+  constexpr uint32_t kLayout[] = {
+      LAYOUT(moefy_abi_probe_params, num_words),
+      LAYOUT(moefy_selection, max_experts),
+      LAYOUT(moefy_select_params, num_experts),
+      LAYOUT(moefy_router_select_params, num_experts),
+      LAYOUT(moefy_router_layer_params, reserved),
+      LAYOUT(moefy_route_index_params, reserved),
+      LAYOUT(moefy_neurons, reserved),
+      LAYOUT(moefy_experts_params, num_arrivals),
+      LAYOUT(moefy_gates_params, reserved),
+      LAYOUT(moefy_activate_params, reserved),
+      LAYOUT(moefy_clear_invalid_params, num_tokens),
+      LAYOUT(moefy_split_valid_params, num_chunks),
+      LAYOUT(moefy_statistics_params, num_experts),
+  };
+  constexpr uint64_t kWords = sizeof(kLayout) / sizeof(kLayout[0]);
+#pragma unroll
+  for (uint64_t i = 0; i < kWords; ++i) {
+    if (i < p.num_words) p.words[i] = kLayout[i];
+  }
+}

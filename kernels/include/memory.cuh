@@ -1,0 +1,49 @@
+// Sixteen bytes at a time: streaming loads, asynchronous copies to shared memory, swizzled rows.
+#pragma once
+
+#include <stdint.h>
+
+namespace moefy {
+
+constexpr int kChunkBytes = 16;
+
+/// Loads 16 bytes that nobody reads again.
+__device__ __forceinline__ uint4 load_streaming(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+/// Copies 16 bytes to shared memory, or writes zeros there; `from` must be readable either way.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
+  const int bytes = valid ? kChunkBytes : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+/// Copies 4 bytes to shared memory.
+__device__ __forceinline__ void copy_async_word(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;"); }
+
+/// Waits until at most `kPending` of the thread's groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+/// Byte offset of a 16-byte chunk in a tile of rows of `kRowBytes` (a multiple of 128): eight
+/// consecutive rows keep the same chunk in different banks.
+template <int kRowBytes>
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) {
+  return row * kRowBytes + ((chunk ^ (row & 7)) * kChunkBytes);
+}
+
+}  // namespace moefy

@@ -1,0 +1,240 @@
+/* The one contract between host and device: every kernel takes one of these structs by value.
+ *
+ * Pure C. src/abi.rs is generated from this file, and a kernel reports the sizes and offsets that the device compiler
+ * gave it (abi_probe.cu). No struct has padding: it would be bytes that nobody wrote.
+ */
+#ifndef MOEFY_ABI_H
+#define MOEFY_ABI_H
+
+#include <stdint.h>
+
+/* A device address: a pointer on the device, 64 bits on the host. */
+#ifdef __CUDACC__
+#define MOEFY_PTR(type) type*
+#else
+#define MOEFY_PTR(type) uint64_t
+#endif
+
+/* Bits of the status word. Kernels only ever set them; the caller clears the word. */
+#define MOEFY_STATUS_ROW_WITHOUT_SCORE 1u
+#define MOEFY_STATUS_MASK_BEYOND_EXPERTS 2u /* ignored */
+#define MOEFY_STATUS_TOO_MANY_PAIRS 4u      /* the lists end where token_ids does */
+
+#define MOEFY_MAX_EXPERTS 4096u
+
+/* Threads of moefy_route_index_small. */
+#define MOEFY_ROUTE_INDEX_SMALL 256u
+
+/* moefy_route_index_transpose: token blocks of 32 per chunk and round, and chunks * words of experts at most. */
+#define MOEFY_ROUTE_INDEX_CHUNK 8u
+#define MOEFY_ROUTE_INDEX_BLOCKS 128u
+
+/* Tokens and outputs of a block of moefy_router_layer. */
+#define MOEFY_ROUTER_TILE 64u
+
+typedef enum moefy_rule {
+  MOEFY_RULE_TOP_K = 0,
+  MOEFY_RULE_DYNAMIC_K = 1,
+  MOEFY_RULE_CUMULATIVE_SHARE = 2
+} moefy_rule;
+
+typedef struct moefy_selection {
+  moefy_rule rule;
+  uint32_t k;           /* of TOP_K */
+  float threshold;      /* rel_threshold of DYNAMIC_K, share of CUMULATIVE_SHARE */
+  uint32_t max_experts; /* no cap: num_experts or more */
+} moefy_selection;
+
+/* What abi_probe.cu writes, in this order: sizeof, then offsetof of the last field, of each struct below. */
+typedef struct moefy_abi_probe_params {
+  MOEFY_PTR(uint32_t) words;
+  uint64_t num_words;
+} moefy_abi_probe_params;
+
+/* Scores -> masks. */
+typedef struct moefy_select_params {
+  MOEFY_PTR(const float) scores;               /* [num_tokens, score_stride] */
+  MOEFY_PTR(uint32_t) mask;                    /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(uint32_t) counts;                  /* [num_tokens] or null */
+  MOEFY_PTR(uint32_t) status;                  /* [1] or null */
+  MOEFY_PTR(const uint32_t) num_valid_tokens;  /* [1] or null: all are valid */
+  uint64_t score_stride;                       /* in elements */
+  moefy_selection selection;
+  uint32_t num_tokens;
+  uint32_t num_experts;
+} moefy_select_params;
+
+typedef enum moefy_router_kind {
+  MOEFY_ROUTER_LINEAR = 0,      /* |W1 x| */
+  MOEFY_ROUTER_D2DMOE = 1,      /* |W2 relu(W1 x)| */
+  MOEFY_ROUTER_MOEFICATION = 2, /* sigmoid(W2 tanh(W1 x/|x|)) */
+  MOEFY_ROUTER_CENTROID = 3     /* max(0, W1 x * w1_scale / |x|) */
+} moefy_router_kind;
+
+/* Tokens -> scores -> masks, one block per token. */
+typedef struct moefy_router_select_params {
+  MOEFY_PTR(const void) x;                    /* [num_tokens, x_stride] */
+  MOEFY_PTR(const void) w1;                   /* [hidden, d_model]; [num_experts, d_model] where there is no w2 */
+  MOEFY_PTR(const void) w2;                   /* [num_experts, hidden] or null */
+  MOEFY_PTR(const float) w1_scale;            /* [num_experts] of CENTROID, else null */
+  MOEFY_PTR(float) scores;                    /* [num_tokens, num_experts] or null */
+  MOEFY_PTR(uint32_t) mask;                   /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(uint32_t) counts;                 /* [num_tokens] or null */
+  MOEFY_PTR(uint32_t) status;                 /* [1] or null */
+  MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
+  uint64_t x_stride;                          /* in elements */
+  moefy_selection selection;
+  moefy_router_kind kind;
+  uint32_t d_model;
+  uint32_t hidden; /* 0 where there is no w2 */
+  uint32_t num_experts;
+} moefy_router_select_params;
+
+typedef enum moefy_router_activation {
+  MOEFY_ROUTER_ACTIVATION_ABS = 0,
+  MOEFY_ROUTER_ACTIVATION_RELU = 1,
+  MOEFY_ROUTER_ACTIVATION_TANH = 2,
+  MOEFY_ROUTER_ACTIVATION_SIGMOID = 3
+} moefy_router_activation;
+
+/* One layer of a router for many tokens: out = activation(in W^T * w_scale / |in|). */
+typedef struct moefy_router_layer_params {
+  MOEFY_PTR(const void) in;                   /* [num_tokens, in_stride] */
+  MOEFY_PTR(const void) w;                    /* [out_width, in_width] */
+  MOEFY_PTR(const float) w_scale;             /* [out_width] or null: 1 */
+  MOEFY_PTR(float) out;                       /* [num_tokens, out_width] */
+  MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
+  uint64_t in_stride;                         /* in elements */
+  moefy_router_activation activation;
+  uint32_t unit_norm; /* 1: divide by |in|, 0: do not */
+  uint32_t num_tokens;
+  uint32_t in_width;
+  uint32_t out_width;
+  uint32_t reserved;
+} moefy_router_layer_params;
+
+/* Masks -> lists. */
+typedef struct moefy_route_index_params {
+  MOEFY_PTR(const uint32_t) mask;             /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
+  MOEFY_PTR(uint32_t) counts;                 /* [num_experts]: tokens of each expert */
+  MOEFY_PTR(uint32_t) offsets;                /* [num_experts + 1] into token_ids */
+  MOEFY_PTR(uint32_t) token_ids;              /* [capacity]: ascending within an expert */
+  MOEFY_PTR(uint32_t) expert_masks;           /* [num_experts, ceil(num_tokens/32)]: the transpose of mask */
+  MOEFY_PTR(uint32_t) union_ids;              /* [num_experts]: experts with a token, ascending */
+  MOEFY_PTR(uint32_t) num_union;              /* [1] */
+  MOEFY_PTR(uint32_t) status;                 /* [1] or null */
+  MOEFY_PTR(uint32_t) chunk_counts;           /* [num_chunks, num_experts]; null for moefy_route_index_small */
+  uint64_t capacity;
+  uint32_t num_chunks;
+  uint32_t num_tokens;
+  uint32_t num_experts;
+  uint32_t reserved;
+} moefy_route_index_params;
+
+typedef enum moefy_activation {
+  MOEFY_RELU = 0,
+  MOEFY_GELU = 1,
+  MOEFY_GELU_TANH = 2,
+  MOEFY_SILU = 3,
+  MOEFY_IDENTITY = 4
+} moefy_activation;
+
+/* The neurons of one layer in expert order: num_experts * expert_width routed ones, then `shared` ones that every
+ * token runs (together d_ff), then `rank` linear ones, which stand for a compensation U (V x): their input rows come
+ * after all others in w_in, their output rows after all others in w_out. */
+typedef struct moefy_neurons {
+  MOEFY_PTR(const void) w_in;   /* [G * d_ff + rank, d_model], G = 2 for a GLU: gate rows, then up rows */
+  MOEFY_PTR(const void) w_out;  /* [d_ff + rank, d_model] */
+  MOEFY_PTR(const float) b_in;  /* [G * d_ff] or null */
+  MOEFY_PTR(const float) b_out; /* [d_model] or null: b2 with the constants of a compensation */
+  MOEFY_PTR(const float) mean;  /* [d_ff] or null: subtracted from every activation */
+  uint64_t d_model;             /* a multiple of 8 */
+  uint32_t d_ff;
+  uint32_t num_experts;
+  uint32_t expert_width;
+  uint32_t shared;
+  uint32_t rank;
+  uint32_t glu; /* 0 or 1 */
+  moefy_activation activation;
+  uint32_t reserved;
+} moefy_neurons;
+
+/* y[t] = b2 + shared(x[t]) + sum over the selected experts e of gate[t, e] * expert_e(x[t]). */
+typedef struct moefy_experts_params {
+  moefy_neurons neurons;
+  MOEFY_PTR(const void) x;                    /* [num_tokens, d_model] */
+  MOEFY_PTR(void) y;                          /* [num_tokens, d_model] */
+  MOEFY_PTR(const uint32_t) mask;             /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(const float) gates;               /* [num_tokens, num_experts] or null: all 1 */
+  MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
+  MOEFY_PTR(const uint32_t) union_ids;        /* few tokens: the experts that any of them runs, ascending */
+  MOEFY_PTR(const uint32_t) num_union;        /* few tokens: [1] */
+  MOEFY_PTR(const uint32_t) expert_offsets;   /* many tokens: [num_experts + 1] */
+  MOEFY_PTR(const uint32_t) token_ids;        /* many tokens: of each expert, ascending */
+  /* Few tokens: [padded tokens, hidden_stride], one column for each executed neuron.
+   * Many tokens: one row for each (expert, token) pair, expert by expert, of padded width hidden_stride; at
+   * hidden_shared the rows of all tokens for the shared neurons, at hidden_linear those for the linear ones, each as
+   * wide as its neurons, rounded up to 8. */
+  MOEFY_PTR(void) hidden;
+  uint64_t hidden_stride;
+  uint64_t hidden_shared;
+  uint64_t hidden_linear;
+  MOEFY_PTR(uint32_t) neuron_ids; /* few tokens: of each column of `hidden` */
+  MOEFY_PTR(float) partials;      /* few tokens: [column stripes, token tiles, num_splits, tile] */
+  MOEFY_PTR(uint32_t) arrivals;   /* few tokens: [column stripes, token tiles] */
+  uint32_t num_tokens;
+  uint32_t max_pairs;  /* many tokens: entries of token_ids */
+  uint32_t num_splits; /* few tokens: blocks that share a column stripe */
+  uint32_t num_arrivals;
+} moefy_experts_params;
+
+/* Scores -> gates of moefy_experts_params. */
+typedef struct moefy_gates_params {
+  MOEFY_PTR(const float) scores;  /* [num_tokens, num_experts] */
+  MOEFY_PTR(const uint32_t) mask; /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(float) gates;         /* [num_tokens, num_experts] */
+  uint32_t num_tokens;
+  uint32_t num_experts;
+  uint32_t renormalise; /* divide by the sum over the selected experts instead of all */
+  uint32_t reserved;
+} moefy_gates_params;
+
+/* Dense products: pre-activations -> h. */
+typedef struct moefy_activate_params {
+  moefy_neurons neurons;
+  MOEFY_PTR(const void) pre;      /* [num_tokens, G * d_ff + rank] */
+  MOEFY_PTR(void) hidden;         /* [num_tokens, d_ff + rank] */
+  MOEFY_PTR(const uint32_t) mask; /* [num_tokens, ceil(num_experts/32)] or null: all experts */
+  MOEFY_PTR(const float) gates;   /* [num_tokens, num_experts] or null: all 1 */
+  uint32_t num_tokens;
+  uint32_t reserved;
+} moefy_activate_params;
+
+/* Writes zeros to the rows of y at and beyond num_valid_tokens. */
+typedef struct moefy_clear_invalid_params {
+  MOEFY_PTR(void) y; /* [num_tokens, row_bytes] */
+  MOEFY_PTR(const uint32_t) num_valid_tokens;
+  uint64_t row_bytes; /* a multiple of 16 */
+  uint64_t num_tokens;
+} moefy_clear_invalid_params;
+
+/* How many of num_valid_tokens each chunk of a batch gets. */
+typedef struct moefy_split_valid_params {
+  MOEFY_PTR(const uint32_t) num_valid_tokens;
+  MOEFY_PTR(uint32_t) of_chunk; /* [num_chunks] */
+  uint32_t chunk_tokens;
+  uint32_t num_chunks;
+} moefy_split_valid_params;
+
+/* Adds up what selection did. */
+typedef struct moefy_statistics_params {
+  MOEFY_PTR(const uint32_t) mask;             /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
+  MOEFY_PTR(uint64_t) k_histogram;            /* [num_experts + 1] */
+  MOEFY_PTR(uint64_t) expert_counts;          /* [num_experts] */
+  uint32_t num_tokens;
+  uint32_t num_experts;
+} moefy_statistics_params;
+
+#endif

@@ -1,0 +1,178 @@
+// Masks -> lists of tokens per expert and the union of all experts. Every position is a prefix count over bits, so the
+// lists are in token order and the same in every run.
+
+#include "team.cuh"
+
+#include "moefy_abi.h"
+
+namespace moefy {
+
+constexpr int kChunkWarps = MOEFY_ROUTE_INDEX_CHUNK;  // of a block of moefy_route_index_transpose
+
+// Transposes the 32 tokens of block `tokens` by the 32 experts of word `word`: lane i gets the tokens of expert i.
+__device__ __forceinline__ uint32_t transpose(const moefy_route_index_params& p, uint32_t num_valid, uint32_t tokens,
+                                              uint32_t word) {
+  const uint32_t row_words = (p.num_experts + 31) / 32;
+  const uint32_t token = tokens * 32 + lane_id();
+  uint32_t experts = token < num_valid ? p.mask[uint64_t(token) * row_words + word] : 0;
+  const uint32_t tail = p.num_experts - word * 32;
+  if (tail < 32 && experts >> tail != 0) {
+    experts &= (1u << tail) - 1;
+    if (p.status != nullptr) atomicOr(p.status, MOEFY_STATUS_MASK_BEYOND_EXPERTS);
+  }
+  uint32_t mine = 0;
+#pragma unroll
+  for (uint32_t i = 0; i < 32; ++i) {
+    const uint32_t selected_by = __ballot_sync(kFullWarp, experts >> i & 1);
+    mine = lane_id() == i ? selected_by : mine;
+  }
+  return mine;
+}
+
+__device__ __forceinline__ uint32_t num_valid_tokens(const moefy_route_index_params& p) {
+  return p.num_valid_tokens == nullptr ? p.num_tokens : min(*p.num_valid_tokens, p.num_tokens);
+}
+
+// Writes a word's tokens, ascending, from `position` on.
+__device__ __forceinline__ void write_ids(const moefy_route_index_params& p, uint32_t tokens, uint32_t word,
+                                          uint64_t position) {
+  for (; word != 0 && position < p.capacity; word &= word - 1) {
+    p.token_ids[position++] = tokens * 32 + __ffs(word) - 1;
+  }
+}
+
+// Lists end where their memory does, so that no reader of the offsets leaves it.
+__device__ __forceinline__ uint32_t within_capacity(const moefy_route_index_params& p, uint32_t offset) {
+  if (offset <= p.capacity) return offset;
+  if (p.status != nullptr) atomicOr(p.status, MOEFY_STATUS_TOO_MANY_PAIRS);
+  return uint32_t(p.capacity);
+}
+
+// What is known of an expert once all experts before it are counted.
+__device__ __forceinline__ void write_expert(const moefy_route_index_params& p, uint32_t expert, uint32_t offset,
+                                             uint32_t count, uint32_t union_rank) {
+  p.offsets[expert] = within_capacity(p, offset);
+  if (count > 0) p.union_ids[union_rank] = expert;
+  if (expert + 1 == p.num_experts) {
+    p.offsets[expert + 1] = within_capacity(p, offset + count);
+    *p.num_union = union_rank + (count > 0);
+  }
+}
+
+// Inclusive, within the warp.
+__device__ __forceinline__ uint32_t prefix_sum(uint32_t value) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const uint32_t before = __shfl_up_sync(kFullWarp, value, distance);
+    value += lane_id() >= uint32_t(distance) ? before : 0;
+  }
+  return value;
+}
+
+}  // namespace moefy
+
+// Everything in one block, one thread per expert, and later one per word of the transpose: for num_experts *
+// ceil(num_tokens/32) within MOEFY_ROUTE_INDEX_SMALL.
+extern "C" __global__ void __launch_bounds__(MOEFY_ROUTE_INDEX_SMALL)
+    moefy_route_index_small(const __grid_constant__ moefy_route_index_params p) {
+  using namespace moefy;
+  __shared__ uint32_t offsets[MOEFY_ROUTE_INDEX_SMALL];
+  const Team<MOEFY_ROUTE_INDEX_SMALL / 32> team;
+  const uint32_t num_valid = num_valid_tokens(p);
+  const uint32_t num_blocks = (p.num_tokens + 31) / 32;
+
+  const uint32_t expert = threadIdx.x;
+  uint32_t count = 0;
+  if (team.warp() * 32 < p.num_experts) {
+    for (uint32_t tokens = 0; tokens < num_blocks; ++tokens) {
+      const uint32_t selected_by = transpose(p, num_valid, tokens, team.warp());
+      if (expert < p.num_experts) p.expert_masks[expert * num_blocks + tokens] = selected_by;
+      count += __popc(selected_by);
+    }
+  }
+  const uint32_t nonempty = __ballot_sync(kFullWarp, count > 0);
+  const uint32_t counted = prefix_sum(count);
+  const uint32_t warp_count = __shfl_sync(kFullWarp, counted, 31);
+  const uint32_t offset = team.sum_of_warps_before(warp_count) + counted - count;
+  const uint32_t rank = team.sum_of_warps_before(__popc(nonempty)) + __popc(nonempty & ((1u << lane_id()) - 1));
+  offsets[expert] = offset;
+  if (expert < p.num_experts) {
+    p.counts[expert] = count;
+    write_expert(p, expert, offset, count, rank);
+  }
+  __syncthreads();
+
+  if (threadIdx.x < p.num_experts * num_blocks) {
+    const uint32_t mine = threadIdx.x / num_blocks, tokens = threadIdx.x % num_blocks;
+    const uint32_t* words = p.expert_masks + mine * num_blocks;
+    uint64_t position = offsets[mine];
+    for (uint32_t before = 0; before < tokens; ++before) position += __popc(words[before]);
+    write_ids(p, tokens, words[tokens], position);
+  }
+}
+
+// The transpose, one block per 32 experts and chunk of tokens, and each expert's tokens in the chunk.
+extern "C" __global__ void __launch_bounds__(256) moefy_route_index_transpose(
+    const __grid_constant__ moefy_route_index_params p) {
+  using namespace moefy;
+  __shared__ uint32_t counts[kChunkWarps][32];
+  const uint32_t num_valid = num_valid_tokens(p);
+  const uint32_t num_blocks = (p.num_tokens + 31) / 32;
+  const uint32_t warp = threadIdx.x / 32;
+  const uint32_t expert = blockIdx.x * 32 + lane_id();
+
+  uint32_t count = 0;
+  for (uint32_t tokens = blockIdx.y * kChunkWarps + warp; tokens < num_blocks; tokens += gridDim.y * kChunkWarps) {
+    const uint32_t selected_by = transpose(p, num_valid, tokens, blockIdx.x);
+    if (expert < p.num_experts) p.expert_masks[uint64_t(expert) * num_blocks + tokens] = selected_by;
+    count += __popc(selected_by);
+  }
+  counts[warp][lane_id()] = count;
+  __syncthreads();
+  if (warp == 0 && expert < p.num_experts) {
+    uint32_t total = 0;
+#pragma unroll
+    for (int w = 0; w < kChunkWarps; ++w) total += counts[w][lane_id()];
+    p.chunk_counts[blockIdx.y * p.num_experts + expert] = total;
+  }
+}
+
+// The lists, from the transpose and the counts, one block per expert.
+extern "C" __global__ void __launch_bounds__(256) moefy_route_index_lists(
+    const __grid_constant__ moefy_route_index_params p) {
+  using namespace moefy;
+  const Team<8> team;
+  const uint32_t expert = blockIdx.x;
+  const uint32_t num_blocks = (p.num_tokens + 31) / 32;
+
+  uint32_t pairs_before = 0, nonempty_before = 0, mine = 0;
+  for (uint32_t e = threadIdx.x; e <= expert; e += 256) {
+    uint32_t count = 0;
+#pragma unroll 8
+    for (uint32_t chunk = 0; chunk < p.num_chunks; ++chunk) count += p.chunk_counts[chunk * p.num_experts + e];
+    if (e == expert) {
+      mine = count;
+    } else {
+      pairs_before += count;
+      nonempty_before += count > 0;
+    }
+  }
+  uint32_t position = team.sum(pairs_before);
+  const uint32_t rank = team.sum(nonempty_before);
+  const uint32_t count = team.sum(mine);
+  if (threadIdx.x == 0) {
+    p.counts[expert] = count;
+    write_expert(p, expert, position, count, rank);
+  }
+
+  const uint32_t* words = p.expert_masks + uint64_t(expert) * num_blocks;
+  for (uint32_t first = 0; first < num_blocks; first += 256) {
+    const uint32_t tokens = first + threadIdx.x;
+    const uint32_t word = tokens < num_blocks ? words[tokens] : 0;
+    const uint32_t counted = prefix_sum(__popc(word));
+    const uint32_t warp_count = __shfl_sync(kFullWarp, counted, 31);
+    const uint32_t before = team.sum_of_warps_before(warp_count) + counted - __popc(word);
+    write_ids(p, tokens, word, uint64_t(position) + before);
+    position += team.sum(__popc(word));
+  }
+}

@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""Compiles every kernel for the GPU generations we know and fails when one keeps registers in memory.
+
+    scripts/check_spills.py NVCC
+"""
+
+import concurrent.futures
+import glob
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PORTABLE = "-gencode=arch=compute_80,code=[sm_80,sm_90a,sm_100a,sm_120]"
+HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
+# (entry point, architecture) -> why its spills are accepted.
+ALLOWED = {}
+
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+def parse(log):
+    """(entry point, architecture) -> (bytes spilled, registers)."""
+    found, entry, spilled = {}, None, 0
+    for line in log.splitlines():
+        if match := ENTRY.search(line):
+            entry, spilled = match.groups(), 0
+        elif (match := SPILLS.search(line)) and entry:
+            spilled = max(spilled, *map(int, match.groups()))
+        elif (match := REGISTERS.search(line)) and entry:
+            found[entry] = spilled, int(match.group(1))
+    return found
+
+
+def compile_one(nvcc, source, folder):
+    hopper = os.path.basename(os.path.dirname(source)) == "sm90"
+    out = os.path.join(folder, source.replace(os.sep, "_"))
+    command = [nvcc, "-fatbin", "-O3", "-std=c++17", "-Ikernels/include", "-Xptxas", "-v", HOPPER if hopper else PORTABLE,
+               "-o", out, source]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit("error: {}:\n{}".format(source, done.stderr))
+    return parse(done.stderr)
+
+
+def complaints(found, allowed):
+    spilling = {entry for entry, (spilled, _) in found.items() if spilled > 0}
+    lines = ["{} spills {} bytes on {}".format(name, found[name, arch][0], arch)
+             for name, arch in sorted(spilling - set(allowed))]
+    return lines + ["{} does not spill on {} any more: take it off the list".format(*entry)
+                    for entry in sorted(set(allowed) - spilling)]
+
+
+def main():
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    sources = sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, "kernels", "**", "*.cu"),
+                                                                       recursive=True))
+    found = {}
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for part in pool.map(lambda source: compile_one(sys.argv[1], source, folder), sources):
+            found.update(part)
+    if problems := complaints(found, ALLOWED):
+        sys.exit("error: " + "\nerror: ".join(problems))
+    print("{} kernels for {} architectures, at most {} registers, {} spills allowed".format(
+        len({name for name, _ in found}), len({arch for _, arch in found}),
+        max((registers for _, registers in found.values()), default=0), len(ALLOWED)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,530 @@
+//! Generated from kernels/include/moefy_abi.h by `make abi`: do not edit.
+#![allow(missing_docs, non_camel_case_types)]
+
+pub const MOEFY_STATUS_ROW_WITHOUT_SCORE: u32 = 1;
+pub const MOEFY_STATUS_MASK_BEYOND_EXPERTS: u32 = 2;
+pub const MOEFY_STATUS_TOO_MANY_PAIRS: u32 = 4;
+pub const MOEFY_MAX_EXPERTS: u32 = 4096;
+pub const MOEFY_ROUTE_INDEX_SMALL: u32 = 256;
+pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
+pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
+pub const MOEFY_ROUTER_TILE: u32 = 64;
+impl moefy_rule {
+    pub const MOEFY_RULE_TOP_K: moefy_rule = moefy_rule(0);
+    pub const MOEFY_RULE_DYNAMIC_K: moefy_rule = moefy_rule(1);
+    pub const MOEFY_RULE_CUMULATIVE_SHARE: moefy_rule = moefy_rule(2);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_rule(pub u32);
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_selection {
+    pub rule: moefy_rule,
+    pub k: u32,
+    pub threshold: f32,
+    pub max_experts: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_selection"][::std::mem::size_of::<moefy_selection>() - 16usize];
+    ["Alignment of moefy_selection"][::std::mem::align_of::<moefy_selection>() - 4usize];
+    ["Offset of field: moefy_selection::rule"]
+        [::std::mem::offset_of!(moefy_selection, rule) - 0usize];
+    ["Offset of field: moefy_selection::k"][::std::mem::offset_of!(moefy_selection, k) - 4usize];
+    ["Offset of field: moefy_selection::threshold"]
+        [::std::mem::offset_of!(moefy_selection, threshold) - 8usize];
+    ["Offset of field: moefy_selection::max_experts"]
+        [::std::mem::offset_of!(moefy_selection, max_experts) - 12usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_abi_probe_params {
+    pub words: u64,
+    pub num_words: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_abi_probe_params"][::std::mem::size_of::<moefy_abi_probe_params>() - 16usize];
+    ["Alignment of moefy_abi_probe_params"]
+        [::std::mem::align_of::<moefy_abi_probe_params>() - 8usize];
+    ["Offset of field: moefy_abi_probe_params::words"]
+        [::std::mem::offset_of!(moefy_abi_probe_params, words) - 0usize];
+    ["Offset of field: moefy_abi_probe_params::num_words"]
+        [::std::mem::offset_of!(moefy_abi_probe_params, num_words) - 8usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_select_params {
+    pub scores: u64,
+    pub mask: u64,
+    pub counts: u64,
+    pub status: u64,
+    pub num_valid_tokens: u64,
+    pub score_stride: u64,
+    pub selection: moefy_selection,
+    pub num_tokens: u32,
+    pub num_experts: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_select_params"][::std::mem::size_of::<moefy_select_params>() - 72usize];
+    ["Alignment of moefy_select_params"][::std::mem::align_of::<moefy_select_params>() - 8usize];
+    ["Offset of field: moefy_select_params::scores"]
+        [::std::mem::offset_of!(moefy_select_params, scores) - 0usize];
+    ["Offset of field: moefy_select_params::mask"]
+        [::std::mem::offset_of!(moefy_select_params, mask) - 8usize];
+    ["Offset of field: moefy_select_params::counts"]
+        [::std::mem::offset_of!(moefy_select_params, counts) - 16usize];
+    ["Offset of field: moefy_select_params::status"]
+        [::std::mem::offset_of!(moefy_select_params, status) - 24usize];
+    ["Offset of field: moefy_select_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_select_params, num_valid_tokens) - 32usize];
+    ["Offset of field: moefy_select_params::score_stride"]
+        [::std::mem::offset_of!(moefy_select_params, score_stride) - 40usize];
+    ["Offset of field: moefy_select_params::selection"]
+        [::std::mem::offset_of!(moefy_select_params, selection) - 48usize];
+    ["Offset of field: moefy_select_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_select_params, num_tokens) - 64usize];
+    ["Offset of field: moefy_select_params::num_experts"]
+        [::std::mem::offset_of!(moefy_select_params, num_experts) - 68usize];
+};
+impl moefy_router_kind {
+    pub const MOEFY_ROUTER_LINEAR: moefy_router_kind = moefy_router_kind(0);
+    pub const MOEFY_ROUTER_D2DMOE: moefy_router_kind = moefy_router_kind(1);
+    pub const MOEFY_ROUTER_MOEFICATION: moefy_router_kind = moefy_router_kind(2);
+    pub const MOEFY_ROUTER_CENTROID: moefy_router_kind = moefy_router_kind(3);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_router_kind(pub u32);
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_router_select_params {
+    pub x: u64,
+    pub w1: u64,
+    pub w2: u64,
+    pub w1_scale: u64,
+    pub scores: u64,
+    pub mask: u64,
+    pub counts: u64,
+    pub status: u64,
+    pub num_valid_tokens: u64,
+    pub x_stride: u64,
+    pub selection: moefy_selection,
+    pub kind: moefy_router_kind,
+    pub d_model: u32,
+    pub hidden: u32,
+    pub num_experts: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_router_select_params"]
+        [::std::mem::size_of::<moefy_router_select_params>() - 112usize];
+    ["Alignment of moefy_router_select_params"]
+        [::std::mem::align_of::<moefy_router_select_params>() - 8usize];
+    ["Offset of field: moefy_router_select_params::x"]
+        [::std::mem::offset_of!(moefy_router_select_params, x) - 0usize];
+    ["Offset of field: moefy_router_select_params::w1"]
+        [::std::mem::offset_of!(moefy_router_select_params, w1) - 8usize];
+    ["Offset of field: moefy_router_select_params::w2"]
+        [::std::mem::offset_of!(moefy_router_select_params, w2) - 16usize];
+    ["Offset of field: moefy_router_select_params::w1_scale"]
+        [::std::mem::offset_of!(moefy_router_select_params, w1_scale) - 24usize];
+    ["Offset of field: moefy_router_select_params::scores"]
+        [::std::mem::offset_of!(moefy_router_select_params, scores) - 32usize];
+    ["Offset of field: moefy_router_select_params::mask"]
+        [::std::mem::offset_of!(moefy_router_select_params, mask) - 40usize];
+    ["Offset of field: moefy_router_select_params::counts"]
+        [::std::mem::offset_of!(moefy_router_select_params, counts) - 48usize];
+    ["Offset of field: moefy_router_select_params::status"]
+        [::std::mem::offset_of!(moefy_router_select_params, status) - 56usize];
+    ["Offset of field: moefy_router_select_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_router_select_params, num_valid_tokens) - 64usize];
+    ["Offset of field: moefy_router_select_params::x_stride"]
+        [::std::mem::offset_of!(moefy_router_select_params, x_stride) - 72usize];
+    ["Offset of field: moefy_router_select_params::selection"]
+        [::std::mem::offset_of!(moefy_router_select_params, selection) - 80usize];
+    ["Offset of field: moefy_router_select_params::kind"]
+        [::std::mem::offset_of!(moefy_router_select_params, kind) - 96usize];
+    ["Offset of field: moefy_router_select_params::d_model"]
+        [::std::mem::offset_of!(moefy_router_select_params, d_model) - 100usize];
+    ["Offset of field: moefy_router_select_params::hidden"]
+        [::std::mem::offset_of!(moefy_router_select_params, hidden) - 104usize];
+    ["Offset of field: moefy_router_select_params::num_experts"]
+        [::std::mem::offset_of!(moefy_router_select_params, num_experts) - 108usize];
+};
+impl moefy_router_activation {
+    pub const MOEFY_ROUTER_ACTIVATION_ABS: moefy_router_activation = moefy_router_activation(0);
+    pub const MOEFY_ROUTER_ACTIVATION_RELU: moefy_router_activation = moefy_router_activation(1);
+    pub const MOEFY_ROUTER_ACTIVATION_TANH: moefy_router_activation = moefy_router_activation(2);
+    pub const MOEFY_ROUTER_ACTIVATION_SIGMOID: moefy_router_activation = moefy_router_activation(3);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_router_activation(pub u32);
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_router_layer_params {
+    pub in_: u64,
+    pub w: u64,
+    pub w_scale: u64,
+    pub out: u64,
+    pub num_valid_tokens: u64,
+    pub in_stride: u64,
+    pub activation: moefy_router_activation,
+    pub unit_norm: u32,
+    pub num_tokens: u32,
+    pub in_width: u32,
+    pub out_width: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_router_layer_params"]
+        [::std::mem::size_of::<moefy_router_layer_params>() - 72usize];
+    ["Alignment of moefy_router_layer_params"]
+        [::std::mem::align_of::<moefy_router_layer_params>() - 8usize];
+    ["Offset of field: moefy_router_layer_params::in_"]
+        [::std::mem::offset_of!(moefy_router_layer_params, in_) - 0usize];
+    ["Offset of field: moefy_router_layer_params::w"]
+        [::std::mem::offset_of!(moefy_router_layer_params, w) - 8usize];
+    ["Offset of field: moefy_router_layer_params::w_scale"]
+        [::std::mem::offset_of!(moefy_router_layer_params, w_scale) - 16usize];
+    ["Offset of field: moefy_router_layer_params::out"]
+        [::std::mem::offset_of!(moefy_router_layer_params, out) - 24usize];
+    ["Offset of field: moefy_router_layer_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_router_layer_params, num_valid_tokens) - 32usize];
+    ["Offset of field: moefy_router_layer_params::in_stride"]
+        [::std::mem::offset_of!(moefy_router_layer_params, in_stride) - 40usize];
+    ["Offset of field: moefy_router_layer_params::activation"]
+        [::std::mem::offset_of!(moefy_router_layer_params, activation) - 48usize];
+    ["Offset of field: moefy_router_layer_params::unit_norm"]
+        [::std::mem::offset_of!(moefy_router_layer_params, unit_norm) - 52usize];
+    ["Offset of field: moefy_router_layer_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_router_layer_params, num_tokens) - 56usize];
+    ["Offset of field: moefy_router_layer_params::in_width"]
+        [::std::mem::offset_of!(moefy_router_layer_params, in_width) - 60usize];
+    ["Offset of field: moefy_router_layer_params::out_width"]
+        [::std::mem::offset_of!(moefy_router_layer_params, out_width) - 64usize];
+    ["Offset of field: moefy_router_layer_params::reserved"]
+        [::std::mem::offset_of!(moefy_router_layer_params, reserved) - 68usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_route_index_params {
+    pub mask: u64,
+    pub num_valid_tokens: u64,
+    pub counts: u64,
+    pub offsets: u64,
+    pub token_ids: u64,
+    pub expert_masks: u64,
+    pub union_ids: u64,
+    pub num_union: u64,
+    pub status: u64,
+    pub chunk_counts: u64,
+    pub capacity: u64,
+    pub num_chunks: u32,
+    pub num_tokens: u32,
+    pub num_experts: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_route_index_params"]
+        [::std::mem::size_of::<moefy_route_index_params>() - 104usize];
+    ["Alignment of moefy_route_index_params"]
+        [::std::mem::align_of::<moefy_route_index_params>() - 8usize];
+    ["Offset of field: moefy_route_index_params::mask"]
+        [::std::mem::offset_of!(moefy_route_index_params, mask) - 0usize];
+    ["Offset of field: moefy_route_index_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_route_index_params, num_valid_tokens) - 8usize];
+    ["Offset of field: moefy_route_index_params::counts"]
+        [::std::mem::offset_of!(moefy_route_index_params, counts) - 16usize];
+    ["Offset of field: moefy_route_index_params::offsets"]
+        [::std::mem::offset_of!(moefy_route_index_params, offsets) - 24usize];
+    ["Offset of field: moefy_route_index_params::token_ids"]
+        [::std::mem::offset_of!(moefy_route_index_params, token_ids) - 32usize];
+    ["Offset of field: moefy_route_index_params::expert_masks"]
+        [::std::mem::offset_of!(moefy_route_index_params, expert_masks) - 40usize];
+    ["Offset of field: moefy_route_index_params::union_ids"]
+        [::std::mem::offset_of!(moefy_route_index_params, union_ids) - 48usize];
+    ["Offset of field: moefy_route_index_params::num_union"]
+        [::std::mem::offset_of!(moefy_route_index_params, num_union) - 56usize];
+    ["Offset of field: moefy_route_index_params::status"]
+        [::std::mem::offset_of!(moefy_route_index_params, status) - 64usize];
+    ["Offset of field: moefy_route_index_params::chunk_counts"]
+        [::std::mem::offset_of!(moefy_route_index_params, chunk_counts) - 72usize];
+    ["Offset of field: moefy_route_index_params::capacity"]
+        [::std::mem::offset_of!(moefy_route_index_params, capacity) - 80usize];
+    ["Offset of field: moefy_route_index_params::num_chunks"]
+        [::std::mem::offset_of!(moefy_route_index_params, num_chunks) - 88usize];
+    ["Offset of field: moefy_route_index_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_route_index_params, num_tokens) - 92usize];
+    ["Offset of field: moefy_route_index_params::num_experts"]
+        [::std::mem::offset_of!(moefy_route_index_params, num_experts) - 96usize];
+    ["Offset of field: moefy_route_index_params::reserved"]
+        [::std::mem::offset_of!(moefy_route_index_params, reserved) - 100usize];
+};
+impl moefy_activation {
+    pub const MOEFY_RELU: moefy_activation = moefy_activation(0);
+    pub const MOEFY_GELU: moefy_activation = moefy_activation(1);
+    pub const MOEFY_GELU_TANH: moefy_activation = moefy_activation(2);
+    pub const MOEFY_SILU: moefy_activation = moefy_activation(3);
+    pub const MOEFY_IDENTITY: moefy_activation = moefy_activation(4);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_activation(pub u32);
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_neurons {
+    pub w_in: u64,
+    pub w_out: u64,
+    pub b_in: u64,
+    pub b_out: u64,
+    pub mean: u64,
+    pub d_model: u64,
+    pub d_ff: u32,
+    pub num_experts: u32,
+    pub expert_width: u32,
+    pub shared: u32,
+    pub rank: u32,
+    pub glu: u32,
+    pub activation: moefy_activation,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_neurons"][::std::mem::size_of::<moefy_neurons>() - 80usize];
+    ["Alignment of moefy_neurons"][::std::mem::align_of::<moefy_neurons>() - 8usize];
+    ["Offset of field: moefy_neurons::w_in"][::std::mem::offset_of!(moefy_neurons, w_in) - 0usize];
+    ["Offset of field: moefy_neurons::w_out"]
+        [::std::mem::offset_of!(moefy_neurons, w_out) - 8usize];
+    ["Offset of field: moefy_neurons::b_in"][::std::mem::offset_of!(moefy_neurons, b_in) - 16usize];
+    ["Offset of field: moefy_neurons::b_out"]
+        [::std::mem::offset_of!(moefy_neurons, b_out) - 24usize];
+    ["Offset of field: moefy_neurons::mean"][::std::mem::offset_of!(moefy_neurons, mean) - 32usize];
+    ["Offset of field: moefy_neurons::d_model"]
+        [::std::mem::offset_of!(moefy_neurons, d_model) - 40usize];
+    ["Offset of field: moefy_neurons::d_ff"][::std::mem::offset_of!(moefy_neurons, d_ff) - 48usize];
+    ["Offset of field: moefy_neurons::num_experts"]
+        [::std::mem::offset_of!(moefy_neurons, num_experts) - 52usize];
+    ["Offset of field: moefy_neurons::expert_width"]
+        [::std::mem::offset_of!(moefy_neurons, expert_width) - 56usize];
+    ["Offset of field: moefy_neurons::shared"]
+        [::std::mem::offset_of!(moefy_neurons, shared) - 60usize];
+    ["Offset of field: moefy_neurons::rank"][::std::mem::offset_of!(moefy_neurons, rank) - 64usize];
+    ["Offset of field: moefy_neurons::glu"][::std::mem::offset_of!(moefy_neurons, glu) - 68usize];
+    ["Offset of field: moefy_neurons::activation"]
+        [::std::mem::offset_of!(moefy_neurons, activation) - 72usize];
+    ["Offset of field: moefy_neurons::reserved"]
+        [::std::mem::offset_of!(moefy_neurons, reserved) - 76usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_experts_params {
+    pub neurons: moefy_neurons,
+    pub x: u64,
+    pub y: u64,
+    pub mask: u64,
+    pub gates: u64,
+    pub num_valid_tokens: u64,
+    pub union_ids: u64,
+    pub num_union: u64,
+    pub expert_offsets: u64,
+    pub token_ids: u64,
+    pub hidden: u64,
+    pub hidden_stride: u64,
+    pub hidden_shared: u64,
+    pub hidden_linear: u64,
+    pub neuron_ids: u64,
+    pub partials: u64,
+    pub arrivals: u64,
+    pub num_tokens: u32,
+    pub max_pairs: u32,
+    pub num_splits: u32,
+    pub num_arrivals: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 224usize];
+    ["Alignment of moefy_experts_params"][::std::mem::align_of::<moefy_experts_params>() - 8usize];
+    ["Offset of field: moefy_experts_params::neurons"]
+        [::std::mem::offset_of!(moefy_experts_params, neurons) - 0usize];
+    ["Offset of field: moefy_experts_params::x"]
+        [::std::mem::offset_of!(moefy_experts_params, x) - 80usize];
+    ["Offset of field: moefy_experts_params::y"]
+        [::std::mem::offset_of!(moefy_experts_params, y) - 88usize];
+    ["Offset of field: moefy_experts_params::mask"]
+        [::std::mem::offset_of!(moefy_experts_params, mask) - 96usize];
+    ["Offset of field: moefy_experts_params::gates"]
+        [::std::mem::offset_of!(moefy_experts_params, gates) - 104usize];
+    ["Offset of field: moefy_experts_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_experts_params, num_valid_tokens) - 112usize];
+    ["Offset of field: moefy_experts_params::union_ids"]
+        [::std::mem::offset_of!(moefy_experts_params, union_ids) - 120usize];
+    ["Offset of field: moefy_experts_params::num_union"]
+        [::std::mem::offset_of!(moefy_experts_params, num_union) - 128usize];
+    ["Offset of field: moefy_experts_params::expert_offsets"]
+        [::std::mem::offset_of!(moefy_experts_params, expert_offsets) - 136usize];
+    ["Offset of field: moefy_experts_params::token_ids"]
+        [::std::mem::offset_of!(moefy_experts_params, token_ids) - 144usize];
+    ["Offset of field: moefy_experts_params::hidden"]
+        [::std::mem::offset_of!(moefy_experts_params, hidden) - 152usize];
+    ["Offset of field: moefy_experts_params::hidden_stride"]
+        [::std::mem::offset_of!(moefy_experts_params, hidden_stride) - 160usize];
+    ["Offset of field: moefy_experts_params::hidden_shared"]
+        [::std::mem::offset_of!(moefy_experts_params, hidden_shared) - 168usize];
+    ["Offset of field: moefy_experts_params::hidden_linear"]
+        [::std::mem::offset_of!(moefy_experts_params, hidden_linear) - 176usize];
+    ["Offset of field: moefy_experts_params::neuron_ids"]
+        [::std::mem::offset_of!(moefy_experts_params, neuron_ids) - 184usize];
+    ["Offset of field: moefy_experts_params::partials"]
+        [::std::mem::offset_of!(moefy_experts_params, partials) - 192usize];
+    ["Offset of field: moefy_experts_params::arrivals"]
+        [::std::mem::offset_of!(moefy_experts_params, arrivals) - 200usize];
+    ["Offset of field: moefy_experts_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 208usize];
+    ["Offset of field: moefy_experts_params::max_pairs"]
+        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 212usize];
+    ["Offset of field: moefy_experts_params::num_splits"]
+        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 216usize];
+    ["Offset of field: moefy_experts_params::num_arrivals"]
+        [::std::mem::offset_of!(moefy_experts_params, num_arrivals) - 220usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_gates_params {
+    pub scores: u64,
+    pub mask: u64,
+    pub gates: u64,
+    pub num_tokens: u32,
+    pub num_experts: u32,
+    pub renormalise: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_gates_params"][::std::mem::size_of::<moefy_gates_params>() - 40usize];
+    ["Alignment of moefy_gates_params"][::std::mem::align_of::<moefy_gates_params>() - 8usize];
+    ["Offset of field: moefy_gates_params::scores"]
+        [::std::mem::offset_of!(moefy_gates_params, scores) - 0usize];
+    ["Offset of field: moefy_gates_params::mask"]
+        [::std::mem::offset_of!(moefy_gates_params, mask) - 8usize];
+    ["Offset of field: moefy_gates_params::gates"]
+        [::std::mem::offset_of!(moefy_gates_params, gates) - 16usize];
+    ["Offset of field: moefy_gates_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_gates_params, num_tokens) - 24usize];
+    ["Offset of field: moefy_gates_params::num_experts"]
+        [::std::mem::offset_of!(moefy_gates_params, num_experts) - 28usize];
+    ["Offset of field: moefy_gates_params::renormalise"]
+        [::std::mem::offset_of!(moefy_gates_params, renormalise) - 32usize];
+    ["Offset of field: moefy_gates_params::reserved"]
+        [::std::mem::offset_of!(moefy_gates_params, reserved) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_activate_params {
+    pub neurons: moefy_neurons,
+    pub pre: u64,
+    pub hidden: u64,
+    pub mask: u64,
+    pub gates: u64,
+    pub num_tokens: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_activate_params"][::std::mem::size_of::<moefy_activate_params>() - 120usize];
+    ["Alignment of moefy_activate_params"]
+        [::std::mem::align_of::<moefy_activate_params>() - 8usize];
+    ["Offset of field: moefy_activate_params::neurons"]
+        [::std::mem::offset_of!(moefy_activate_params, neurons) - 0usize];
+    ["Offset of field: moefy_activate_params::pre"]
+        [::std::mem::offset_of!(moefy_activate_params, pre) - 80usize];
+    ["Offset of field: moefy_activate_params::hidden"]
+        [::std::mem::offset_of!(moefy_activate_params, hidden) - 88usize];
+    ["Offset of field: moefy_activate_params::mask"]
+        [::std::mem::offset_of!(moefy_activate_params, mask) - 96usize];
+    ["Offset of field: moefy_activate_params::gates"]
+        [::std::mem::offset_of!(moefy_activate_params, gates) - 104usize];
+    ["Offset of field: moefy_activate_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_activate_params, num_tokens) - 112usize];
+    ["Offset of field: moefy_activate_params::reserved"]
+        [::std::mem::offset_of!(moefy_activate_params, reserved) - 116usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_clear_invalid_params {
+    pub y: u64,
+    pub num_valid_tokens: u64,
+    pub row_bytes: u64,
+    pub num_tokens: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_clear_invalid_params"]
+        [::std::mem::size_of::<moefy_clear_invalid_params>() - 32usize];
+    ["Alignment of moefy_clear_invalid_params"]
+        [::std::mem::align_of::<moefy_clear_invalid_params>() - 8usize];
+    ["Offset of field: moefy_clear_invalid_params::y"]
+        [::std::mem::offset_of!(moefy_clear_invalid_params, y) - 0usize];
+    ["Offset of field: moefy_clear_invalid_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_clear_invalid_params, num_valid_tokens) - 8usize];
+    ["Offset of field: moefy_clear_invalid_params::row_bytes"]
+        [::std::mem::offset_of!(moefy_clear_invalid_params, row_bytes) - 16usize];
+    ["Offset of field: moefy_clear_invalid_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_clear_invalid_params, num_tokens) - 24usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_split_valid_params {
+    pub num_valid_tokens: u64,
+    pub of_chunk: u64,
+    pub chunk_tokens: u32,
+    pub num_chunks: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_split_valid_params"]
+        [::std::mem::size_of::<moefy_split_valid_params>() - 24usize];
+    ["Alignment of moefy_split_valid_params"]
+        [::std::mem::align_of::<moefy_split_valid_params>() - 8usize];
+    ["Offset of field: moefy_split_valid_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_split_valid_params, num_valid_tokens) - 0usize];
+    ["Offset of field: moefy_split_valid_params::of_chunk"]
+        [::std::mem::offset_of!(moefy_split_valid_params, of_chunk) - 8usize];
+    ["Offset of field: moefy_split_valid_params::chunk_tokens"]
+        [::std::mem::offset_of!(moefy_split_valid_params, chunk_tokens) - 16usize];
+    ["Offset of field: moefy_split_valid_params::num_chunks"]
+        [::std::mem::offset_of!(moefy_split_valid_params, num_chunks) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_statistics_params {
+    pub mask: u64,
+    pub num_valid_tokens: u64,
+    pub k_histogram: u64,
+    pub expert_counts: u64,
+    pub num_tokens: u32,
+    pub num_experts: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_statistics_params"][::std::mem::size_of::<moefy_statistics_params>() - 40usize];
+    ["Alignment of moefy_statistics_params"]
+        [::std::mem::align_of::<moefy_statistics_params>() - 8usize];
+    ["Offset of field: moefy_statistics_params::mask"]
+        [::std::mem::offset_of!(moefy_statistics_params, mask) - 0usize];
+    ["Offset of field: moefy_statistics_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_statistics_params, num_valid_tokens) - 8usize];
+    ["Offset of field: moefy_statistics_params::k_histogram"]
+        [::std::mem::offset_of!(moefy_statistics_params, k_histogram) - 16usize];
+    ["Offset of field: moefy_statistics_params::expert_counts"]
+        [::std::mem::offset_of!(moefy_statistics_params, expert_counts) - 24usize];
+    ["Offset of field: moefy_statistics_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_statistics_params, num_tokens) - 32usize];
+    ["Offset of field: moefy_statistics_params::num_experts"]
+        [::std::mem::offset_of!(moefy_statistics_params, num_experts) - 36usize];
+};

@@ -1,0 +1,363 @@
+//! All that is asked of cuBLASLt, through cudarc: products of weights with tokens, by an algorithm
+//! that was timed.
+
+use std::ffi::c_void;
+use std::ptr;
+
+use cudarc::cublaslt::{result, sys};
+use cudarc::driver::{result as driver, sys as driver_sys};
+
+use super::driver::{RawStream, cannot};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// What cuBLASLt may use while a product runs.
+pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
+/// Algorithms that are timed.
+const CANDIDATES: usize = 24;
+/// Runs of each, of which the fastest counts.
+const RUNS: usize = 3;
+
+fn fails(doing: &'static str) -> impl FnOnce(result::CublasError) -> Error {
+    move |error| Error::Cuda {
+        doing: doing.into(),
+        code: error.0 as i32,
+        name: format!("{:?}", error.0),
+    }
+}
+
+/// What follows a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Epilogue {
+    Nothing,
+    Bias,
+    Relu,
+    ReluBias,
+    GeluTanh,
+    GeluTanhBias,
+}
+
+/// out \[tokens, rows\] = epilogue(input \[tokens, depth\] · weights), all without gaps; weights are
+/// \[rows, depth\], or \[depth, rows\] where `depth_major`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ProductShape {
+    pub(super) dtype: DType,
+    pub(super) rows: usize,
+    pub(super) depth: usize,
+    pub(super) depth_major: bool,
+    pub(super) epilogue: Epilogue,
+}
+
+/// What a product is run on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Operands {
+    pub(super) tokens: usize,
+    pub(super) weights: u64,
+    pub(super) input: u64,
+    pub(super) out: u64,
+    /// At least [`WORKSPACE_BYTES`].
+    pub(super) workspace: u64,
+}
+
+/// The library, ready.
+pub(super) struct CublasLt(sys::cublasLtHandle_t);
+
+// SAFETY: every thread may use a handle of cuBLASLt.
+unsafe impl Send for CublasLt {}
+unsafe impl Sync for CublasLt {}
+
+impl CublasLt {
+    pub(super) fn open() -> Result<Self> {
+        // cudarc panics where the library is missing.
+        if !unsafe { sys::is_culib_present() } {
+            let problem = "libcublasLt cannot be loaded: install CUDA's cuBLAS, or add its folder \
+                           to LD_LIBRARY_PATH, or choose a path other than dense";
+            return Err(Error::NoGpu { problem: problem.into() });
+        }
+        result::create_handle().map(Self).map_err(fails("start cuBLASLt"))
+    }
+}
+
+impl Drop for CublasLt {
+    fn drop(&mut self) {
+        // SAFETY: the handle is ours; a failure leaves nothing to do.
+        let _ = unsafe { result::destroy_handle(self.0) };
+    }
+}
+
+/// A matrix as cuBLASLt sees it.
+struct MatrixLayout(sys::cublasLtMatrixLayout_t);
+
+impl MatrixLayout {
+    /// `across` columns of `down` elements, without gaps.
+    fn new(dtype: DType, down: usize, across: usize) -> Result<Self, result::CublasError> {
+        let dtype = match dtype {
+            DType::F32 => sys::cudaDataType_t::CUDA_R_32F,
+            DType::F16 => sys::cudaDataType_t::CUDA_R_16F,
+            DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
+        };
+        result::create_matrix_layout(dtype, down as u64, across as u64, down as i64).map(Self)
+    }
+}
+
+impl Drop for MatrixLayout {
+    fn drop(&mut self) {
+        // SAFETY: it is ours; a failure leaves nothing to do.
+        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+    }
+}
+
+/// What stays the same for all numbers of tokens.
+struct Description {
+    product: sys::cublasLtMatmulDesc_t,
+    weights: MatrixLayout,
+    shape: ProductShape,
+}
+
+impl Description {
+    /// `bias` is an address of `rows` elements where the epilogue adds one.
+    fn new(shape: &ProductShape, bias: u64) -> Result<Self, result::CublasError> {
+        use sys::cublasLtEpilogue_t as Code;
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        // cuBLASLt is column-major: what it sees is outᵀ = weights · inputᵀ.
+        let (down, across) = match shape.depth_major {
+            true => (shape.rows, shape.depth),
+            false => (shape.depth, shape.rows),
+        };
+        let weights = MatrixLayout::new(shape.dtype, down, across)?;
+        let product = result::create_matmul_desc(
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            sys::cudaDataType_t::CUDA_R_32F,
+        )?;
+        let description = Self { product, weights, shape: *shape };
+        let (code, has_bias) = match shape.epilogue {
+            Epilogue::Nothing => (Code::CUBLASLT_EPILOGUE_DEFAULT, false),
+            Epilogue::Bias => (Code::CUBLASLT_EPILOGUE_BIAS, true),
+            Epilogue::Relu => (Code::CUBLASLT_EPILOGUE_RELU, false),
+            Epilogue::ReluBias => (Code::CUBLASLT_EPILOGUE_RELU_BIAS, true),
+            Epilogue::GeluTanh => (Code::CUBLASLT_EPILOGUE_GELU, false),
+            Epilogue::GeluTanhBias => (Code::CUBLASLT_EPILOGUE_GELU_BIAS, true),
+        };
+        description.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &code)?;
+        if has_bias {
+            description.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
+        }
+        if !shape.depth_major {
+            // CUBLAS_OP_T
+            let transposed = 1i32;
+            description.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed)?;
+        }
+        Ok(description)
+    }
+
+    /// Input and output of so many tokens.
+    fn layouts(&self, tokens: usize) -> Result<[MatrixLayout; 2], result::CublasError> {
+        let ProductShape { dtype, rows, depth, .. } = self.shape;
+        Ok([MatrixLayout::new(dtype, depth, tokens)?, MatrixLayout::new(dtype, rows, tokens)?])
+    }
+
+    fn set<V>(
+        &self,
+        attribute: sys::cublasLtMatmulDescAttributes_t,
+        value: &V,
+    ) -> Result<(), result::CublasError> {
+        let value = ptr::from_ref(value);
+        // SAFETY: the attribute is of the value's type.
+        unsafe {
+            result::set_matmul_desc_attribute(self.product, attribute, value.cast(), size_of::<V>())
+        }
+    }
+
+    fn candidates(
+        &self,
+        library: &CublasLt,
+        tokens: usize,
+    ) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, result::CublasError> {
+        let [input, out] = self.layouts(tokens)?;
+        let preference = result::create_matmul_pref()?;
+        let attribute =
+            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        let bytes = WORKSPACE_BYTES;
+        // SAFETY: all-zero is a value of this C struct, and the library writes `found` of them.
+        unsafe {
+            let mut results: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] =
+                std::mem::zeroed();
+            let mut found = 0;
+            let status = result::set_matmul_pref_attribute(
+                preference,
+                attribute,
+                ptr::from_ref(&bytes).cast(),
+                size_of::<usize>(),
+            )
+            .and_then(|()| {
+                sys::cublasLtMatmulAlgoGetHeuristic(
+                    library.0,
+                    self.product,
+                    self.weights.0,
+                    input.0,
+                    out.0,
+                    out.0,
+                    preference,
+                    CANDIDATES as i32,
+                    results.as_mut_ptr(),
+                    &mut found,
+                )
+                .result()
+            });
+            let _ = result::destroy_matmul_pref(preference);
+            status?;
+            let usable = results[..found as usize].iter().filter(|r| r.state.result().is_ok());
+            Ok(usable.map(|r| r.algo).collect())
+        }
+    }
+}
+
+impl Drop for Description {
+    fn drop(&mut self) {
+        // SAFETY: it is ours; a failure leaves nothing to do.
+        let _ = unsafe { result::destroy_matmul_desc(self.product) };
+    }
+}
+
+/// A product with its algorithm.
+pub(super) struct Product {
+    description: Description,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+// SAFETY: description and algorithm are only read after construction.
+unsafe impl Send for Product {}
+unsafe impl Sync for Product {}
+
+impl Product {
+    /// Times what cuBLASLt proposes, on the default stream, and keeps the fastest. That also loads
+    /// its kernels, which a stream that is captured must not do. Waits for the device.
+    ///
+    /// # Safety
+    /// The operands and the bias must be memory of the shape's sizes; `out` is overwritten.
+    pub(super) unsafe fn tune(
+        library: &CublasLt,
+        shape: &ProductShape,
+        bias: u64,
+        operands: &Operands,
+    ) -> Result<Self> {
+        let doing = "choose an algorithm for a dense product";
+        let description = Description::new(shape, bias).map_err(fails(doing))?;
+        let candidates = description.candidates(library, operands.tokens).map_err(fails(doing))?;
+        let Some(&first) = candidates.first() else {
+            let error = result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
+            return Err(fails(doing)(error));
+        };
+        let mut product = Self { description, algorithm: first };
+        let mut best = (f32::INFINITY, first);
+        let timer = Timer::new()?;
+        for algorithm in candidates {
+            product.algorithm = algorithm;
+            let run = || unsafe { product.run(library, timer.stream(), operands) };
+            // The first run loads the kernel.
+            if run().is_err() {
+                continue;
+            }
+            for _ in 0..RUNS {
+                let milliseconds = timer.time(run)?;
+                if milliseconds < best.0 {
+                    best = (milliseconds, algorithm);
+                }
+            }
+        }
+        product.algorithm = best.1;
+        Ok(product)
+    }
+
+    /// The same algorithm with another bias.
+    pub(super) fn with_bias(&self, bias: u64) -> Result<Self> {
+        let description = Description::new(&self.description.shape, bias)
+            .map_err(fails("describe a dense product"))?;
+        Ok(Self { description, algorithm: self.algorithm })
+    }
+
+    /// Fails without a launch where the algorithm cannot do this number of tokens.
+    ///
+    /// # Safety
+    /// As for [`Self::tune`].
+    pub(super) unsafe fn run(
+        &self,
+        library: &CublasLt,
+        stream: RawStream,
+        operands: &Operands,
+    ) -> Result<()> {
+        let (one, zero) = (1.0f32, 0.0f32);
+        let d = &self.description;
+        let doing = "run a dense product";
+        let [input, out] = d.layouts(operands.tokens).map_err(fails(doing))?;
+        let address = |at: u64| at as *const c_void;
+        unsafe {
+            result::matmul(
+                library.0,
+                d.product,
+                ptr::from_ref(&one).cast(),
+                ptr::from_ref(&zero).cast(),
+                address(operands.weights),
+                d.weights.0,
+                address(operands.input),
+                input.0,
+                address(operands.out),
+                out.0,
+                address(operands.out).cast_mut(),
+                out.0,
+                &self.algorithm,
+                address(operands.workspace).cast_mut(),
+                WORKSPACE_BYTES,
+                stream.0.cast(),
+            )
+        }
+        .map_err(fails(doing))
+    }
+}
+
+/// Time between two events on a stream of its own.
+struct Timer {
+    stream: driver_sys::CUstream,
+    events: [driver_sys::CUevent; 2],
+}
+
+impl Timer {
+    fn new() -> Result<Self> {
+        let doing = "time a dense product";
+        let event = || driver::event::create(driver_sys::CUevent_flags::CU_EVENT_DEFAULT);
+        Ok(Self {
+            stream: driver::stream::create(driver::stream::StreamKind::NonBlocking)
+                .map_err(cannot(doing))?,
+            events: [event().map_err(cannot(doing))?, event().map_err(cannot(doing))?],
+        })
+    }
+
+    fn stream(&self) -> RawStream {
+        RawStream(self.stream.cast())
+    }
+
+    fn time(&self, run: impl Fn() -> Result<()>) -> Result<f32> {
+        let doing = "time a dense product";
+        let [start, end] = self.events;
+        // SAFETY: stream and events are ours.
+        unsafe {
+            driver::event::record(start, self.stream).map_err(cannot(doing))?;
+            run()?;
+            driver::event::record(end, self.stream).map_err(cannot(doing))?;
+            driver::stream::synchronize(self.stream).map_err(cannot(doing))?;
+            driver::event::elapsed(start, end).map_err(cannot(doing))
+        }
+    }
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        // SAFETY: they are ours; a failure leaves nothing to do.
+        unsafe {
+            for event in self.events {
+                let _ = driver::event::destroy(event);
+            }
+            let _ = driver::stream::destroy(self.stream);
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! The whole FFN on every token: two products of cuBLASLt.
+
+use super::Device;
+use super::cublaslt::{CublasLt, Epilogue, Operands, Product, ProductShape, WORKSPACE_BYTES};
+use super::driver::RawStream;
+use super::kernels::{Modules, PerDType};
+use super::workspace::Layout;
+use crate::abi::{moefy_activate_params, moefy_neurons};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::ffn::Activation;
+
+/// A block then takes several tokens.
+const MAX_BLOCKS_DOWN: u32 = 4096;
+
+pub(super) struct Kernels {
+    activate: PerDType,
+}
+
+impl Kernels {
+    pub(super) fn load(modules: &Modules) -> Result<Self> {
+        let names =
+            ["moefy_dense_activate_f32", "moefy_dense_activate_f16", "moefy_dense_activate_bf16"];
+        Ok(Self { activate: modules.per_dtype("dense", names, 0)? })
+    }
+}
+
+/// A dense function: the original FFN, or that of all experts under masks.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DenseLayer {
+    pub(super) neurons: moefy_neurons,
+    pub(super) dtype: DType,
+    pub(super) activation: Activation,
+    /// b1 and b2 of the weights' element type, or null.
+    pub(super) bias_in: u64,
+    pub(super) bias_out: u64,
+    /// Whether masks and gates come in between.
+    pub(super) masked: bool,
+}
+
+impl DenseLayer {
+    fn inputs(&self) -> usize {
+        let n = &self.neurons;
+        (1 + n.glu as usize) * n.d_ff as usize + n.rank as usize
+    }
+
+    fn hidden(&self) -> usize {
+        self.neurons.d_ff as usize + self.neurons.rank as usize
+    }
+
+    /// What the first product can do at once, if that is everything.
+    fn fused_activation(&self) -> Option<Epilogue> {
+        let n = &self.neurons;
+        if self.masked || n.glu == 1 || n.mean != 0 || n.rank != 0 {
+            return None;
+        }
+        Some(match (self.activation, self.bias_in != 0) {
+            (Activation::Relu, false) => Epilogue::Relu,
+            (Activation::Relu, true) => Epilogue::ReluBias,
+            (Activation::GeluTanh, false) => Epilogue::GeluTanh,
+            (Activation::GeluTanh, true) => Epilogue::GeluTanhBias,
+            (Activation::Identity, false) => Epilogue::Nothing,
+            (Activation::Identity, true) => Epilogue::Bias,
+            (Activation::Gelu | Activation::Silu, _) => return None,
+        })
+    }
+
+    fn products(&self) -> [ProductShape; 2] {
+        let (dtype, d_model) = (self.dtype, self.neurons.d_model as usize);
+        let first = self.fused_activation().unwrap_or(Epilogue::Nothing);
+        let second = if self.bias_out == 0 { Epilogue::Nothing } else { Epilogue::Bias };
+        let shape = |rows, depth, depth_major, epilogue| ProductShape {
+            dtype,
+            rows,
+            depth,
+            depth_major,
+            epilogue,
+        };
+        [shape(self.inputs(), d_model, false, first), shape(d_model, self.hidden(), true, second)]
+    }
+}
+
+/// Places in the workspace.
+#[derive(Clone, Copy, Debug)]
+struct Places {
+    library: u64,
+    pre: u64,
+    hidden: u64,
+    bytes: usize,
+}
+
+impl Places {
+    fn new(layer: &DenseLayer, max_tokens: usize) -> Option<Self> {
+        let mut layout = Layout::default();
+        let library = layout.place(WORKSPACE_BYTES, 1)?;
+        let matrix = |layout: &mut Layout, width: usize| {
+            layout.place(max_tokens.checked_mul(width)?, layer.dtype.bytes())
+        };
+        let hidden = matrix(&mut layout, layer.hidden())?;
+        let pre = match layer.fused_activation() {
+            Some(_) => hidden,
+            None => matrix(&mut layout, layer.inputs())?,
+        };
+        Some(Self { library, pre, hidden, bytes: layout.bytes() })
+    }
+}
+
+/// Bytes of workspace for at most that many tokens; `None` where the sizes overflow.
+pub(super) fn dense_workspace_bytes(layer: &DenseLayer, max_tokens: usize) -> Option<usize> {
+    Places::new(layer, max_tokens).map(|places| places.bytes)
+}
+
+/// Addresses of one run.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DenseRun {
+    pub(super) x: u64,
+    pub(super) y: u64,
+    /// Of a masked function.
+    pub(super) mask: u64,
+    /// Of a masked function, or null.
+    pub(super) gates: u64,
+    pub(super) num_tokens: usize,
+    pub(super) workspace: u64,
+}
+
+/// A dense function with algorithms for some numbers of tokens.
+pub(super) struct Dense {
+    library: CublasLt,
+    layer: DenseLayer,
+    places: Places,
+    /// Ascending.
+    sizes: Vec<(usize, [Product; 2])>,
+}
+
+impl Dense {
+    /// Times algorithms for each of `sizes`, ascending, the last of them the most tokens of a run.
+    /// Waits for the device.
+    ///
+    /// # Safety
+    /// `run` must lead to memory for the largest size; y is overwritten. The context is bound.
+    pub(super) unsafe fn new(
+        device: &Device,
+        layer: DenseLayer,
+        sizes: &[usize],
+        run: &DenseRun,
+    ) -> Result<Self> {
+        let max_tokens = sizes.last().copied().unwrap_or(0);
+        let places = Places::new(&layer, max_tokens).expect("the workspace exists");
+        let mut dense = Self { library: CublasLt::open()?, layer, places, sizes: Vec::new() };
+        for &num_tokens in sizes {
+            let [first, second] = layer.products();
+            let run = DenseRun { num_tokens, ..*run };
+            let [input, output] = dense.operands(&run);
+            let default_stream = RawStream(std::ptr::null_mut());
+            // SAFETY: the caller's promise.
+            let products = unsafe {
+                let first = Product::tune(&dense.library, &first, layer.bias_in, &input)?;
+                // The second product is timed on what it will read.
+                dense.activate(device, default_stream, &run)?;
+                device.context.synchronize()?;
+                [first, Product::tune(&dense.library, &second, layer.bias_out, &output)?]
+            };
+            dense.sizes.push((num_tokens, products));
+        }
+        Ok(dense)
+    }
+
+    /// The same algorithms for another layer of the same sizes.
+    pub(super) fn with_layer(&self, layer: DenseLayer) -> Result<Self> {
+        let rebind = |(size, [first, second]): &(usize, [Product; 2])| {
+            Ok((*size, [first.with_bias(layer.bias_in)?, second.with_bias(layer.bias_out)?]))
+        };
+        Ok(Self {
+            library: CublasLt::open()?,
+            layer,
+            places: self.places,
+            sizes: self.sizes.iter().map(rebind).collect::<Result<_>>()?,
+        })
+    }
+
+    fn operands(&self, run: &DenseRun) -> [Operands; 2] {
+        let [pre, hidden, workspace] =
+            [self.places.pre, self.places.hidden, self.places.library].map(|p| run.workspace + p);
+        let (neurons, tokens) = (&self.layer.neurons, run.num_tokens);
+        [
+            Operands { tokens, weights: neurons.w_in, input: run.x, out: pre, workspace },
+            Operands { tokens, weights: neurons.w_out, input: hidden, out: run.y, workspace },
+        ]
+    }
+
+    /// Runs a product with the algorithm of the next larger size, or of another one that can.
+    ///
+    /// # Safety
+    /// As for [`Self::run`].
+    unsafe fn product(&self, which: usize, stream: RawStream, operands: &Operands) -> Result<()> {
+        let next = self.sizes.partition_point(|(size, _)| *size < operands.tokens);
+        let (smaller, larger) = self.sizes.split_at(next);
+        let mut result = Ok(());
+        for (_, products) in larger.iter().chain(smaller.iter().rev()) {
+            // SAFETY: the caller's promise; a failure has launched nothing.
+            result = unsafe { products[which].run(&self.library, stream, operands) };
+            if result.is_ok() {
+                break;
+            }
+        }
+        result
+    }
+
+    /// Whatever of φ, gates and masks the first product does not do.
+    ///
+    /// # Safety
+    /// As for [`Self::run`].
+    unsafe fn activate(&self, device: &Device, stream: RawStream, run: &DenseRun) -> Result<()> {
+        if self.layer.fused_activation().is_some() {
+            return Ok(());
+        }
+        let [input, output] = self.operands(run);
+        let params = moefy_activate_params {
+            neurons: self.layer.neurons,
+            pre: input.out,
+            hidden: output.input,
+            mask: run.mask,
+            gates: run.gates,
+            num_tokens: run.num_tokens as u32,
+            reserved: 0,
+        };
+        let across = (self.layer.hidden() as u32).div_ceil(256);
+        let grid = [across, params.num_tokens.min(MAX_BLOCKS_DOWN), 1];
+        let kernel = device.dense.activate.get(self.layer.dtype);
+        // SAFETY: the caller's promise.
+        unsafe { kernel.launch(stream, grid, 256, 0, &params) }
+    }
+
+    /// # Safety
+    /// The addresses must be what the layer says, for `num_tokens` of at least 1 and at most the
+    /// largest size, and the context must be bound.
+    pub(super) unsafe fn run(
+        &self,
+        device: &Device,
+        stream: RawStream,
+        run: &DenseRun,
+    ) -> Result<()> {
+        let [input, output] = self.operands(run);
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.product(0, stream, &input)?;
+            self.activate(device, stream, run)?;
+            self.product(1, stream, &output)
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! All that is asked of the CUDA driver, through cudarc.
+
+use std::ffi::{CStr, CString, c_void};
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use cudarc::driver::{CudaContext, DriverError, result, sys};
+
+use super::Properties;
+use crate::error::{Error, Result};
+
+/// A stream of the driver: a `CUstream`, or a `cudaStream_t`, which is the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawStream(pub *mut c_void);
+
+/// For `map_err`: an [`Error::Cuda`].
+pub(super) fn cannot(doing: impl Into<String>) -> impl FnOnce(DriverError) -> Error {
+    let doing = doing.into();
+    move |error| {
+        let name =
+            error.error_name().map_or("an error without a name".into(), CStr::to_string_lossy);
+        Error::Cuda { doing, code: error.0 as i32, name: name.into_owned() }
+    }
+}
+
+/// The primary context of a device, shared with everything else in the process.
+#[derive(Clone)]
+pub(super) struct Context(pub(super) Arc<CudaContext>);
+
+impl Context {
+    pub(super) fn open(ordinal: usize) -> Result<Self> {
+        // cudarc panics where the library or one of its functions is missing.
+        require_library(&["libcuda.so.1", "libcuda.so", "nvcuda.dll"])?;
+        result::init().map_err(cannot("start the CUDA driver"))?;
+        let count = CudaContext::device_count().map_err(cannot("count the GPUs"))?;
+        if ordinal >= usize::try_from(count).unwrap_or(0) {
+            let problem = format!("device {ordinal} was asked for, and the driver shows {count}");
+            return Err(Error::NoGpu { problem });
+        }
+        CudaContext::new(ordinal).map(Self).map_err(cannot(format!("open device {ordinal}")))
+    }
+
+    pub(super) fn properties(&self) -> Result<Properties> {
+        use sys::CUdevice_attribute as Attribute;
+        let ask = |attribute| {
+            let value = self.0.attribute(attribute).map_err(cannot("ask what the device is"))?;
+            Ok(value as usize)
+        };
+        let mut driver = 0;
+        unsafe { sys::cuDriverGetVersion(&mut driver) }
+            .result()
+            .map_err(cannot("ask for the driver's version"))?;
+        let (major, minor) =
+            self.0.compute_capability().map_err(cannot("ask what the device is"))?;
+        Ok(Properties {
+            ordinal: self.0.ordinal(),
+            name: self.0.name().map_err(cannot("ask for the device's name"))?,
+            compute_capability: (major as u32, minor as u32),
+            driver: (driver as u32 / 1000, driver as u32 % 1000 / 10),
+            multiprocessors: ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            l2_bytes: ask(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
+            max_shared_bytes: ask(
+                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )?,
+        })
+    }
+
+    /// Launches and copies act on the context that the thread is bound to.
+    pub(super) fn bind(&self) -> Result<()> {
+        self.0.bind_to_thread().map_err(cannot("bind the device to the thread"))
+    }
+
+    /// Loads a fat binary, for good: a captured graph may outlive whoever loaded it.
+    pub(super) fn load_module(&self, name: &str, image: &'static [u8]) -> Result<Module> {
+        self.bind()?;
+        let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
+        module.map(Module).map_err(cannot(format!("load the kernels of `{name}`")))
+    }
+
+    /// The device that holds `address`, if any does.
+    pub(super) fn device_of(&self, address: u64) -> Option<i32> {
+        self.bind().ok()?;
+        let mut ordinal = -1i32;
+        let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
+        let out = (&raw mut ordinal).cast();
+        unsafe { sys::cuPointerGetAttribute(out, attribute, address) }.result().ok()?;
+        Some(ordinal)
+    }
+
+    pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {
+        self.bind()?;
+        unsafe { result::malloc_sync(bytes) }
+            .map_err(cannot(format!("allocate {bytes} bytes on the device")))
+    }
+
+    /// Copies to the host beside whatever other streams do: waits for the copy alone.
+    ///
+    /// # Safety
+    /// `address` must lead to as many readable bytes.
+    pub(super) unsafe fn copy_to_host_beside(&self, bytes: &mut [u8], address: u64) -> Result<()> {
+        let doing = "copy from the device";
+        let stream = self.0.new_stream().map_err(cannot(doing))?;
+        unsafe { result::memcpy_dtoh_async(bytes, address, stream.cu_stream()) }
+            .map_err(cannot(doing))?;
+        stream.synchronize().map_err(cannot(doing))
+    }
+
+    /// # Safety
+    /// `address` must come from [`Self::allocate`], and nothing may use it any more.
+    pub(super) unsafe fn free(&self, address: u64) {
+        // A failure leaves nothing to do: the context is gone or poisoned by an earlier error.
+        let _ = self.bind().is_ok_and(|()| unsafe { result::free_sync(address) }.is_ok());
+    }
+
+    /// Waits until everything has run, on every stream.
+    pub(super) fn synchronize(&self) -> Result<()> {
+        self.bind()?;
+        result::ctx::synchronize().map_err(cannot("wait for the device"))
+    }
+
+    /// # Safety
+    /// `address` must lead to as many writable bytes.
+    pub(super) unsafe fn copy_to_device(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.synchronize()?;
+        unsafe { result::memcpy_htod_sync(address, bytes) }
+            .map_err(cannot("copy to the device"))?;
+        // The copy itself waits only until the bytes have left `bytes`.
+        self.synchronize()
+    }
+
+    /// # Safety
+    /// `address` must lead to as many readable bytes.
+    pub(super) unsafe fn copy_to_host(&self, bytes: &mut [u8], address: u64) -> Result<()> {
+        self.synchronize()?;
+        unsafe { result::memcpy_dtoh_sync(bytes, address) }.map_err(cannot("copy from the device"))
+    }
+}
+
+/// Whether one of these is on the loader's path; the first is what the error names.
+pub(super) fn require_library(names: &[&str]) -> Result<()> {
+    if names.iter().any(|name| unsafe { libloading::Library::new(*name) }.is_ok()) {
+        return Ok(());
+    }
+    let problem = format!(
+        "{} cannot be loaded: install the NVIDIA driver and CUDA libraries, or add their folder to \
+         LD_LIBRARY_PATH",
+        names[0]
+    );
+    Err(Error::NoGpu { problem })
+}
+
+pub(super) struct Module(sys::CUmodule);
+
+impl Module {
+    /// Resolves an entry point and loads its code, which the driver otherwise does at the first
+    /// launch. `shared_bytes` is the most dynamic shared memory that it is launched with.
+    pub(super) fn function(&self, name: &'static str, shared_bytes: usize) -> Result<Function> {
+        use sys::CUfunction_attribute as Attribute;
+        let symbol = CString::new(name).expect("names of kernels hold no zero byte");
+        let doing = || format!("prepare the kernel {name}");
+        let raw =
+            unsafe { result::module::get_function(self.0, symbol) }.map_err(cannot(doing()))?;
+        let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let shared = i32::try_from(shared_bytes).unwrap_or(i32::MAX);
+        unsafe { result::function::set_function_attribute(raw, attribute, shared) }
+            .map_err(cannot(doing()))?;
+        Ok(Function { raw, name })
+    }
+}
+
+/// An entry point that is ready to launch.
+#[derive(Clone, Copy)]
+pub(super) struct Function {
+    raw: sys::CUfunction,
+    name: &'static str,
+}
+
+// SAFETY: a handle that the driver lets every thread use; what it names is never unloaded.
+unsafe impl Send for Function {}
+unsafe impl Sync for Function {}
+
+impl Function {
+    /// # Safety
+    /// `params` must be the struct that the kernel takes, its addresses must lead to what the
+    /// kernel expects until it has run, and the context must be bound to the thread.
+    pub(super) unsafe fn launch<P: Pod>(
+        &self,
+        stream: RawStream,
+        grid: [u32; 3],
+        block: u32,
+        shared_bytes: usize,
+        params: &P,
+    ) -> Result<()> {
+        let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        let shared = u32::try_from(shared_bytes).expect("checked by the wrapper");
+        let grid = (grid[0], grid[1], grid[2]);
+        unsafe {
+            result::launch_kernel(
+                self.raw,
+                grid,
+                (block, 1, 1),
+                shared,
+                stream.0.cast(),
+                &mut arguments,
+            )
+        }
+        .map_err(cannot(format!("launch {}", self.name)))
+    }
+}

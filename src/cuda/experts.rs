@@ -1,0 +1,266 @@
+//! The experts of a layer, on the tokens that select them.
+
+use super::driver::{Function, RawStream};
+use super::kernels::Modules;
+use super::neurons::Neurons;
+use super::select::check_num_experts;
+use super::view::{Arguments, Format, View, Workspace};
+use super::{Device, experts_few, experts_many};
+use crate::abi::{moefy_experts_params, moefy_neurons};
+use crate::dtype::DType;
+use crate::error::Result;
+
+/// Bytes of the loads of the kernels.
+pub(super) const VECTOR_BYTES: usize = 16;
+/// Threads of a block.
+pub(super) const THREADS: u32 = 256;
+/// Blocks of 128 tokens are a grid's second dimension.
+const MAX_TOKENS: usize = 65_535 * 128;
+
+/// Names of entry points: element types by sizes. f32 has one size.
+macro_rules! variants {
+    ($prefix:literal, $f32:literal, $half:tt) => {
+        [
+            variants!(@ $prefix, "f32_", [$f32, $f32, $f32]),
+            variants!(@ $prefix, "f16_", $half),
+            variants!(@ $prefix, "bf16_", $half),
+        ]
+    };
+    (@ $prefix:literal, $dtype:literal, [$a:literal, $b:literal, $c:literal]) => {
+        [concat!($prefix, $dtype, $a), concat!($prefix, $dtype, $b), concat!($prefix, $dtype, $c)]
+    };
+}
+pub(super) use variants;
+
+/// One entry point per element type and size of tile, small to large.
+pub(super) struct Variants([[Function; 3]; 3]);
+
+impl Variants {
+    pub(super) fn load(
+        modules: &Modules,
+        module: &str,
+        names: [[&'static str; 3]; 3],
+        shared_bytes: [usize; 3],
+    ) -> Result<Self> {
+        let mut loaded = Vec::with_capacity(9);
+        for names in names {
+            for (name, shared_bytes) in names.into_iter().zip(shared_bytes) {
+                loaded.push(modules.function(module, name, shared_bytes)?);
+            }
+        }
+        Ok(Self(std::array::from_fn(|i| std::array::from_fn(|j| loaded[i * 3 + j]))))
+    }
+
+    pub(super) fn get(&self, dtype: DType, size: usize) -> &Function {
+        let of_dtype = match dtype {
+            DType::F32 => &self.0[0],
+            DType::F16 => &self.0[1],
+            DType::BF16 => &self.0[2],
+        };
+        &of_dtype[size]
+    }
+}
+
+pub(super) struct Kernels {
+    few: experts_few::Kernels,
+    many: experts_many::Kernels,
+}
+
+impl Kernels {
+    pub(super) fn load(modules: &Modules, max_shared_bytes: usize) -> Result<Self> {
+        Ok(Self {
+            few: experts_few::Kernels::load(modules)?,
+            many: experts_many::Kernels::load(modules, max_shared_bytes)?,
+        })
+    }
+}
+
+/// What [`experts`] reads beside the weights.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertsInputs {
+    /// \[num_tokens, d_model\], without gaps, aligned to 16 bytes, of the weights' element type.
+    pub x: View,
+    /// S(t) as u32 \[num_tokens, ⌈num_experts/32⌉\].
+    pub mask: View,
+    /// g f32 \[num_tokens, num_experts\]; 1 where absent.
+    pub gates: Option<View>,
+    /// u32 \[1, 1\]: rows of y at and beyond it become zeros, and it must have bounded the lists too.
+    pub num_valid_tokens: Option<View>,
+    /// Which tokens run which experts.
+    pub lists: ExpertLists,
+}
+
+/// What [`route_index`](super::route_index) found, and with it the path that [`experts`] takes.
+#[derive(Clone, Copy, Debug)]
+pub enum ExpertLists {
+    /// Few tokens: streams every neuron of the union of their experts once, for all of them.
+    Union {
+        /// u32 \[1, num_experts\].
+        union_ids: View,
+        /// u32 \[1, 1\].
+        num_union: View,
+    },
+    /// Many tokens: each expert with its own tokens.
+    Tokens {
+        /// u32 \[1, num_experts + 1\].
+        offsets: View,
+        /// u32 \[1, capacity\].
+        token_ids: View,
+    },
+}
+
+/// The sizes that decide how the kernels are launched.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Launch {
+    pub(super) dtype: DType,
+    pub(super) num_tokens: usize,
+    pub(super) d_model: usize,
+    pub(super) d_ff: usize,
+    pub(super) num_experts: usize,
+    pub(super) expert_width: usize,
+    pub(super) shared: usize,
+    pub(super) rank: usize,
+    pub(super) halves: usize,
+    pub(super) multiprocessors: usize,
+}
+
+impl Launch {
+    fn new(device: &Device, neurons: &Neurons, dtype: DType, num_tokens: usize) -> Self {
+        Self {
+            dtype,
+            num_tokens,
+            d_model: neurons.d_model(),
+            d_ff: neurons.d_ff(),
+            num_experts: neurons.num_experts,
+            expert_width: neurons.expert_width,
+            shared: neurons.shared,
+            rank: neurons.rank,
+            halves: neurons.halves(),
+            multiprocessors: device.properties().multiprocessors,
+        }
+    }
+}
+
+enum Shape {
+    Few(experts_few::Shape),
+    Many(experts_many::Shape),
+}
+
+impl Shape {
+    fn new(check: &Arguments<'_>, launch: &Launch, lists: &ExpertLists) -> Result<Self> {
+        if launch.num_tokens > MAX_TOKENS {
+            return Err(check.error(
+                "num_tokens",
+                format!("at most {MAX_TOKENS}"),
+                launch.num_tokens,
+            ));
+        }
+        let shape = match lists {
+            ExpertLists::Union { .. } => experts_few::Shape::new(launch).map(Self::Few),
+            ExpertLists::Tokens { token_ids, .. } => {
+                experts_many::Shape::new(launch, token_ids.shape[1]).map(Self::Many)
+            }
+        };
+        shape.ok_or_else(|| check.error("sizes", "such that the workspace can exist", "more"))
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Few(shape) => shape.bytes,
+            Self::Many(shape) => shape.bytes,
+        }
+    }
+}
+
+/// Bytes of workspace that [`experts`] needs for that many tokens; of `lists` only the kind and the
+/// shapes count.
+///
+/// # Errors
+/// When the sizes overflow.
+pub fn experts_workspace_bytes(
+    device: &Device,
+    neurons: &Neurons,
+    num_tokens: usize,
+    lists: &ExpertLists,
+) -> Result<usize> {
+    let check = Arguments { device, op: "experts" };
+    let (_, dtype) = neurons.check(&check)?;
+    let launch = Launch::new(device, neurons, dtype, num_tokens);
+    Ok(Shape::new(&check, &launch, lists)?.bytes())
+}
+
+/// `y[t] = b2 + shared(x[t]) + Σ_{e ∈ S(t)} g[t,e] · expert_e(x[t])`, y \[num_tokens, d_model\] of the
+/// weights' element type: what [`reference::experts`](crate::reference::experts) gives, with sums in
+/// f32 and two roundings to the element type, of h and of y. Every element of y is written. Sums have
+/// a fixed order: the same inputs give the same bits.
+///
+/// # Errors
+/// On any argument that does not fit; nothing was launched then.
+///
+/// # Safety
+/// As for [`select`](super::select); the lists must belong to the masks.
+pub unsafe fn experts(
+    device: &Device,
+    stream: RawStream,
+    y: View,
+    neurons: &Neurons,
+    inputs: &ExpertsInputs,
+    workspace: Workspace,
+) -> Result<()> {
+    let check = Arguments { device, op: "experts" };
+    let (abi, dtype) = neurons.check(&check)?;
+    let row_words = check_num_experts(&check, neurons.num_experts)?;
+    let num_tokens = inputs.x.shape[0];
+    let tokens = [num_tokens, neurons.d_model()];
+    let float = Format::Float(dtype);
+    let words = |name, view, len| check.dense(name, view, Format::Word, [1, len]);
+    let mut params = moefy_experts_params {
+        x: check.dense("x", inputs.x, float, tokens)?,
+        y: check.dense("y", y, float, tokens)?,
+        mask: check.dense("mask", inputs.mask, Format::Word, [num_tokens, row_words])?,
+        gates: inputs.gates.map_or(Ok(0), |gates| {
+            check.dense("gates", gates, Format::F32, [num_tokens, neurons.num_experts])
+        })?,
+        num_valid_tokens: check.optional_words("num_valid_tokens", inputs.num_valid_tokens, 1)?,
+        num_tokens: check.size("num_tokens", num_tokens)?,
+        ..without_addresses(abi)
+    };
+    match inputs.lists {
+        ExpertLists::Union { union_ids, num_union } => {
+            params.union_ids = words("union_ids", union_ids, neurons.num_experts)?;
+            params.num_union = words("num_union", num_union, 1)?;
+        }
+        ExpertLists::Tokens { offsets, token_ids } => {
+            params.expert_offsets = words("offsets", offsets, neurons.num_experts + 1)?;
+            check.size("capacity of token_ids", token_ids.shape[1])?;
+            params.token_ids = words("token_ids", token_ids, token_ids.shape[1])?;
+        }
+    }
+    let launch = Launch::new(device, neurons, dtype, num_tokens);
+    let shape = Shape::new(&check, &launch, &inputs.lists)?;
+    let workspace = check.workspace(workspace, shape.bytes())?;
+    if num_tokens == 0 {
+        return Ok(());
+    }
+    check.address("x", params.x, VECTOR_BYTES)?;
+    device.context.bind()?;
+    let kernels = &device.experts;
+    // SAFETY: the arguments were checked, the rest is the caller's promise.
+    unsafe {
+        match shape {
+            Shape::Few(shape) => shape.launch(&kernels.few, stream, &params, workspace),
+            Shape::Many(shape) => {
+                let available = device.properties().max_shared_bytes;
+                if shape.shared_bytes(&kernels.many) > available {
+                    let expected = format!("so many that their lists fit {available} bytes");
+                    return Err(check.error("num_experts", expected, neurons.num_experts));
+                }
+                shape.launch(&kernels.many, stream, &params, workspace)
+            }
+        }
+    }
+}
+
+fn without_addresses(neurons: moefy_neurons) -> moefy_experts_params {
+    moefy_experts_params { neurons, ..bytemuck::Zeroable::zeroed() }
+}

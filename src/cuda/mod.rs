@@ -1,0 +1,67 @@
+//! NVIDIA GPUs, compute capability 8.0 and newer.
+//!
+//! Every operation takes a stream, device addresses and a workspace that the caller owns. Between
+//! entry and return it allocates nothing, waits for nothing, reads nothing back and loads nothing,
+//! so that it can be captured in a CUDA graph. Sizes that depend on the data stay on the device.
+//!
+//! The addresses are plain numbers and the stream is the driver's own handle, so that an engine may
+//! hold them by another version of cudarc or by none. [`interop`] offers the same operations on
+//! cudarc's types.
+//!
+//! Everything here exists without the feature `cuda` too; [`Device::open`] then returns an error.
+
+#[cfg(feature = "cuda")]
+mod driver;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_driver.rs"]
+mod driver;
+
+mod abi_probe;
+#[cfg(feature = "cuda")]
+pub mod bench;
+mod buffer;
+#[cfg(feature = "cuda")]
+mod cublaslt;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_cublaslt.rs"]
+mod cublaslt;
+mod dense;
+mod device;
+mod experts;
+mod experts_few;
+mod experts_many;
+mod gates;
+#[cfg(feature = "cuda")]
+pub mod interop;
+mod kernels;
+mod moe_ffn;
+mod neurons;
+mod padding;
+mod path;
+mod places;
+mod plan;
+mod route_index;
+mod router_select;
+mod select;
+mod statistics;
+mod view;
+mod workspace;
+
+pub use abi_probe::{abi_probe, host_abi};
+pub use buffer::Buffer;
+pub use device::{Device, Properties};
+pub use driver::RawStream;
+pub use experts::{ExpertLists, ExpertsInputs, experts, experts_workspace_bytes};
+pub use gates::gates;
+pub use kernels::{BuildInfo, build_info};
+pub use moe_ffn::MoeFfn;
+pub use neurons::Neurons;
+pub use path::{Fallback, FfnInputs, Path, PlanOptions};
+pub use plan::FfnPlan;
+pub use route_index::{RouteIndexOutputs, route_index, route_index_workspace_bytes};
+pub use router_select::{
+    DeviceRouter, RouterSelectOutputs, RouterView, router_select, router_select_workspace_bytes,
+};
+pub use select::{SelectOutputs, select, select_workspace_bytes};
+pub use statistics::RoutingCounts;
+pub use view::{Format, View, Workspace};

@@ -1,0 +1,87 @@
+//! What stands in for the driver in a build without the feature `cuda`: nothing of it can exist.
+
+use std::convert::Infallible;
+use std::ffi::c_void;
+
+use bytemuck::Pod;
+
+use super::Properties;
+use crate::error::{Error, Result};
+
+/// A stream of the driver: a `CUstream`, or a `cudaStream_t`, which is the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawStream(pub *mut c_void);
+
+#[derive(Clone)]
+pub(super) struct Context(Infallible);
+
+impl Context {
+    pub(super) fn open(_: usize) -> Result<Self> {
+        let problem = "this build lacks the crate's feature `cuda`".into();
+        Err(Error::NoGpu { problem })
+    }
+
+    pub(super) fn properties(&self) -> Result<Properties> {
+        match self.0 {}
+    }
+
+    pub(super) fn bind(&self) -> Result<()> {
+        match self.0 {}
+    }
+
+    pub(super) fn load_module(&self, _: &str, _: &'static [u8]) -> Result<Module> {
+        match self.0 {}
+    }
+
+    pub(super) fn device_of(&self, _: u64) -> Option<i32> {
+        match self.0 {}
+    }
+
+    pub(super) fn allocate(&self, _: usize) -> Result<u64> {
+        match self.0 {}
+    }
+
+    pub(super) fn synchronize(&self) -> Result<()> {
+        match self.0 {}
+    }
+
+    pub(super) unsafe fn copy_to_host_beside(&self, _: &mut [u8], _: u64) -> Result<()> {
+        match self.0 {}
+    }
+
+    pub(super) unsafe fn free(&self, _: u64) {
+        match self.0 {}
+    }
+
+    pub(super) unsafe fn copy_to_device(&self, _: u64, _: &[u8]) -> Result<()> {
+        match self.0 {}
+    }
+
+    pub(super) unsafe fn copy_to_host(&self, _: &mut [u8], _: u64) -> Result<()> {
+        match self.0 {}
+    }
+}
+
+pub(super) struct Module(Infallible);
+
+impl Module {
+    pub(super) fn function(&self, _: &'static str, _: usize) -> Result<Function> {
+        match self.0 {}
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Function(Infallible);
+
+impl Function {
+    pub(super) unsafe fn launch<P: Pod>(
+        &self,
+        _: RawStream,
+        _: [u32; 3],
+        _: u32,
+        _: usize,
+        _: &P,
+    ) -> Result<()> {
+        match self.0 {}
+    }
+}

@@ -1,0 +1,145 @@
+//! How a plan divides its workspace.
+
+use super::dense::dense_workspace_bytes;
+use super::path::MAX_FEW_TOKENS;
+use super::view::{Arguments, View};
+use super::workspace::Layout;
+use super::{
+    ExpertLists, MoeFfn, Path, PlanOptions, experts_workspace_bytes, route_index_workspace_bytes,
+    router_select_workspace_bytes,
+};
+use crate::error::Result;
+use crate::ffn::SelectionRule;
+
+/// Tokens that go through the layer together; more go in turns, so that the workspace is bounded.
+const MAX_CHUNK: usize = 8192;
+/// Bytes of h of the experts that a chunk may have.
+const MAX_HIDDEN_BYTES: usize = 512 << 20;
+
+/// Places in the workspace, of one chunk but for `valid`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Places {
+    /// Tokens of a chunk.
+    pub(super) chunk: usize,
+    /// Experts that a token can have at most.
+    pub(super) max_k: usize,
+    pub(super) valid: u64,
+    pub(super) mask: u64,
+    pub(super) scores: u64,
+    pub(super) counts: u64,
+    pub(super) offsets: u64,
+    pub(super) token_ids: u64,
+    pub(super) expert_masks: u64,
+    pub(super) union_ids: u64,
+    pub(super) num_union: u64,
+    /// Of whatever runs: one after another.
+    pub(super) op: u64,
+    pub(super) bytes: usize,
+}
+
+impl MoeFfn {
+    /// Places for at most `max_tokens` tokens.
+    pub(super) fn places(&self, max_tokens: usize, options: &PlanOptions) -> Result<Places> {
+        let check = Arguments { device: self.device(), op: "plan" };
+        let neurons = self.neurons();
+        let num_experts = neurons.num_experts;
+        check.size("max_tokens", max_tokens)?;
+        let max_k = match self.selection().rule {
+            SelectionRule::TopK { k } => k,
+            _ => num_experts,
+        };
+        let max_k = max_k.min(self.selection().max_experts.unwrap_or(num_experts));
+        let mut chunk = max_tokens.min(MAX_CHUNK);
+        let hidden_row = neurons.expert_width.next_multiple_of(8) * self.dtype().bytes() * max_k;
+        while chunk > 1024 && chunk * hidden_row > MAX_HIDDEN_BYTES {
+            chunk /= 2;
+        }
+        let mut places = Places {
+            chunk,
+            max_k,
+            valid: 0,
+            mask: 0,
+            scores: 0,
+            counts: 0,
+            offsets: 0,
+            token_ids: 0,
+            expert_masks: 0,
+            union_ids: 0,
+            num_union: 0,
+            op: 0,
+            bytes: 0,
+        };
+        let op = self.op_bytes(&places, max_tokens, options)?;
+        let mut layout = Layout::default();
+        let mut place = |count: usize| layout.place(count, 4);
+        let mut fill = || {
+            places.valid = place(max_tokens.div_ceil(chunk.max(1)))?;
+            places.mask = place(chunk * num_experts.div_ceil(32))?;
+            places.scores = place(chunk.checked_mul(num_experts)?)?;
+            places.counts = place(num_experts)?;
+            places.offsets = place(num_experts + 1)?;
+            places.token_ids = place(chunk.checked_mul(max_k)?)?;
+            places.expert_masks = place(num_experts.checked_mul(chunk.div_ceil(32))?)?;
+            places.union_ids = place(num_experts)?;
+            places.num_union = place(1)?;
+            places.op = place(op?.div_ceil(4))?;
+            Some(())
+        };
+        fill().ok_or_else(|| {
+            check.error("max_tokens", "such that the workspace can exist", max_tokens)
+        })?;
+        places.bytes = layout.bytes();
+        Ok(places)
+    }
+
+    /// Workspace of the operations of a chunk.
+    fn op_bytes(
+        &self,
+        places: &Places,
+        max_tokens: usize,
+        options: &PlanOptions,
+    ) -> Result<Option<usize>> {
+        let neurons = self.neurons();
+        let router = self.router().view();
+        let routing = router_select_workspace_bytes(places.chunk, neurons.d_model(), &router);
+        let lists = route_index_workspace_bytes(places.chunk, neurons.num_experts);
+        let mut bytes = Some(routing.max(lists));
+        let mut include = |other: Option<usize>| bytes = bytes.zip(other).map(|(a, b)| a.max(b));
+        let sparse = |tokens, path| {
+            let lists = places.lists(0, path, neurons.num_experts, tokens);
+            experts_workspace_bytes(self.device(), neurons, tokens, &lists)
+        };
+        let at_most = self.path(max_tokens, options);
+        if let Some(layer) = self.dense_layer_of(max_tokens, options)? {
+            include(dense_workspace_bytes(&layer, places.chunk));
+        } else {
+            include(Some(sparse(places.chunk, at_most)?));
+        }
+        if options.path.is_none() {
+            include(Some(sparse(MAX_FEW_TOKENS.min(max_tokens), Path::Few)?));
+        }
+        Ok(bytes)
+    }
+}
+
+impl Places {
+    /// What [`experts`](super::experts) needs of the lists at `base`.
+    pub(super) fn lists(
+        &self,
+        base: u64,
+        path: Path,
+        num_experts: usize,
+        tokens: usize,
+    ) -> ExpertLists {
+        match path {
+            Path::Few => ExpertLists::Union {
+                union_ids: View::words(base + self.union_ids, num_experts),
+                num_union: View::words(base + self.num_union, 1),
+            },
+            _ => ExpertLists::Tokens {
+                offsets: View::words(base + self.offsets, num_experts + 1),
+                token_ids: View::words(base + self.token_ids, tokens * self.max_k),
+            },
+        }
+    }
+}

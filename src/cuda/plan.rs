@@ -1,0 +1,366 @@
+//! A layer that is ready to run: what its path takes, in which order, where in the workspace.
+
+use std::sync::Arc;
+
+use super::dense::{Dense, DenseLayer, DenseRun};
+use super::driver::RawStream;
+use super::places::Places;
+use super::statistics::Counters;
+use super::view::{Arguments, Format, View, Workspace};
+use super::{
+    Buffer, ExpertsInputs, FfnInputs, MoeFfn, Path, PlanOptions, RouteIndexOutputs,
+    RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, gates, padding, route_index,
+    router_select, select,
+};
+use crate::abi::{moefy_clear_invalid_params, moefy_split_valid_params};
+use crate::error::Result;
+use crate::ffn::Gate;
+
+/// What a sparse run does, in turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    Route,
+    Index,
+    Experts,
+}
+
+/// A layer that is ready to run up to a number of tokens.
+pub struct FfnPlan {
+    ffn: Arc<MoeFfn>,
+    max_tokens: usize,
+    options: PlanOptions,
+    places: Places,
+    dense: Option<Dense>,
+    counters: Option<Counters>,
+}
+
+impl MoeFfn {
+    /// Makes the layer ready for at most `max_tokens` tokens. Times the algorithms of dense products
+    /// if they may run, and waits for the device.
+    ///
+    /// # Errors
+    /// When the sizes overflow, cuBLASLt is needed and missing, or the device has too little memory
+    /// to time products.
+    pub fn plan(self: &Arc<Self>, max_tokens: usize, options: PlanOptions) -> Result<FfnPlan> {
+        let mut plan = FfnPlan {
+            ffn: self.clone(),
+            max_tokens,
+            options,
+            places: self.places(max_tokens, &options)?,
+            dense: None,
+            counters: None,
+        };
+        if options.statistics {
+            plan.counters = Some(Counters::new(self.device(), self.neurons().num_experts)?);
+        }
+        if let Some(layer) = self.dense_layer_of(max_tokens, &options)? {
+            plan.dense = Some(plan.tune(layer)?);
+        }
+        Ok(plan)
+    }
+}
+
+impl FfnPlan {
+    /// The same plan for another layer with the same sizes, without timing anything again.
+    ///
+    /// # Errors
+    /// When the layer differs in size, type, activation, biases, selection or gate.
+    pub fn with_ffn(&self, ffn: &Arc<MoeFfn>) -> Result<Self> {
+        if !self.ffn.is_like(ffn) {
+            let check = Arguments { device: self.ffn.device(), op: "plan" };
+            return Err(check.error("ffn", "of the sizes and rules of the plan's", "another"));
+        }
+        let layer = ffn.dense_layer_of(self.max_tokens, &self.options)?;
+        let dense = match (&self.dense, layer) {
+            (Some(dense), Some(layer)) => Some(dense.with_layer(layer)?),
+            _ => None,
+        };
+        let counters = match &self.counters {
+            Some(_) => Some(Counters::new(ffn.device(), ffn.neurons().num_experts)?),
+            None => None,
+        };
+        Ok(Self { ffn: ffn.clone(), dense, counters, ..*self })
+    }
+
+    /// Bytes of workspace that a run needs.
+    pub fn workspace_bytes(&self) -> usize {
+        self.places.bytes
+    }
+
+    /// The path that a run of so many tokens takes.
+    pub fn path(&self, num_tokens: usize) -> Path {
+        self.ffn.path(num_tokens, &self.options)
+    }
+
+    /// The layer.
+    pub fn ffn(&self) -> &Arc<MoeFfn> {
+        &self.ffn
+    }
+
+    /// What selection did so far, read while streams run on. `None` without
+    /// [`PlanOptions::statistics`].
+    ///
+    /// # Errors
+    /// When an earlier kernel failed.
+    pub fn statistics(&self) -> Result<Option<RoutingCounts>> {
+        self.counters.as_ref().map(|counters| counters.read(self.ffn.device())).transpose()
+    }
+
+    /// y \[num_tokens, d_model\] of `inputs`. Every element of y is written.
+    ///
+    /// # Errors
+    /// On any argument that does not fit, and for more than the plan's tokens; nothing was launched
+    /// then.
+    ///
+    /// # Safety
+    /// As for [`select`](super::select).
+    pub unsafe fn run(
+        &self,
+        stream: RawStream,
+        y: View,
+        inputs: &FfnInputs,
+        workspace: Workspace,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.run_until(Stage::Experts, stream, y, inputs, workspace) }
+    }
+
+    /// Stops after a stage, to see what each costs.
+    ///
+    /// # Safety
+    /// As for [`Self::run`].
+    pub(super) unsafe fn run_until(
+        &self,
+        last: Stage,
+        stream: RawStream,
+        y: View,
+        inputs: &FfnInputs,
+        workspace: Workspace,
+    ) -> Result<()> {
+        let neurons = self.ffn.neurons();
+        let check = Arguments { device: self.ffn.device(), op: "moe_ffn" };
+        let num_tokens = inputs.x.shape[0];
+        if num_tokens > self.max_tokens {
+            let expected = format!("at most the plan's {}", self.max_tokens);
+            return Err(check.error("num_tokens", expected, num_tokens));
+        }
+        let (float, shape) = (Format::Float(self.ffn.dtype()), [num_tokens, neurons.d_model()]);
+        check.dense("x", inputs.x, float, shape)?;
+        check.dense("y", y, float, shape)?;
+        if let Some(scores) = inputs.scores {
+            check.dense("scores", scores, Format::F32, [num_tokens, neurons.num_experts])?;
+        }
+        let num_valid = check.optional_words("num_valid_tokens", inputs.num_valid_tokens, 1)?;
+        let base = check.workspace(workspace, self.workspace_bytes())?;
+        if num_tokens == 0 {
+            return Ok(());
+        }
+        check.address("x", inputs.x.address, 16)?;
+        check.address("y", y.address, 16)?;
+        self.ffn.device().context.bind()?;
+        let path = self.path(num_tokens);
+        let chunks = num_tokens.div_ceil(self.places.chunk);
+        // SAFETY: the caller's promise; the workspace is as large as it must be.
+        unsafe {
+            if num_valid != 0 && chunks > 1 {
+                let params = moefy_split_valid_params {
+                    num_valid_tokens: num_valid,
+                    of_chunk: base + self.places.valid,
+                    chunk_tokens: self.places.chunk as u32,
+                    num_chunks: chunks as u32,
+                };
+                padding::split_valid(self.ffn.device(), stream, &params)?;
+            }
+            for chunk in 0..chunks {
+                let first = chunk * self.places.chunk;
+                let tokens = (num_tokens - first).min(self.places.chunk);
+                let rows = |view: View| rows(view, first, tokens);
+                let valid = match (num_valid, chunks) {
+                    (0, _) => None,
+                    (address, 1) => Some(View::words(address, 1)),
+                    _ => Some(View::words(base + self.places.valid + 4 * chunk as u64, 1)),
+                };
+                let inputs = FfnInputs {
+                    x: rows(inputs.x),
+                    scores: inputs.scores.map(rows),
+                    num_valid_tokens: valid,
+                    ..*inputs
+                };
+                self.run_chunk(last, stream, path, rows(y), &inputs, base)?;
+            }
+        }
+        Ok(())
+    }
+
+    unsafe fn run_chunk(
+        &self,
+        last: Stage,
+        stream: RawStream,
+        path: Path,
+        y: View,
+        inputs: &FfnInputs,
+        base: u64,
+    ) -> Result<()> {
+        let (ffn, neurons) = (&self.ffn, self.ffn.neurons());
+        let num_tokens = inputs.x.shape[0];
+        let op = Workspace {
+            address: base + self.places.op,
+            bytes: self.places.bytes - self.places.op as usize,
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            if path == Path::DenseExact {
+                return self.run_dense(stream, y, inputs, [0, 0], op);
+            }
+            let (mask, gates) = self.route(stream, inputs, base, op)?;
+            if last == Stage::Route {
+                return Ok(());
+            }
+            if path == Path::DenseMasked {
+                let gates = gates.map_or(0, |gates| gates.address);
+                return self.run_dense(stream, y, inputs, [mask.address, gates], op);
+            }
+            let words = |place, len| View::words(base + place, len);
+            let num_experts = neurons.num_experts;
+            let places = &self.places;
+            let outputs = RouteIndexOutputs {
+                counts: words(places.counts, num_experts),
+                offsets: words(places.offsets, num_experts + 1),
+                token_ids: words(places.token_ids, num_tokens * places.max_k),
+                expert_masks: View::matrix(
+                    base + places.expert_masks,
+                    Format::Word,
+                    [num_experts, num_tokens.div_ceil(32)],
+                ),
+                union_ids: words(places.union_ids, num_experts),
+                num_union: words(places.num_union, 1),
+                status: inputs.status,
+            };
+            let valid = inputs.num_valid_tokens;
+            let device = ffn.device();
+            route_index(device, stream, &outputs, mask, num_experts, valid, op)?;
+            if last == Stage::Index {
+                return Ok(());
+            }
+            let lists = places.lists(base, path, num_experts, num_tokens);
+            let inputs = ExpertsInputs { x: inputs.x, mask, gates, num_valid_tokens: valid, lists };
+            experts(device, stream, y, neurons, &inputs, op)
+        }
+    }
+
+    /// Masks, and gates where they are not 1.
+    unsafe fn route(
+        &self,
+        stream: RawStream,
+        inputs: &FfnInputs,
+        base: u64,
+        op: Workspace,
+    ) -> Result<(View, Option<View>)> {
+        let (ffn, device) = (&self.ffn, self.ffn.device());
+        let num_experts = ffn.neurons().num_experts;
+        let num_tokens = inputs.x.shape[0];
+        let row_words = num_experts.div_ceil(32);
+        let mask = View::matrix(base + self.places.mask, Format::Word, [num_tokens, row_words]);
+        let scores =
+            View::matrix(base + self.places.scores, Format::F32, [num_tokens, num_experts]);
+        let selected = SelectOutputs { mask, counts: None, status: inputs.status };
+        let valid = inputs.num_valid_tokens;
+        let outputs =
+            RouterSelectOutputs { selected, scores: (ffn.gate() != Gate::One).then_some(scores) };
+        let (router, selection) = (ffn.router().view(), ffn.selection());
+        // SAFETY: the caller's promise.
+        unsafe {
+            router_select(device, stream, &outputs, inputs.x, valid, &router, &selection, op)?;
+            if let Some(imposed) = inputs.scores {
+                let none = Workspace::NONE;
+                select(device, stream, &selected, imposed, valid, &selection, none)?;
+            }
+            if let Some(counters) = &self.counters {
+                let valid = valid.map_or(0, |valid| valid.address);
+                counters.add(device, stream, mask.address, num_tokens, valid)?;
+            }
+            let of_scores = inputs.scores.unwrap_or(scores);
+            match ffn.gate() {
+                Gate::One => Ok((mask, None)),
+                Gate::Score => Ok((mask, Some(of_scores))),
+                softmax => {
+                    let renormalise = softmax == Gate::Renormalised;
+                    gates(device, stream, scores, of_scores, mask, renormalise)?;
+                    Ok((mask, Some(scores)))
+                }
+            }
+        }
+    }
+
+    unsafe fn run_dense(
+        &self,
+        stream: RawStream,
+        y: View,
+        inputs: &FfnInputs,
+        [mask, gates]: [u64; 2],
+        op: Workspace,
+    ) -> Result<()> {
+        let [num_tokens, d_model] = y.shape;
+        let dense = self.dense.as_ref().expect("a plan that takes a dense path has tuned it");
+        let run = DenseRun {
+            x: inputs.x.address,
+            y: y.address,
+            mask,
+            gates,
+            num_tokens,
+            workspace: op.address,
+        };
+        let device = self.ffn.device();
+        // SAFETY: the caller's promise.
+        unsafe {
+            dense.run(device, stream, &run)?;
+            if let Some(valid) = inputs.num_valid_tokens {
+                let params = moefy_clear_invalid_params {
+                    y: y.address,
+                    num_valid_tokens: valid.address,
+                    row_bytes: (d_model * y.format.bytes()) as u64,
+                    num_tokens: num_tokens as u64,
+                };
+                padding::clear_invalid(device, stream, &params)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Times dense products for powers of two and the largest chunk.
+    fn tune(&self, layer: DenseLayer) -> Result<Dense> {
+        let device = self.ffn.device();
+        let chunk = self.places.chunk;
+        let d_model = self.ffn.neurons().d_model();
+        // Values as they might be: products of zeros run faster.
+        let values: Vec<f32> = (0..chunk * d_model)
+            .map(|i| ((i as u32).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0)
+            .collect();
+        let x = crate::Tensor::vector(values).to_dtype(self.ffn.dtype());
+        let x = Buffer::from_slice(device, x.as_bytes())?;
+        let y = Buffer::new(device, x.bytes())?;
+        let op_bytes = self.places.bytes - self.places.op as usize;
+        let workspace = Buffer::new(device, op_bytes)?;
+        let run = DenseRun {
+            x: x.address(),
+            y: y.address(),
+            mask: 0,
+            gates: 0,
+            num_tokens: chunk,
+            workspace: workspace.address(),
+        };
+        let mut sizes: Vec<usize> =
+            (0..).map(|power| 1 << power).take_while(|&size| size < chunk).collect();
+        sizes.push(chunk);
+        device.context.bind()?;
+        // SAFETY: the buffers have the sizes of a chunk, and live until everything has run.
+        let dense = unsafe { Dense::new(device, layer, &sizes, &run) };
+        device.context.synchronize()?;
+        dense
+    }
+}
+
+fn rows(view: View, first: usize, count: usize) -> View {
+    let bytes = first * view.row_stride * view.format.bytes();
+    View { address: view.address + bytes as u64, shape: [count, view.shape[1]], ..view }
+}

@@ -1,0 +1,134 @@
+//! Lists of tokens per expert, from masks.
+
+use super::Device;
+use super::driver::{Function, RawStream};
+use super::kernels::Modules;
+use super::select::check_num_experts;
+use super::view::{Arguments, Format, View, Workspace};
+use crate::abi::{
+    MOEFY_ROUTE_INDEX_BLOCKS, MOEFY_ROUTE_INDEX_CHUNK, MOEFY_ROUTE_INDEX_SMALL,
+    moefy_route_index_params,
+};
+use crate::error::Result;
+
+/// Blocks of 32 tokens that one block indexes alone: it takes them one after another.
+const MAX_SMALL_BLOCKS: usize = 8;
+
+pub(super) struct Kernels {
+    small: Function,
+    transpose: Function,
+    lists: Function,
+}
+
+impl Kernels {
+    pub(super) fn load(modules: &Modules) -> Result<Self> {
+        Ok(Self {
+            small: modules.function("route_index", "moefy_route_index_small", 0)?,
+            transpose: modules.function("route_index", "moefy_route_index_transpose", 0)?,
+            lists: modules.function("route_index", "moefy_route_index_lists", 0)?,
+        })
+    }
+}
+
+/// What [`route_index`] writes, all u32. Entries beyond what the numbers say are left as they were.
+#[derive(Clone, Copy, Debug)]
+pub struct RouteIndexOutputs {
+    /// Tokens of each expert, \[1, E\].
+    pub counts: View,
+    /// Where each expert's list begins in `token_ids`, \[1, E + 1\].
+    pub offsets: View,
+    /// The tokens of expert 0, ascending, then those of expert 1, … \[1, capacity\]. When a batch has
+    /// more pairs than the capacity, the lists end there and the status word gains
+    /// `MOEFY_STATUS_TOO_MANY_PAIRS`; T · E, or T · cap under a cap, is always enough.
+    pub token_ids: View,
+    /// The transpose of the masks, \[E, ⌈T/32⌉\].
+    pub expert_masks: View,
+    /// The experts that any token selects, ascending, \[1, E\].
+    pub union_ids: View,
+    /// How many those are, \[1, 1\].
+    pub num_union: View,
+    /// One word that gains the bit `MOEFY_STATUS_MASK_BEYOND_EXPERTS` when a mask has a bit at or
+    /// beyond E, which is ignored. It is never cleared here.
+    pub status: Option<View>,
+}
+
+/// Bytes of workspace that [`route_index`] needs for at most `num_tokens` tokens.
+pub fn route_index_workspace_bytes(num_tokens: usize, num_experts: usize) -> usize {
+    num_chunks(num_tokens, num_experts).saturating_mul(num_experts).saturating_mul(4)
+}
+
+/// Chunks of tokens that are counted apart, as many as keep the GPU busy; 0 where one block does
+/// everything.
+fn num_chunks(num_tokens: usize, num_experts: usize) -> usize {
+    let num_blocks = num_tokens.div_ceil(32);
+    let small = num_experts.saturating_mul(num_blocks) <= MOEFY_ROUTE_INDEX_SMALL as usize;
+    if small && num_experts <= MOEFY_ROUTE_INDEX_SMALL as usize && num_blocks <= MAX_SMALL_BLOCKS {
+        return 0;
+    }
+    let most = MOEFY_ROUTE_INDEX_BLOCKS as usize / num_experts.div_ceil(32).max(1);
+    num_blocks.div_ceil(MOEFY_ROUTE_INDEX_CHUNK as usize).clamp(1, most.max(1))
+}
+
+/// The lists of the masks u32 \[num_tokens, ⌈num_experts/32⌉\]: number for number what
+/// [`reference::route_index`](crate::reference::route_index) gives, in every run. Rows at and beyond
+/// the device-side `num_valid_tokens` (u32 \[1, 1\]) enter no list.
+///
+/// # Errors
+/// For more than 4096 experts or 2³¹ token-expert pairs, and on any argument that does not fit;
+/// nothing was launched then.
+///
+/// # Safety
+/// As for [`select`](super::select).
+pub unsafe fn route_index(
+    device: &Device,
+    stream: RawStream,
+    outputs: &RouteIndexOutputs,
+    mask: View,
+    num_experts: usize,
+    num_valid_tokens: Option<View>,
+    workspace: Workspace,
+) -> Result<()> {
+    let check = Arguments { device, op: "route_index" };
+    let row_words = check_num_experts(&check, num_experts)?;
+    let num_tokens = mask.shape[0];
+    let num_blocks = num_tokens.div_ceil(32);
+    check.size("num_tokens * num_experts", num_tokens.saturating_mul(num_experts))?;
+    let num_chunks = num_chunks(num_tokens, num_experts);
+    let needed = route_index_workspace_bytes(num_tokens, num_experts);
+    let chunk_counts = check.workspace(workspace, needed)?;
+    let capacity = outputs.token_ids.shape[1];
+    let vector = |name, view, len| check.dense(name, view, Format::Word, [1, len]);
+    let params = moefy_route_index_params {
+        mask: check.dense("mask", mask, Format::Word, [num_tokens, row_words])?,
+        num_valid_tokens: check.optional_words("num_valid_tokens", num_valid_tokens, 1)?,
+        counts: vector("counts", outputs.counts, num_experts)?,
+        offsets: vector("offsets", outputs.offsets, num_experts + 1)?,
+        token_ids: vector("token_ids", outputs.token_ids, capacity)?,
+        expert_masks: check.dense(
+            "expert_masks",
+            outputs.expert_masks,
+            Format::Word,
+            [num_experts, num_blocks],
+        )?,
+        union_ids: vector("union_ids", outputs.union_ids, num_experts)?,
+        num_union: vector("num_union", outputs.num_union, 1)?,
+        status: check.optional_words("status", outputs.status, 1)?,
+        chunk_counts,
+        capacity: capacity as u64,
+        num_chunks: num_chunks as u32,
+        num_tokens: num_tokens as u32,
+        num_experts: num_experts as u32,
+        reserved: 0,
+    };
+    device.context.bind()?;
+    let kernels = &device.route_index;
+    // SAFETY: the arguments were checked, the rest is the caller's promise.
+    unsafe {
+        if num_chunks == 0 {
+            return kernels.small.launch(stream, [1, 1, 1], MOEFY_ROUTE_INDEX_SMALL, 0, &params);
+        }
+        let chunks = [row_words as u32, params.num_chunks, 1];
+        kernels.transpose.launch(stream, chunks, 256, 0, &params)?;
+        kernels.lists.launch(stream, [num_experts as u32, 1, 1], 256, 0, &params)
+    }
+}

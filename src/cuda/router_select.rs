@@ -1,0 +1,379 @@
+//! Scores and selection of a router.
+
+use super::driver::{Function, RawStream};
+use super::kernels::{Modules, PerDType};
+use super::select::{SelectOutputs, abi_selection, check_num_experts, launch_select};
+use super::view::{Arguments, Format, View, Workspace};
+use super::{Buffer, Device};
+use crate::abi::{
+    MOEFY_ROUTER_TILE, moefy_router_activation, moefy_router_kind, moefy_router_layer_params,
+    moefy_router_select_params, moefy_select_params,
+};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::ffn::{MlpKind, Router, Selection};
+
+/// One kernel does everything up to here: beyond, its blocks would read the weights too often.
+/// On an H200 with d_model 768, 256 tokens take 10 µs here, and 50 µs by tiled products, which
+/// take as long for any number up to 2048.
+const MAX_FEW_TOKENS: usize = 1024;
+const MAX_FEW_EXPERTS: usize = 512;
+/// What every supported device gives to a block.
+const MAX_FEW_SHARED_BYTES: usize = 96 << 10;
+
+pub(super) struct Kernels {
+    few: PerDType,
+    layer: PerDType,
+    hidden_f16: Function,
+    hidden_bf16: Function,
+}
+
+impl Kernels {
+    pub(super) fn load(modules: &Modules) -> Result<Self> {
+        let module = "router_select";
+        let few =
+            ["moefy_router_select_f32", "moefy_router_select_f16", "moefy_router_select_bf16"];
+        let layer = ["moefy_router_layer_f32", "moefy_router_layer_f16", "moefy_router_layer_bf16"];
+        Ok(Self {
+            few: modules.per_dtype(module, few, MAX_FEW_SHARED_BYTES)?,
+            layer: modules.per_dtype(module, layer, 0)?,
+            hidden_f16: modules.function(module, "moefy_router_layer_hidden_f16", 0)?,
+            hidden_bf16: modules.function(module, "moefy_router_layer_hidden_bf16", 0)?,
+        })
+    }
+
+    /// The layer whose input is f32 and whose weights are `dtype`.
+    fn layer_after_hidden(&self, dtype: DType) -> &Function {
+        match dtype {
+            DType::F32 => self.layer.get(dtype),
+            DType::F16 => &self.hidden_f16,
+            DType::BF16 => &self.hidden_bf16,
+        }
+    }
+}
+
+/// The weights of a router on a device, without gaps, in the format of the tokens.
+#[derive(Clone, Copy, Debug)]
+pub enum RouterView {
+    /// r = |W x|, W \[E, d_model\].
+    Linear {
+        /// W.
+        w: View,
+    },
+    /// Two layers.
+    Mlp {
+        /// Which activations.
+        kind: MlpKind,
+        /// W1 \[hidden, d_model\].
+        w1: View,
+        /// W2 \[E, hidden\].
+        w2: View,
+    },
+    /// r = max(0, cos(x, c_e)).
+    Centroid {
+        /// c \[E, d_model\].
+        centroids: View,
+        /// 1/‖c_e‖, or 0 where c_e is zero, f32 \[1, E\].
+        inverse_norms: View,
+    },
+}
+
+impl RouterView {
+    /// E.
+    pub fn num_experts(&self) -> usize {
+        match self {
+            Self::Linear { w } | Self::Mlp { w2: w, .. } | Self::Centroid { centroids: w, .. } => {
+                w.shape[0]
+            }
+        }
+    }
+
+    /// Width of a token.
+    pub fn d_model(&self) -> usize {
+        match self {
+            Self::Linear { w } | Self::Mlp { w1: w, .. } | Self::Centroid { centroids: w, .. } => {
+                w.shape[1]
+            }
+        }
+    }
+
+    /// Width of the hidden layer; 0 where there is none.
+    pub fn hidden(&self) -> usize {
+        match self {
+            Self::Mlp { w1, .. } => w1.shape[0],
+            _ => 0,
+        }
+    }
+}
+
+/// The weights of a router, on a device.
+pub struct DeviceRouter {
+    view: RouterView,
+    /// What `view` leads to.
+    _buffers: Vec<Buffer>,
+}
+
+impl DeviceRouter {
+    /// Copies a router to the device, its weights rounded to `dtype`, the format of the tokens.
+    ///
+    /// # Errors
+    /// When the device has too little memory.
+    pub fn new(device: &Device, router: &Router, dtype: DType) -> Result<Self> {
+        let mut buffers = Vec::new();
+        let mut upload = |tensor: &crate::Tensor, dtype| {
+            let buffer = Buffer::from_slice(device, tensor.to_dtype(dtype).as_bytes())?;
+            let view = View::matrix(buffer.address(), Format::Float(dtype), tensor.shape());
+            buffers.push(buffer);
+            Ok(view)
+        };
+        let view = match router {
+            Router::Linear { w } => RouterView::Linear { w: upload(w, dtype)? },
+            Router::Mlp { kind, w1, w2 } => {
+                RouterView::Mlp { kind: *kind, w1: upload(w1, dtype)?, w2: upload(w2, dtype)? }
+            }
+            Router::Centroid { centroids } => {
+                let rounded = centroids.to_dtype(dtype).to_f64();
+                let inverse_norm = |row: &[f64]| {
+                    let norm = row.iter().map(|v| v * v).sum::<f64>().sqrt();
+                    if norm > 0.0 { (1.0 / norm) as f32 } else { 0.0 }
+                };
+                let width = centroids.shape()[1].max(1);
+                let inverse_norms = rounded.chunks_exact(width).map(inverse_norm).collect();
+                RouterView::Centroid {
+                    centroids: upload(centroids, dtype)?,
+                    inverse_norms: upload(
+                        &crate::Tensor::vector::<f32>(inverse_norms),
+                        DType::F32,
+                    )?,
+                }
+            }
+        };
+        Ok(Self { view, _buffers: buffers })
+    }
+
+    /// The weights, valid as long as `self`.
+    pub fn view(&self) -> RouterView {
+        self.view
+    }
+}
+
+/// What [`router_select`] writes.
+#[derive(Clone, Copy, Debug)]
+pub struct RouterSelectOutputs {
+    /// Masks, counts and status, as of [`select`](super::select).
+    pub selected: SelectOutputs,
+    /// r, f32 \[num_tokens, E\].
+    pub scores: Option<View>,
+}
+
+/// Bytes of workspace that [`router_select`] needs for at most `num_tokens` tokens, scores wanted or
+/// not.
+pub fn router_select_workspace_bytes(
+    num_tokens: usize,
+    d_model: usize,
+    router: &RouterView,
+) -> usize {
+    let (hidden, num_experts) = (router.hidden(), router.num_experts());
+    if few_shared_bytes(1, d_model, router).is_some() && num_tokens <= MAX_FEW_TOKENS {
+        return 0;
+    }
+    num_tokens.saturating_mul(hidden.saturating_add(num_experts)).saturating_mul(4)
+}
+
+/// Shared memory of the one kernel for few tokens, if it can do these.
+fn few_shared_bytes(num_tokens: usize, d_model: usize, router: &RouterView) -> Option<usize> {
+    let num_experts = router.num_experts();
+    let padded = |width: usize| width.checked_next_multiple_of(8);
+    let vectors = padded(d_model)?.checked_add(padded(router.hidden())?)?;
+    let words = vectors.checked_add(num_experts.checked_add(MAX_FEW_EXPERTS)?)?;
+    let bytes = words.checked_mul(4)?;
+    let fits = num_tokens <= MAX_FEW_TOKENS
+        && num_experts <= MAX_FEW_EXPERTS
+        && bytes <= MAX_FEW_SHARED_BYTES;
+    fits.then_some(bytes)
+}
+
+/// Scores r and selection S(t) of tokens x \[num_tokens, d_model\], whose rows may lie apart. The
+/// scores are computed and compared in f32. Rows whose width is a multiple of 8, of x and of the
+/// weights, must begin at multiples of 16 bytes. Rows at and beyond the device-side
+/// `num_valid_tokens` (u32 \[1, 1\]) select nothing, and their scores are zeros.
+///
+/// # Errors
+/// For more than 4096 experts, and on any argument that does not fit; nothing was launched then.
+///
+/// # Safety
+/// As for [`select`](super::select).
+#[expect(clippy::too_many_arguments, reason = "outputs, inputs, parameters, workspace")]
+pub unsafe fn router_select(
+    device: &Device,
+    stream: RawStream,
+    outputs: &RouterSelectOutputs,
+    x: View,
+    num_valid_tokens: Option<View>,
+    router: &RouterView,
+    selection: &Selection,
+    workspace: Workspace,
+) -> Result<()> {
+    let check = Arguments { device, op: "router_select" };
+    let [num_tokens, d_model] = x.shape;
+    let (num_experts, hidden) = (router.num_experts(), router.hidden());
+    let row_words = check_num_experts(&check, num_experts)?;
+    let dtype = match x.format {
+        Format::Float(dtype) => dtype,
+        Format::Word => return Err(check.error("x", "of type f32, f16 or bf16", x.format)),
+    };
+    check.size("d_model", d_model)?;
+    check.size("hidden", hidden)?;
+    check.size("num_tokens", num_tokens)?;
+    let alignment = |width: usize| if width.is_multiple_of(8) { 16 } else { dtype.bytes() };
+    let weight = |name, view: View, shape: [usize; 2]| {
+        check.dense(name, view, x.format, shape)?;
+        check.strided(name, view, x.format, shape, alignment(shape[1]))
+    };
+    let (kind, w1, w2, w1_scale) = match *router {
+        RouterView::Linear { w } => {
+            let w = weight("w", w, [num_experts, d_model])?;
+            (moefy_router_kind::MOEFY_ROUTER_LINEAR, w, 0, 0)
+        }
+        RouterView::Mlp { kind, w1, w2 } => {
+            if hidden == 0 {
+                return Err(check.error("w1", "at least one hidden unit", 0));
+            }
+            let w1 = weight("w1", w1, [hidden, d_model])?;
+            let w2 = weight("w2", w2, [num_experts, hidden])?;
+            let kind = match kind {
+                MlpKind::D2dMoe => moefy_router_kind::MOEFY_ROUTER_D2DMOE,
+                MlpKind::Moefication => moefy_router_kind::MOEFY_ROUTER_MOEFICATION,
+            };
+            (kind, w1, w2, 0)
+        }
+        RouterView::Centroid { centroids, inverse_norms } => {
+            let w = weight("centroids", centroids, [num_experts, d_model])?;
+            let shape = [1, num_experts];
+            let norms = check.dense("inverse_norms", inverse_norms, Format::F32, shape)?;
+            (moefy_router_kind::MOEFY_ROUTER_CENTROID, w, 0, norms)
+        }
+    };
+    let scores_shape = [num_tokens, num_experts];
+    let scores = match outputs.scores {
+        Some(scores) => check.dense("scores", scores, Format::F32, scores_shape)?,
+        None => 0,
+    };
+    let few = few_shared_bytes(num_tokens, d_model, router);
+    let needed = match few {
+        Some(_) => 0,
+        None => router_select_workspace_bytes(num_tokens, d_model, router),
+    };
+    let workspace = check.workspace(workspace, needed)?;
+    let selected = outputs.selected;
+    let params = moefy_router_select_params {
+        x: check.strided("x", x, x.format, x.shape, alignment(d_model))?,
+        w1,
+        w2,
+        w1_scale,
+        scores,
+        mask: check.dense("mask", selected.mask, Format::Word, [num_tokens, row_words])?,
+        counts: check.optional_words("counts", selected.counts, num_tokens)?,
+        status: check.optional_words("status", selected.status, 1)?,
+        num_valid_tokens: check.optional_words("num_valid_tokens", num_valid_tokens, 1)?,
+        x_stride: x.row_stride as u64,
+        selection: abi_selection(selection, num_experts)?,
+        kind,
+        d_model: d_model as u32,
+        hidden: hidden as u32,
+        num_experts: num_experts as u32,
+    };
+    if num_tokens == 0 {
+        return Ok(());
+    }
+    device.context.bind()?;
+    // SAFETY: the arguments were checked, the rest is the caller's promise.
+    unsafe {
+        match few {
+            Some(shared_bytes) => {
+                let kernel = device.router_select.few.get(dtype);
+                kernel.launch(stream, [num_tokens as u32, 1, 1], 512, shared_bytes, &params)
+            }
+            None => launch_many(device, stream, &params, num_tokens as u32, dtype, workspace),
+        }
+    }
+}
+
+/// One product per layer, then the selection.
+unsafe fn launch_many(
+    device: &Device,
+    stream: RawStream,
+    params: &moefy_router_select_params,
+    num_tokens: u32,
+    dtype: DType,
+    workspace: u64,
+) -> Result<()> {
+    use moefy_router_activation as Activation;
+    use moefy_router_kind as Kind;
+    let (first, second) = match params.kind {
+        Kind::MOEFY_ROUTER_LINEAR => (Activation::MOEFY_ROUTER_ACTIVATION_ABS, None),
+        Kind::MOEFY_ROUTER_D2DMOE => (
+            Activation::MOEFY_ROUTER_ACTIVATION_RELU,
+            Some(Activation::MOEFY_ROUTER_ACTIVATION_ABS),
+        ),
+        Kind::MOEFY_ROUTER_MOEFICATION => (
+            Activation::MOEFY_ROUTER_ACTIVATION_TANH,
+            Some(Activation::MOEFY_ROUTER_ACTIVATION_SIGMOID),
+        ),
+        _ => (Activation::MOEFY_ROUTER_ACTIVATION_RELU, None),
+    };
+    let unit_norm =
+        matches!(params.kind, Kind::MOEFY_ROUTER_MOEFICATION | Kind::MOEFY_ROUTER_CENTROID);
+    let hidden = workspace;
+    let scores = match params.scores {
+        0 => workspace + 4 * u64::from(num_tokens) * u64::from(params.hidden),
+        scores => scores,
+    };
+    let layer = |kernel: &Function, layer: moefy_router_layer_params| {
+        let tiles = |n: u32| n.div_ceil(MOEFY_ROUTER_TILE);
+        let grid = [tiles(num_tokens), tiles(layer.out_width), 1];
+        unsafe { kernel.launch(stream, grid, 256, 0, &layer) }
+    };
+    let first_layer = moefy_router_layer_params {
+        in_: params.x,
+        w: params.w1,
+        w_scale: params.w1_scale,
+        out: if second.is_some() { hidden } else { scores },
+        num_valid_tokens: params.num_valid_tokens,
+        in_stride: params.x_stride,
+        activation: first,
+        unit_norm: unit_norm.into(),
+        num_tokens,
+        in_width: params.d_model,
+        out_width: if second.is_some() { params.hidden } else { params.num_experts },
+        reserved: 0,
+    };
+    layer(device.router_select.layer.get(dtype), first_layer)?;
+    if let Some(activation) = second {
+        let second_layer = moefy_router_layer_params {
+            in_: hidden,
+            w: params.w2,
+            w_scale: 0,
+            out: scores,
+            in_stride: params.hidden.into(),
+            activation,
+            unit_norm: 0,
+            in_width: params.hidden,
+            out_width: params.num_experts,
+            ..first_layer
+        };
+        layer(device.router_select.layer_after_hidden(dtype), second_layer)?;
+    }
+    let select = moefy_select_params {
+        scores,
+        mask: params.mask,
+        counts: params.counts,
+        status: params.status,
+        num_valid_tokens: params.num_valid_tokens,
+        score_stride: params.num_experts.into(),
+        selection: params.selection,
+        num_tokens,
+        num_experts: params.num_experts,
+    };
+    unsafe { launch_select(device, stream, &select) }
+}

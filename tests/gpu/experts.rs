@@ -1,0 +1,331 @@
+//! The experts of a layer, on both paths, against the f64 reference.
+
+use moefy::cuda::{
+    ExpertLists, ExpertsInputs, Format, MoeFfn, View, Workspace, experts, experts_workspace_bytes,
+    gates, route_index, route_index_workspace_bytes,
+};
+use moefy::ffn::{
+    self, Activation, Compensation, DenseFfn, ExpertMask, Gate, Partition, Router, Selection,
+};
+use moefy::{DType, Tensor, reference};
+use rand::RngExt;
+use rand::seq::IndexedRandom;
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+use crate::harness::{Gpu, Output, is_small, random_mask, relative_error, sizes, uniform};
+use crate::route_index::Lists;
+
+pub fn tests() -> crate::Tests {
+    vec![
+        ("experts::few_tokens", few_tokens),
+        ("experts::many_tokens", many_tokens),
+        ("experts::skewed_routing", skewed_routing),
+        ("experts::gates", every_gate),
+        ("experts::padding", padding),
+    ]
+}
+
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// The sizes of a layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub d_model: usize,
+    pub num_experts: usize,
+    pub expert_width: usize,
+    pub shared: usize,
+    pub rank: usize,
+    pub glu: bool,
+}
+
+/// A layer of this shape with random weights, and everything else drawn as well.
+pub fn random_layer(rng: &mut ChaCha8Rng, shape: Shape, dtype: DType) -> ffn::MoeFfn {
+    let Shape { d_model, num_experts, expert_width, shared, rank, glu } = shape;
+    let d_ff = num_experts * expert_width + shared;
+    let inputs = if glu { 2 * d_ff } else { d_ff };
+    let mut draw = |rows: usize, cols: usize, scale: f32| {
+        let values = uniform(rng, rows * cols).into_iter().map(|v| v * scale).collect::<Vec<f32>>();
+        Tensor::matrix(values, [rows, cols]).expect("sizes fit").to_dtype(dtype)
+    };
+    let w_in = draw(inputs, d_model, (3.0 / d_model as f32).sqrt());
+    let w_out = draw(d_ff, d_model, (3.0 / d_ff as f32).sqrt());
+    let (b_in, b_out) = (draw(1, inputs, 0.5), draw(1, d_model, 0.5));
+    let mean = draw(1, d_ff, 0.2);
+    let (u, v, c) = (draw(rank, d_model, 0.1), draw(rank, d_model, 0.1), draw(1, d_model, 0.2));
+    let w = draw(num_experts, d_model, 1.0);
+    let biased = rng.random_bool(0.7);
+    let activation = *Activation::ALL.choose(rng).expect("there are some");
+    let neurons = DenseFfn::from_neuron_major(
+        activation,
+        glu,
+        w_in,
+        biased.then_some(b_in),
+        w_out,
+        biased.then_some(b_out),
+    );
+    let labels = (0..d_ff).map(|n| (n / expert_width).min(num_experts) as u32).collect();
+    let layer = ffn::MoeFfn::from_expert_order(
+        neurons.expect("shapes fit"),
+        Partition::new(num_experts, labels).expect("labels fit"),
+        Router::Linear { w },
+        Selection::dynamic_k(0.5),
+    );
+    let layer = layer.expect("sizes fit");
+    if rank > 0 {
+        return layer.with_compensation(Compensation::Linear { u, v, c }).expect("shapes fit");
+    }
+    if rng.random_bool(0.3) {
+        return layer.with_compensation(Compensation::Mean { mean }).expect("shapes fit");
+    }
+    layer
+}
+
+pub fn tokens(rng: &mut ChaCha8Rng, num_tokens: usize, d_model: usize, dtype: DType) -> Tensor {
+    let values = uniform(rng, num_tokens * d_model);
+    Tensor::matrix(values, [num_tokens, d_model]).expect("sizes fit").to_dtype(dtype)
+}
+
+/// The reference, several tokens at a time.
+pub fn expected(
+    layer: &ffn::MoeFfn,
+    x: &Tensor,
+    mask: &ExpertMask,
+    scores: Option<&[f32]>,
+) -> Vec<f64> {
+    let (d_model, num_experts) = (layer.d_model(), layer.num_experts());
+    let x = x.to_f64();
+    let scores: Option<Vec<f64>> = scores.map(|s| s.iter().map(|&r| f64::from(r)).collect());
+    let per_task = mask.num_tokens().div_ceil(16).max(1);
+    let tasks: Vec<usize> = (0..mask.num_tokens()).step_by(per_task).collect();
+    let of_task = |&first: &usize| {
+        let rows = first..(first + per_task).min(mask.num_tokens());
+        let words = rows.clone().flat_map(|token| mask.row(token).to_vec()).collect();
+        let mask = ExpertMask::from_words(rows.len(), num_experts, words).expect("rows of a mask");
+        let scores = scores.as_ref().map(|s| &s[rows.start * num_experts..rows.end * num_experts]);
+        reference::experts(layer, &x[rows.start * d_model..rows.end * d_model], &mask, scores)
+    };
+    tasks.par_iter().flat_map_iter(of_task).collect()
+}
+
+/// The bar for ‖out − ref‖ / ‖ref‖.
+pub fn tolerance(layer: &ffn::MoeFfn, dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => 1e-6 * (layer.d_model().max(layer.d_ff()) as f64 / 64.0).sqrt(),
+        DType::F16 => 1e-3,
+        DType::BF16 => 6e-3,
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Which {
+    Few,
+    Many,
+}
+
+/// Runs one case on one path and compares.
+fn check(
+    gpu: &Gpu,
+    layer: &ffn::MoeFfn,
+    x: &Tensor,
+    mask: &ExpertMask,
+    scores: Option<&[f32]>,
+    which: Which,
+) {
+    let [num_tokens, d_model] = x.shape();
+    let (num_experts, dtype) = (layer.num_experts(), x.dtype());
+    let on_device = MoeFfn::new(&gpu.device, layer).expect("memory");
+    let neurons = on_device.neurons();
+    let float = Format::Float(dtype);
+    let x_device = gpu.input(x.as_bytes());
+    let x_view = View::matrix(x_device.address(), float, [num_tokens, d_model]);
+    let mask_device = gpu.input(mask.words());
+    let row_words = num_experts.div_ceil(32);
+    let mask_view = View::matrix(mask_device.address(), Format::Word, [num_tokens, row_words]);
+    let scores_device = scores.map(|scores| gpu.input(scores));
+    let scores_view = scores_device
+        .as_ref()
+        .map(|scores| View::matrix(scores.address(), Format::F32, [num_tokens, num_experts]));
+    let lists = Lists::new(gpu, num_tokens, num_experts, num_tokens * num_experts);
+    let views = lists.views(None);
+    let expert_lists = match which {
+        Which::Few => ExpertLists::Union { union_ids: views.union_ids, num_union: views.num_union },
+        Which::Many => ExpertLists::Tokens { offsets: views.offsets, token_ids: views.token_ids },
+    };
+    let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, &expert_lists).unwrap();
+    let bytes = bytes.max(route_index_workspace_bytes(num_tokens, num_experts));
+    let scratch = Output::new(gpu, bytes);
+    let workspace = Workspace { address: scratch.address(), bytes };
+    let softmax = Output::words(gpu, num_tokens * num_experts);
+    let softmax_view = View::matrix(softmax.address(), Format::F32, [num_tokens, num_experts]);
+    let gates_view = match layer.gate() {
+        Gate::One => None,
+        Gate::Score => scores_view,
+        Gate::Softmax | Gate::Renormalised => Some(softmax_view),
+    };
+    let inputs = ExpertsInputs {
+        x: x_view,
+        mask: mask_view,
+        gates: gates_view,
+        num_valid_tokens: None,
+        lists: expert_lists,
+    };
+    let mut y = Output::new(gpu, num_tokens * d_model * dtype.bytes());
+    let y_view = View::matrix(y.address(), float, [num_tokens, d_model]);
+    gpu.run(&mut [&mut y], |stream| unsafe {
+        let device = &gpu.device;
+        route_index(device, stream, &views, mask_view, num_experts, None, workspace)?;
+        if matches!(layer.gate(), Gate::Softmax | Gate::Renormalised) {
+            let renormalise = layer.gate() == Gate::Renormalised;
+            let scores = scores_view.expect("a softmax has scores");
+            gates(device, stream, softmax_view, scores, mask_view, renormalise)?;
+        }
+        experts(device, stream, y_view, neurons, &inputs, workspace)
+    });
+    scratch.read::<u8>();
+    let actual =
+        moefy::TensorRef::from_bytes(dtype, &y.read::<u8>(), x.shape()).unwrap().to_owned();
+    let error = relative_error(&actual.to_f32(), &expected(layer, x, mask, scores));
+    let bar = tolerance(layer, dtype);
+    assert!(
+        error <= bar,
+        "{which:?} {dtype}: error {error:.3e} > {bar:.3e}; T {num_tokens}, d {d_model}, E \
+         {num_experts}, s {}, shared {}, glu {}, {:?}, gate {:?}, compensation {}",
+        layer.expert_width(),
+        layer.shared(),
+        layer.neurons().is_glu(),
+        layer.neurons().activation(),
+        layer.gate(),
+        layer.compensation().is_some(),
+    );
+}
+
+/// A shape whose product with the tokens the reference can do in reasonable time.
+fn draw_shape(rng: &mut ChaCha8Rng, num_tokens: usize) -> Shape {
+    let budget = if is_small() { 2e6 } else { 1e8 };
+    loop {
+        let mut pick = |values: &[usize]| *values.choose(rng).expect("some");
+        let shape = Shape {
+            d_model: pick(&[64, 384, 768, 1000, 4096]),
+            num_experts: pick(&[1, 12, 48, 112, 129, 448]),
+            expert_width: pick(&[1, 4, 6, 24, 32, 48, 64, 100, 128]),
+            shared: pick(&[0, 0, 5, 64]),
+            rank: pick(&[0, 0, 3, 16]),
+            glu: pick(&[0, 1]) == 1,
+        };
+        let d_ff = shape.num_experts * shape.expert_width + shape.shared;
+        if (num_tokens.max(1) * d_ff * shape.d_model) as f64 <= budget {
+            return shape;
+        }
+    }
+}
+
+fn any_shape(gpu: &Gpu, which: Which, token_counts: &[usize]) {
+    let rng = &mut gpu.rng();
+    for num_tokens in sizes(token_counts, 19) {
+        for dtype in DTYPES {
+            for density in [0.0, 0.1, 0.4, 1.0] {
+                let shape = draw_shape(rng, num_tokens);
+                let layer = random_layer(rng, shape, dtype);
+                let x = tokens(rng, num_tokens, shape.d_model, dtype);
+                let mask = random_mask(rng, num_tokens, shape.num_experts, density);
+                check(gpu, &layer, &x, &mask, None, which);
+            }
+        }
+    }
+}
+
+fn few_tokens(gpu: &Gpu) {
+    any_shape(gpu, Which::Few, &[0, 1, 2, 7, 8, 9, 19, 32, 64]);
+}
+
+fn many_tokens(gpu: &Gpu) {
+    any_shape(gpu, Which::Many, &[0, 1, 2, 19, 64, 99, 512, 989, 4096]);
+}
+
+/// One expert gets every token, another every other one, the rest nothing.
+fn skewed_routing(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    for (which, num_tokens) in [(Which::Few, 19), (Which::Many, if is_small() { 19 } else { 989 })]
+    {
+        for dtype in DTYPES {
+            let shape = draw_shape(rng, num_tokens);
+            let layer = random_layer(rng, shape, dtype);
+            let mut mask = ExpertMask::none(num_tokens, shape.num_experts);
+            let (hot, warm) = (shape.num_experts - 1, shape.num_experts / 2);
+            (0..num_tokens).for_each(|token| mask.insert(token, hot));
+            (0..num_tokens).step_by(2).for_each(|token| mask.insert(token, warm));
+            let x = tokens(rng, num_tokens, shape.d_model, dtype);
+            check(gpu, &layer, &x, &mask, None, which);
+        }
+    }
+}
+
+fn every_gate(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    for gate in [Gate::Score, Gate::Softmax, Gate::Renormalised] {
+        for (which, num_tokens) in [(Which::Few, 7), (Which::Many, 99)] {
+            for dtype in DTYPES {
+                let shape = draw_shape(rng, num_tokens);
+                let layer = random_layer(rng, shape, dtype).with_gate(gate);
+                let x = tokens(rng, num_tokens, shape.d_model, dtype);
+                let mask = random_mask(rng, num_tokens, shape.num_experts, 0.3);
+                let scores: Vec<f32> = uniform(rng, num_tokens * shape.num_experts);
+                let scores: Vec<f32> = scores.into_iter().map(f32::abs).collect();
+                check(gpu, &layer, &x, &mask, Some(&scores), which);
+            }
+        }
+    }
+}
+
+/// Rows beyond the device-side number of tokens are zeros, even with shared neurons and a bias.
+fn padding(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let shape =
+        Shape { d_model: 64, num_experts: 5, expert_width: 6, shared: 3, rank: 2, glu: true };
+    let (num_tokens, dtype) = (40, DType::F32);
+    let layer = random_layer(rng, shape, dtype);
+    let x = tokens(rng, num_tokens, shape.d_model, dtype);
+    let mask = random_mask(rng, num_tokens, shape.num_experts, 0.5);
+    let all = expected(&layer, &x, &mask, None);
+    let on_device = MoeFfn::new(&gpu.device, &layer).expect("memory");
+    let x_device = gpu.input(x.as_bytes());
+    let mask_device = gpu.input(mask.words());
+    let lists = Lists::new(gpu, num_tokens, shape.num_experts, num_tokens * shape.num_experts);
+    let views = lists.views(None);
+    let float = Format::Float(dtype);
+    for valid in [0u32, 1, 39, 40, 1000] {
+        let word = gpu.input(&[valid]);
+        let num_valid = Some(View::words(word.address(), 1));
+        let mask_view = View::matrix(mask_device.address(), Format::Word, [num_tokens, 1]);
+        let union = ExpertLists::Union { union_ids: views.union_ids, num_union: views.num_union };
+        let tokens = ExpertLists::Tokens { offsets: views.offsets, token_ids: views.token_ids };
+        for lists in [union, tokens] {
+            let neurons = on_device.neurons();
+            let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, &lists).unwrap();
+            let bytes = bytes.max(route_index_workspace_bytes(num_tokens, shape.num_experts));
+            let scratch = Output::new(gpu, bytes);
+            let inputs = ExpertsInputs {
+                x: View::matrix(x_device.address(), float, x.shape()),
+                mask: mask_view,
+                gates: None,
+                num_valid_tokens: num_valid,
+                lists,
+            };
+            let mut y = Output::new(gpu, num_tokens * shape.d_model * 4);
+            let y_view = View::matrix(y.address(), float, x.shape());
+            gpu.run(&mut [&mut y], |stream| unsafe {
+                let device = &gpu.device;
+                let workspace = Workspace { address: scratch.address(), bytes };
+                let experts_of = shape.num_experts;
+                route_index(device, stream, &views, mask_view, experts_of, num_valid, workspace)?;
+                experts(device, stream, y_view, neurons, &inputs, workspace)
+            });
+            let y = y.read::<f32>();
+            let end = (valid as usize).min(num_tokens) * shape.d_model;
+            assert!(y[end..].iter().all(|&v| v == 0.0), "padding is not zero");
+            let error = relative_error(&y[..end], &all[..end]);
+            assert!(error <= tolerance(&layer, dtype), "{error}");
+        }
+    }
+}

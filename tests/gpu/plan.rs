@@ -1,0 +1,309 @@
+//! A whole layer from tokens to outputs, on every path.
+
+use std::sync::Arc;
+
+use moefy::cuda::{
+    Fallback, FfnInputs, FfnPlan, Format, MoeFfn, Path, PlanOptions, View, Workspace,
+};
+use moefy::ffn::{self, ExpertMask};
+use moefy::{DType, Tensor, TensorRef, reference};
+use rand_chacha::ChaCha8Rng;
+
+use crate::experts::{Shape, expected, random_layer, tokens, tolerance};
+use crate::harness::{Gpu, Output, is_small, random_mask, relative_error, sizes};
+
+pub fn tests() -> crate::Tests {
+    vec![
+        ("plan::every_path", every_path),
+        ("plan::automatic", automatic),
+        ("plan::chunks_and_padding", chunks_and_padding),
+        ("plan::statistics", statistics),
+        ("plan::replays_with_other_inputs", replays_with_other_inputs),
+        ("plan::memory_stays_flat", memory_stays_flat),
+        ("plan::bad_input", bad_input),
+    ]
+}
+
+const PLAIN: Shape =
+    Shape { d_model: 384, num_experts: 48, expert_width: 24, shared: 8, rank: 0, glu: false };
+const GLU: Shape =
+    Shape { d_model: 1000, num_experts: 12, expert_width: 100, shared: 0, rank: 4, glu: true };
+
+/// A plan with buffers for its largest batch, and routing imposed by scores.
+struct Case {
+    plan: FfnPlan,
+    dtype: DType,
+    shape: Shape,
+    x: Output,
+    y: Output,
+    scores: Output,
+    valid: Output,
+    scratch: Output,
+}
+
+impl Case {
+    fn new(
+        gpu: &Gpu,
+        layer: &ffn::MoeFfn,
+        shape: Shape,
+        max_tokens: usize,
+        options: PlanOptions,
+    ) -> Self {
+        let dtype = layer.neurons().dtype();
+        let on_device = Arc::new(MoeFfn::new(&gpu.device, layer).expect("memory"));
+        let plan = on_device.plan(max_tokens, options).expect("a plan");
+        let scratch = Output::new(gpu, plan.workspace_bytes());
+        let elements = max_tokens * shape.d_model;
+        Self {
+            plan,
+            dtype,
+            shape,
+            x: Output::new(gpu, elements * dtype.bytes()),
+            y: Output::new(gpu, elements * dtype.bytes()),
+            scores: Output::words(gpu, max_tokens * shape.num_experts),
+            valid: Output::words(gpu, 1),
+            scratch,
+        }
+    }
+
+    /// Copies inputs to the device; they fill the beginning of the buffers.
+    fn write(&mut self, x: &Tensor, mask: &ExpertMask) {
+        fill(&mut self.x, x.as_bytes());
+        let scores: Vec<f32> = (0..mask.num_tokens())
+            .flat_map(|t| (0..mask.num_experts()).map(move |e| (t, e)))
+            .map(|(t, e)| if mask.contains(t, e) { 1.0 + e as f32 / 8192.0 } else { 0.0 })
+            .collect();
+        fill(&mut self.scores, bytemuck::cast_slice(&scores));
+    }
+
+    fn inputs(&self, num_tokens: usize, padded: bool) -> FfnInputs {
+        let float = Format::Float(self.dtype);
+        let scores = [num_tokens, self.shape.num_experts];
+        FfnInputs {
+            x: View::matrix(self.x.address(), float, [num_tokens, self.shape.d_model]),
+            num_valid_tokens: padded.then(|| self.valid.view()),
+            scores: Some(View::matrix(self.scores.address(), Format::F32, scores)),
+            status: None,
+        }
+    }
+
+    fn launch(
+        &self,
+        stream: moefy::cuda::RawStream,
+        num_tokens: usize,
+        padded: bool,
+    ) -> moefy::Result<()> {
+        let shape = [num_tokens, self.shape.d_model];
+        let y = View::matrix(self.y.address(), Format::Float(self.dtype), shape);
+        let bytes = self.plan.workspace_bytes();
+        let workspace = Workspace { address: self.scratch.address(), bytes };
+        unsafe { self.plan.run(stream, y, &self.inputs(num_tokens, padded), workspace) }
+    }
+
+    fn read(&self, num_tokens: usize) -> Vec<f32> {
+        self.scratch.read::<u8>();
+        let bytes = num_tokens * self.shape.d_model * self.dtype.bytes();
+        let y = &self.y.read::<u8>()[..bytes];
+        let y = TensorRef::from_bytes(self.dtype, y, [num_tokens, self.shape.d_model]).unwrap();
+        y.to_owned().to_f32().into_owned()
+    }
+}
+
+/// Writes the front of an output; the rest stays poisoned.
+fn fill(output: &mut Output, bytes: &[u8]) {
+    let mut all = vec![0xff; output.read::<u8>().len()];
+    all[..bytes.len()].copy_from_slice(bytes);
+    output.write(&all);
+}
+
+/// At least one expert each: with none, the scores would select the first.
+fn routing(
+    rng: &mut ChaCha8Rng,
+    num_tokens: usize,
+    num_experts: usize,
+    density: f64,
+) -> ExpertMask {
+    let mut mask = random_mask(rng, num_tokens, num_experts, density);
+    (0..num_tokens).for_each(|token| mask.insert(token, token % num_experts));
+    mask
+}
+
+fn forced(path: Path) -> PlanOptions {
+    PlanOptions { path: Some(path), ..PlanOptions::default() }
+}
+
+fn reference_of(path: Path, layer: &ffn::MoeFfn, x: &Tensor, mask: &ExpertMask) -> Vec<f64> {
+    match path {
+        Path::DenseExact => reference::dense_ffn(layer.neurons(), &x.to_f64()),
+        _ => expected(layer, x, mask, None),
+    }
+}
+
+fn every_path(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for shape in [PLAIN, GLU] {
+            let layer = random_layer(rng, shape, dtype);
+            for path in Path::ALL {
+                let max_tokens = if is_small() { 19 } else { 130 };
+                let mut case = Case::new(gpu, &layer, shape, max_tokens, forced(path));
+                for num_tokens in sizes(&[0, 1, 2, 7, 19, 33, 130], 19) {
+                    let x = tokens(rng, num_tokens, shape.d_model, dtype);
+                    let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
+                    case.write(&x, &mask);
+                    case.y.poison();
+                    case.launch(gpu.raw_stream(), num_tokens, false).expect("a run");
+                    let eager = case.read(num_tokens);
+                    let error = relative_error(&eager, &reference_of(path, &layer, &x, &mask));
+                    // Dense products round once more: the pre-activations.
+                    let bar = tolerance(&layer, dtype)
+                        * if path == Path::DenseMasked { 2.0 } else { 1.0 };
+                    assert!(error <= bar, "{} {dtype} T {num_tokens}: {error:.3e}", path.name());
+                    if num_tokens == 0 {
+                        continue;
+                    }
+                    case.y.poison();
+                    let graph = gpu.capture(|stream| case.launch(stream, num_tokens, false));
+                    graph.expect("kernels").launch().expect("a launch");
+                    assert!(case.read(num_tokens) == eager, "{}: a graph differs", path.name());
+                }
+            }
+        }
+    }
+}
+
+fn automatic(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let dtype = DType::F16;
+    let layer = random_layer(rng, PLAIN, dtype);
+    for fallback in [Fallback::Exact, Fallback::Masked] {
+        let options = PlanOptions { fallback, ..PlanOptions::default() };
+        let mut case = Case::new(gpu, &layer, PLAIN, 40, options);
+        for num_tokens in [1, 3, 8, 9, 40] {
+            let x = tokens(rng, num_tokens, PLAIN.d_model, dtype);
+            let mask = routing(rng, num_tokens, PLAIN.num_experts, 0.3);
+            case.write(&x, &mask);
+            case.launch(gpu.raw_stream(), num_tokens, false).expect("a run");
+            let path = case.plan.path(num_tokens);
+            let expected = reference_of(path, &layer, &x, &mask);
+            let error = relative_error(&case.read(num_tokens), &expected);
+            assert!(error <= 2e-3, "{} T {num_tokens}: {error:.3e}", path.name());
+        }
+    }
+}
+
+/// More tokens than go through the layer together, and a device-side number of valid ones that ends
+/// in each of the turns.
+fn chunks_and_padding(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let shape =
+        Shape { d_model: 64, num_experts: 5, expert_width: 6, shared: 3, rank: 0, glu: false };
+    let (num_tokens, dtype) = (if is_small() { 40 } else { 17_000 }, DType::F32);
+    let layer = random_layer(rng, shape, dtype);
+    let x = tokens(rng, num_tokens, shape.d_model, dtype);
+    let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
+    for path in [Path::ExpertMajor, Path::DenseExact, Path::DenseMasked] {
+        let mut case = Case::new(gpu, &layer, shape, num_tokens, forced(path));
+        case.write(&x, &mask);
+        let all = reference_of(path, &layer, &x, &mask);
+        for valid in [0, 1, num_tokens / 3, num_tokens - 1, num_tokens] {
+            case.valid.write(&[valid as u32]);
+            case.y.poison();
+            case.launch(gpu.raw_stream(), num_tokens, true).expect("a run");
+            let y = case.read(num_tokens);
+            let end = valid * shape.d_model;
+            assert!(y[end..].iter().all(|&v| v == 0.0), "{}: padding is not zero", path.name());
+            let error = relative_error(&y[..end], &all[..end]);
+            assert!(error <= 2.0 * tolerance(&layer, dtype), "{}: {error:.3e}", path.name());
+        }
+    }
+}
+
+fn statistics(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let layer = random_layer(rng, PLAIN, DType::F32);
+    let options = PlanOptions { statistics: true, ..forced(Path::Few) };
+    let mut case = Case::new(gpu, &layer, PLAIN, 20, options);
+    let mask = routing(rng, 20, PLAIN.num_experts, 0.3);
+    case.write(&tokens(rng, 20, PLAIN.d_model, DType::F32), &mask);
+    case.valid.write(&[13u32]);
+    for _ in 0..2 {
+        case.launch(gpu.raw_stream(), 20, true).expect("a run");
+    }
+    case.read(20);
+    let counts = case.plan.statistics().expect("a copy").expect("it was asked for");
+    let mut k_histogram = vec![0; PLAIN.num_experts + 1];
+    let mut expert_counts = vec![0; PLAIN.num_experts];
+    for token in 0..13 {
+        k_histogram[mask.count(token)] += 2;
+        mask.experts(token).for_each(|expert| expert_counts[expert] += 2);
+    }
+    assert_eq!((counts.k_histogram, counts.expert_counts), (k_histogram, expert_counts));
+}
+
+fn replays_with_other_inputs(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    for (path, num_tokens) in [(Path::Few, 5), (Path::ExpertMajor, 40), (Path::DenseMasked, 40)] {
+        let layer = random_layer(rng, PLAIN, DType::BF16);
+        let mut case = Case::new(gpu, &layer, PLAIN, num_tokens, forced(path));
+        let graph = gpu.capture(|stream| case.launch(stream, num_tokens, false)).expect("kernels");
+        for _ in 0..if is_small() { 3 } else { 1000 } {
+            let x = tokens(rng, num_tokens, PLAIN.d_model, DType::BF16);
+            case.write(&x, &routing(rng, num_tokens, PLAIN.num_experts, 0.2));
+            case.y.poison();
+            graph.launch().expect("a launch");
+            let replayed = case.read(num_tokens);
+            case.y.poison();
+            case.launch(gpu.raw_stream(), num_tokens, false).expect("a run");
+            assert!(case.read(num_tokens) == replayed, "{}: a replay differs", path.name());
+        }
+    }
+}
+
+fn memory_stays_flat(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let layer = random_layer(rng, PLAIN, DType::F16);
+    for path in Path::ALL {
+        let mut case = Case::new(gpu, &layer, PLAIN, 8, forced(path));
+        let mask = routing(rng, 8, PLAIN.num_experts, 0.2);
+        case.write(&tokens(rng, 8, PLAIN.d_model, DType::F16), &mask);
+        let free = || {
+            gpu.stream.synchronize().expect("no failure");
+            moefy::cuda::interop::cudarc::driver::result::mem_get_info().expect("a number").0
+        };
+        let launch = || case.launch(gpu.raw_stream(), 8, false).expect("a run");
+        launch();
+        let before = free();
+        (0..if is_small() { 10 } else { 10_000 }).for_each(|_| launch());
+        assert_eq!(free(), before, "{}", path.name());
+    }
+}
+
+fn bad_input(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let layer = random_layer(rng, PLAIN, DType::F16);
+    let case = Case::new(gpu, &layer, PLAIN, 8, forced(Path::Few));
+    let good = case.inputs(8, false);
+    let y = View::matrix(case.y.address(), Format::Float(DType::F16), [8, PLAIN.d_model]);
+    let bytes = case.plan.workspace_bytes();
+    let workspace = Workspace { address: case.scratch.address(), bytes };
+    let refused = |inputs: FfnInputs, y, workspace, words: &[&str]| {
+        let result = unsafe { case.plan.run(gpu.raw_stream(), y, &inputs, workspace) };
+        let message = result.expect_err("it should be refused").to_string();
+        words.iter().for_each(|word| assert!(message.contains(word), "{message:?} lacks {word:?}"));
+    };
+    let x = |x: View| FfnInputs { x, ..good };
+    let many = View { shape: [9, PLAIN.d_model], ..good.x };
+    refused(x(many), y, workspace, &["num_tokens", "8", "9"]);
+    let null = View { address: 0, ..good.x };
+    refused(x(null), y, workspace, &["moe_ffn", "x", "null"]);
+    let odd = View { address: good.x.address + 2, ..good.x };
+    refused(x(odd), y, workspace, &["x", "aligned to 16"]);
+    let float = View { format: Format::F32, ..good.x };
+    refused(x(float), y, workspace, &["x", "f16", "f32"]);
+    let narrow = View { shape: [8, 380], row_stride: 380, ..y };
+    refused(good, narrow, workspace, &["y", "[8, 384]", "[8, 380]"]);
+    let small = Workspace { bytes: bytes - 1, ..workspace };
+    refused(good, y, small, &["workspace", &bytes.to_string()]);
+    assert!(case.y.read::<u8>().iter().all(|&byte| byte == 0xff), "something was launched");
+}

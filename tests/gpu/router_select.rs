@@ -1,0 +1,226 @@
+//! Scores of a router are close to those of the reference in f64 on the same rounded weights, and the
+//! masks are exactly those of the scores.
+
+use moefy::cuda::{
+    DeviceRouter, Format, RouterSelectOutputs, SelectOutputs, View, Workspace, router_select,
+    router_select_workspace_bytes,
+};
+use moefy::ffn::{MlpKind, Router, Selection, SelectionRule};
+use moefy::{DType, Tensor, reference};
+use rand_chacha::ChaCha8Rng;
+
+use crate::harness::{Gpu, Output, is_small, relative_error, sizes, uniform};
+
+pub fn tests() -> crate::Tests {
+    vec![
+        ("router_select::kinds_and_types", kinds_and_types),
+        ("router_select::few_tokens", few_tokens),
+        ("router_select::many_tokens", many_tokens),
+        ("router_select::many_experts", many_experts),
+        ("router_select::padding_and_rows_apart", padding_and_rows_apart),
+    ]
+}
+
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// Every kind of router, its weights rounded to `dtype`.
+pub fn routers(
+    rng: &mut ChaCha8Rng,
+    [num_experts, d_model, hidden]: [usize; 3],
+    dtype: DType,
+) -> Vec<Router> {
+    let mut matrix = |rows, cols| {
+        Tensor::matrix(uniform(rng, rows * cols), [rows, cols]).unwrap().to_dtype(dtype)
+    };
+    vec![
+        Router::Linear { w: matrix(num_experts, d_model) },
+        Router::Mlp {
+            kind: MlpKind::D2dMoe,
+            w1: matrix(hidden, d_model),
+            w2: matrix(num_experts, hidden),
+        },
+        Router::Mlp {
+            kind: MlpKind::Moefication,
+            w1: matrix(hidden, d_model),
+            w2: matrix(num_experts, hidden),
+        },
+        Router::Centroid { centroids: matrix(num_experts, d_model) },
+    ]
+}
+
+struct Case {
+    num_tokens: usize,
+    valid: usize,
+    d_model: usize,
+    /// Elements from one token to the next.
+    x_stride: usize,
+    dtype: DType,
+}
+
+impl Case {
+    fn new(num_tokens: usize, d_model: usize, dtype: DType) -> Self {
+        Self { num_tokens, valid: num_tokens, d_model, x_stride: d_model, dtype }
+    }
+
+    fn check(&self, gpu: &Gpu, rng: &mut ChaCha8Rng, router: &Router, selection: &Selection) {
+        let Self { num_tokens, valid, d_model, x_stride, dtype } = *self;
+        let x =
+            Tensor::matrix(uniform(rng, num_tokens * x_stride), [num_tokens, x_stride]).unwrap();
+        let x = x.to_dtype(dtype);
+        let input = gpu.input(x.as_bytes());
+        let mut x_view = View::matrix(input.address(), Format::Float(dtype), [num_tokens, d_model]);
+        x_view.row_stride = x_stride;
+        let weights = DeviceRouter::new(&gpu.device, router, dtype).unwrap();
+        let weights = weights.view();
+        let num_experts = weights.num_experts();
+        let row_words = num_experts.div_ceil(32);
+        let bytes = router_select_workspace_bytes(num_tokens, d_model, &weights);
+        let memory = Output::new(gpu, bytes);
+        let workspace = Workspace { address: memory.address(), bytes };
+        let num_valid = gpu.input(&[valid as u32]);
+        let status = gpu.input(&[0u32]);
+        let mut mask = Output::words(gpu, num_tokens * row_words);
+        let mut counts = Output::words(gpu, num_tokens);
+        let mut scores = Output::words(gpu, num_tokens * num_experts);
+        let shape = [num_tokens, num_experts];
+        let outputs = RouterSelectOutputs {
+            selected: SelectOutputs {
+                mask: View::matrix(mask.address(), Format::Word, [num_tokens, row_words]),
+                counts: Some(counts.view()),
+                status: Some(View::words(status.address(), 1)),
+            },
+            scores: Some(View::matrix(scores.address(), Format::F32, shape)),
+        };
+        let num_valid = Some(View::words(num_valid.address(), 1));
+        let launch = |outputs: &RouterSelectOutputs, stream| unsafe {
+            let device = &gpu.device;
+            router_select(
+                device, stream, outputs, x_view, num_valid, &weights, selection, workspace,
+            )
+        };
+        gpu.run(&mut [&mut mask, &mut counts, &mut scores], |stream| launch(&outputs, stream));
+
+        let case = format!(
+            "{:?} {dtype}, T {num_tokens} ({valid} valid), d {d_model}, hidden {}, E {num_experts}",
+            std::mem::discriminant(router),
+            weights.hidden()
+        );
+        let got = scores.read::<f32>();
+        let (valid_scores, padding) = got.split_at(valid * num_experts);
+        assert!(padding.iter().all(|&score| score == 0.0), "scores of padding: {case}");
+        let tokens: Vec<f64> = x
+            .to_f64()
+            .chunks_exact(x_stride)
+            .take(valid)
+            .flat_map(|row| row[..d_model].to_vec())
+            .collect();
+        let expected = reference::router_scores(router, &tokens, d_model);
+        let bound = 1e-6 * (d_model.max(weights.hidden()).max(64) as f64 / 64.0).sqrt();
+        if valid > 0 {
+            let error = relative_error(valid_scores, &expected);
+            assert!(error <= bound, "error {error:.2e} > {bound:.2e}: {case}");
+        }
+
+        let selected = reference::select(selection, valid_scores, num_experts);
+        let mut words = selected.mask.words().to_vec();
+        words.resize(num_tokens * row_words, 0);
+        assert_eq!(mask.read::<u32>(), words, "{selection:?} {case}");
+        let ks: Vec<u32> = (0..valid).map(|t| selected.mask.count(t) as u32).collect();
+        assert_eq!(counts.read::<u32>()[..valid], ks, "{case}");
+        assert_eq!(status.read::<u32>().unwrap(), [0], "{case}");
+        if let SelectionRule::DynamicK { rel_threshold } = selection.rule {
+            assert_outside_band(&expected, &selected.mask, f64::from(rel_threshold), &case);
+        }
+
+        // Without the scores and the counts, the masks are the same.
+        let selected = SelectOutputs { counts: None, status: None, ..outputs.selected };
+        let bare = RouterSelectOutputs { selected, scores: None };
+        gpu.run(&mut [&mut mask], |stream| launch(&bare, stream));
+        assert_eq!(mask.read::<u32>(), words, "{case}");
+        memory.check_guards();
+    }
+}
+
+/// Where exact scores are further than 1e-4 of the row's largest from the threshold, the expert is
+/// in exactly when its score is above.
+fn assert_outside_band(scores: &[f64], mask: &moefy::ffn::ExpertMask, threshold: f64, case: &str) {
+    for (token, row) in scores.chunks_exact(mask.num_experts()).enumerate() {
+        let max = row.iter().copied().fold(0.0, f64::max);
+        for (expert, &score) in row.iter().enumerate() {
+            if (score - threshold * max).abs() > 1e-4 * max {
+                let expected = score > threshold * max;
+                assert_eq!(mask.contains(token, expert), expected, "{token}, {expert}: {case}");
+            }
+        }
+    }
+}
+
+fn kinds_and_types(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    for dtype in DTYPES {
+        for (num_tokens, shape) in [(7, [48, 384, 128]), (1030, [112, 96, 64]), (19, [129, 72, 40])]
+        {
+            for router in routers(rng, shape, dtype) {
+                let case = Case::new(num_tokens, shape[1], dtype);
+                case.check(gpu, rng, &router, &Selection::dynamic_k(0.4));
+            }
+        }
+    }
+}
+
+fn few_tokens(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    for (index, num_tokens) in [0, 1, 2, 7, 19, 99, 512, 989].into_iter().enumerate() {
+        for d_model in sizes(&[64, 768, 1000, 4096, 33], 100) {
+            if num_tokens * d_model > 500_000 || is_small() && num_tokens > 99 {
+                continue;
+            }
+            // Widths that are no multiple of 8 have no aligned rows.
+            let shape = [[12, d_model, 128], [448, d_model, 100], [1, d_model, 7]][index % 3];
+            for router in routers(rng, shape, DType::BF16).iter().take(2) {
+                let case = Case::new(num_tokens, d_model, DType::BF16);
+                case.check(gpu, rng, router, &Selection::cumulative_share(0.6));
+            }
+        }
+    }
+}
+
+fn many_tokens(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    for num_tokens in sizes(&[1025, 2049, 4096], 1025) {
+        for d_model in sizes(&[64, 384, 33], 64) {
+            let dtype = DTYPES[d_model % 3];
+            for router in routers(rng, [96, d_model, 100], dtype) {
+                let case = Case::new(num_tokens, d_model, dtype);
+                case.check(gpu, rng, &router, &Selection::top_k(11));
+            }
+        }
+    }
+}
+
+fn many_experts(gpu: &Gpu) {
+    if is_small() {
+        return;
+    }
+    let rng = &mut gpu.rng();
+    for num_experts in [513, 4096] {
+        for router in routers(rng, [num_experts, 64, 32], DType::F16) {
+            let case = Case::new(3, 64, DType::F16);
+            case.check(gpu, rng, &router, &Selection::dynamic_k(0.7));
+        }
+    }
+    // A token and its hidden layer that fit no block.
+    for router in routers(rng, [16, 24576, 8], DType::F16) {
+        Case::new(2, 24576, DType::F16).check(gpu, rng, &router, &Selection::top_k(2));
+    }
+}
+
+fn padding_and_rows_apart(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    for (num_tokens, valid) in [(7, 0), (7, 5), (1030, 0), (1030, 65)] {
+        for router in routers(rng, [48, 64, 32], DType::F16) {
+            let case = Case { valid, x_stride: 72, ..Case::new(num_tokens, 64, DType::F16) };
+            case.check(gpu, rng, &router, &Selection::dynamic_k(0.5));
+        }
+    }
+}
