@@ -1,4 +1,4 @@
-//! The parameter of a selection rule that reaches a density.
+//! The parameters of selection rules that reaches a density.
 
 use crate::ffn::Selection;
 
@@ -58,6 +58,31 @@ fn largest_threshold(r: f32, max: f32) -> f32 {
         }
     }
     f32::from_bits(selects)
+}
+
+/// The p of [`SelectionRule::CumulativeShare`](crate::ffn::SelectionRule::CumulativeShare) with which
+/// the tokens of `scores` \[T, E\] run `mean_k` experts on average.
+///
+/// An expert is selected when the share of those before it, in descending order, is below p: p is the
+/// share that as many entries are below as there should be.
+pub fn share(scores: &[f32], num_experts: usize, mean_k: f64) -> f32 {
+    let mut before = Vec::with_capacity(scores.len());
+    for row in scores.chunks_exact(num_experts) {
+        let mut row: Vec<f32> = row.iter().copied().filter(|r| r.is_finite()).collect();
+        row.sort_unstable_by(|a, b| b.total_cmp(a));
+        let total: f32 = row.iter().sum();
+        let mut sum = 0.0;
+        for r in row {
+            before.push(if total > 0.0 { sum / total } else { 0.0 });
+            sum += r;
+        }
+    }
+    let wanted = (mean_k * (scores.len() / num_experts) as f64).round() as usize;
+    if wanted >= before.len() {
+        return 1.0;
+    }
+    before.sort_unstable_by(f32::total_cmp);
+    before[wanted].clamp(0.0, 1.0)
 }
 
 /// The top-k rule whose tokens run about `mean_k` experts.

@@ -9,9 +9,15 @@ use crate::ffn::{DenseFfn, Partition};
 /// Tokens of one task.
 const BLOCK_TOKENS: usize = 64;
 
-/// ‖expert_e(x_t)‖₂ without b2, \[T, E\], for inputs x \[T, d_model\] and an FFN whose neurons are in
-/// the partition's expert order.
-pub(super) fn expert_norms(ffn: &DenseFfn, partition: &Partition, inputs: &[f32]) -> Vec<f32> {
+/// ‖W2_e (h_e − μ_e)‖₂, \[T, E\], for inputs x \[T, d_model\] and an FFN whose neurons are in the
+/// partition's expert order: without `mean` μ \[d_ff\] the length of an expert's output (b2 left out),
+/// with it the length of what the expert adds beyond its mean.
+pub(super) fn expert_norms(
+    ffn: &DenseFfn,
+    partition: &Partition,
+    inputs: &[f32],
+    mean: Option<&[f32]>,
+) -> Vec<f32> {
     let (d_model, d_ff) = (ffn.d_model(), ffn.d_ff());
     let (num_experts, width) = (partition.num_experts(), partition.expert_width());
     let w_out = ffn.w_out().to_f32();
@@ -22,13 +28,29 @@ pub(super) fn expert_norms(ffn: &DenseFfn, partition: &Partition, inputs: &[f32]
         .map(|w| if width < d_model { gram_factor(w, width) } else { w.to_vec() })
         .collect();
 
+    // μ_eᵀ L, where there is a mean.
+    let offsets: Vec<Vec<f32>> = factors
+        .iter()
+        .enumerate()
+        .map(|(expert, factor)| {
+            let mut offset = vec![0.0; factor_cols];
+            for (row, mean) in factor
+                .chunks_exact(factor_cols)
+                .zip(mean.map_or(&[][..], |mean| &mean[expert * width..(expert + 1) * width]))
+            {
+                offset.iter_mut().zip(row).for_each(|(offset, l)| *offset += mean * l);
+            }
+            offset
+        })
+        .collect();
+
     let mut norms = Vec::with_capacity(inputs.len() / d_model * num_experts);
     for_each_hidden(ffn, inputs, |hidden| {
         norms.par_extend(hidden.par_chunks(BLOCK_TOKENS * d_ff).flat_map_iter(|hidden| {
             let tokens = hidden.len() / d_ff;
             let mut block = vec![0.0; tokens * num_experts];
             let mut z = vec![0.0; tokens * factor_cols];
-            for (expert, factor) in factors.iter().enumerate() {
+            for (expert, (factor, offset)) in factors.iter().zip(&offsets).enumerate() {
                 gemm(
                     1.0,
                     Matrix::with_strides(&hidden[expert * width..], [tokens, width], [d_ff, 1]),
@@ -37,7 +59,7 @@ pub(super) fn expert_norms(ffn: &DenseFfn, partition: &Partition, inputs: &[f32]
                     MatrixMut::new(&mut z, [tokens, factor_cols]),
                 );
                 for (token, z) in z.chunks_exact(factor_cols).enumerate() {
-                    let square: f32 = z.iter().map(|z| z * z).sum();
+                    let square: f32 = z.iter().zip(offset).map(|(z, o)| (z - o).powi(2)).sum();
                     block[token * num_experts + expert] = square.sqrt();
                 }
             }

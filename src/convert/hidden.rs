@@ -35,3 +35,15 @@ pub(super) fn for_each_hidden(ffn: &DenseFfn, inputs: &[f32], mut visit: impl Fn
         visit(product);
     }
 }
+
+/// The mean of every neuron's h over the inputs, \[d_ff\].
+pub(super) fn mean_hidden(ffn: &DenseFfn, inputs: &[f32]) -> Vec<f32> {
+    let mut sums = vec![0.0f64; ffn.d_ff()];
+    for_each_hidden(ffn, inputs, |hidden| {
+        for h in hidden.chunks_exact(sums.len()) {
+            sums.iter_mut().zip(h).for_each(|(sum, h)| *sum += f64::from(*h));
+        }
+    });
+    let num_tokens = inputs.len() / ffn.d_model();
+    sums.into_iter().map(|sum| (sum / num_tokens.max(1) as f64) as f32).collect()
+}

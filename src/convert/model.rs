@@ -2,9 +2,10 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::compensation::{Sample, compensated, residual_targets};
 use super::stream::{Stream, spread};
 use super::thresholds::{ThresholdTarget, set_thresholds};
-use super::{ConvertOptions, STATISTICS_TOKENS, make_experts};
+use super::{ConvertOptions, STATISTICS_TOKENS, ThresholdScope, make_experts};
 use crate::error::{Error, Result};
 use crate::ffn::DenseFfn;
 use crate::model::format::Calibration;
@@ -46,13 +47,17 @@ impl Watch<'_> {
     }
 }
 
-/// Converts every FFN of `folder`; `encoder` is that folder on a device. Routers learn from the
-/// dense hidden states of about `calibration_tokens` tokens. τ and the statistics come from a
-/// part of them, about [`STATISTICS_TOKENS`], run through the *converted* model, so that the
-/// density is the one that will be executed.
+/// Converts every FFN of `folder`; `encoder` is that folder on a device. One layer after another gets
+/// its partition, router, selection and compensation, on about `calibration_tokens` tokens as the
+/// *converted* model takes them there. A compensation is fitted so that the residual sum comes out as
+/// in the dense model: it also makes up for what earlier layers lost. A token weighs 1/σ², with σ the
+/// standard deviation of its residual sum in the dense model: what the norm behind the FFN makes of an
+/// error. Statistics, and a threshold that all layers share, come from about [`STATISTICS_TOKENS`]
+/// tokens.
 ///
-/// In memory are the hidden states of the calibration tokens, one layer's FFN inputs, and one
-/// layer's FFN. `interrupted` may be raised to stop with [`Error::Interrupted`].
+/// In memory are the hidden states of the calibration tokens twice, dense and converted, one layer's
+/// FFN inputs and targets, and one layer's FFN. `interrupted` may be raised to stop with
+/// [`Error::Interrupted`].
 ///
 /// # Errors
 /// When the folder is converted already, the options do not fit it, the text is shorter than
@@ -68,39 +73,47 @@ pub fn convert_model<B: Backend>(
     let watch = Watch { progress, interrupted };
     options.check(&dense_ffn(folder, 0)?)?;
     let sequences = spread(text.sequences, options.calibration_tokens);
-    let mut stream = Stream::start(&encoder, &sequences)?;
+    let mut dense = Stream::start(&encoder, &sequences)?;
+    let mut converted = Stream::start(&encoder, &sequences)?;
     let num_layers = encoder.num_layers();
     let mut layers = Vec::with_capacity(num_layers);
     for layer in 0..num_layers {
-        let what = |part: &str| format!("layer {} of {num_layers}: {part}", layer + 1);
-        let inputs = stream.attention(&encoder, layer, &|done, total| {
-            watch.step(&what("attention"), done, total)
-        })?;
-        let dense = dense_ffn(folder, layer)?;
-        let (moe, training) = make_experts(&dense, &inputs, options, layer, &mut |done, total| {
-            watch.step(&what("router"), done, total)
-        })?;
-        drop(inputs);
-        let training = Some(training);
-        layers
-            .push(ConvertedLayer { router_training: training, ..ConvertedLayer::new(layer, &moe) });
+        let step = |part: &str, done, total| {
+            watch.step(&format!("layer {} of {num_layers}: {part}", layer + 1), done, total)
+        };
+        let attention = |done, total| step("attention", done, total);
+        let inputs = converted.attention(&encoder, layer, &attention)?;
+        let ffn = dense_ffn(folder, layer)?;
+        let (moe, router_training) =
+            make_experts(&ffn, &inputs, options, layer, &mut |done, total| {
+                step("router", done, total)
+            })?;
+        let dense_inputs = dense.attention(&encoder, layer, &attention)?;
+        let (targets, weights) = residual_targets(&ffn, dense_inputs, &inputs)?;
+        let sample = Sample { inputs: &inputs, targets: &targets, weights: &weights };
+        let moe = compensated(moe, options.compensation, &sample)?;
+        drop((inputs, targets));
+
+        layers.push(ConvertedLayer { router_training, ..ConvertedLayer::new(layer, &moe) });
         encoder.replace_ffn(layer, &Ffn::Moe(moe))?;
-        stream.ffn(&encoder, layer, FfnRun::Dense, &|done, total| {
-            watch.step(&what("FFN"), done, total)
-        })?;
+        let run = |done, total| step("FFN", done, total);
+        dense.ffn(&encoder, layer, FfnRun::Dense, &run)?;
+        converted.ffn(&encoder, layer, FfnRun::Stored, &run)?;
     }
-    drop(stream);
+    drop((dense, converted));
 
     let sample = spread(&sequences, STATISTICS_TOKENS);
-    let target =
-        ThresholdTarget::Density { density: options.density, scope: options.rel_threshold_scope };
+    let target = match options.rel_threshold_scope {
+        ThresholdScope::Layer => None,
+        scope => Some(ThresholdTarget::Density { density: options.density, scope }),
+    };
     set_thresholds(&encoder, &sample, target, &watch, &mut layers)?;
     let num_tokens = sequences.iter().map(|sequence| sequence.len()).sum();
     let calibration = Calibration { file_name: text.name.into(), num_tokens };
     Ok(Conversion { method: options.method(calibration), layers })
 }
 
-fn dense_ffn(folder: &Folder, layer: usize) -> Result<DenseFfn> {
+pub(super) fn dense_ffn(folder: &Folder, layer: usize) -> Result<DenseFfn> {
     match folder.ffn(layer)? {
         Ffn::Dense(ffn) => Ok(ffn),
         Ffn::Moe(_) => Err(Error::file(

@@ -1,8 +1,9 @@
 //! How to convert.
 
 use super::partition::PartitionMethod;
+use super::{CompensationMethod, calibrate};
 use crate::error::{Error, Result};
-use crate::ffn::{DenseFfn, Partition};
+use crate::ffn::{DenseFfn, Partition, SelectionRule};
 use crate::model::format::{Calibration, Method};
 
 /// How routers are made.
@@ -17,6 +18,15 @@ pub enum RouterMethod {
         /// Passes over the calibration tokens.
         epochs: usize,
     },
+    /// MoEfication (arXiv 2110.01786, section 3.3): a two-layer router that begins as the experts'
+    /// centroids and learns their sums of activations.
+    Moefication {
+        /// Passes over the calibration tokens.
+        epochs: usize,
+    },
+    /// The cosine with the mean of an expert's unit-length input rows ("parameter centre":
+    /// MoEfication, section 3.3); nothing is trained.
+    Centroid,
 }
 
 impl RouterMethod {
@@ -24,8 +34,66 @@ impl RouterMethod {
     pub fn name(self) -> &'static str {
         match self {
             Self::D2dMoe { .. } => "d2dmoe",
+            Self::Moefication { .. } => "moefication",
+            Self::Centroid => "centroid",
         }
     }
+}
+
+/// Which experts run, given their scores. The parameter of the rule is calibrated to a density.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum SelectionMethod {
+    /// [`SelectionRule::DynamicK`].
+    #[default]
+    DynamicK,
+    /// [`SelectionRule::TopK`], with the density rounded to whole experts.
+    TopK,
+    /// [`SelectionRule::CumulativeShare`].
+    CumulativeShare,
+}
+
+impl SelectionMethod {
+    /// Its name in options and files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DynamicK => "dynamic-k",
+            Self::TopK => "top-k",
+            Self::CumulativeShare => "cumulative-share",
+        }
+    }
+
+    /// The rule with which the tokens of `scores` \[T, E\] run `mean_k` experts on average.
+    pub fn rule(self, scores: &[f32], num_experts: usize, mean_k: f64) -> SelectionRule {
+        match self {
+            Self::DynamicK => SelectionRule::DynamicK {
+                rel_threshold: calibrate::rel_threshold(scores, num_experts, mean_k),
+            },
+            Self::TopK => calibrate::top_k(num_experts, mean_k).rule,
+            Self::CumulativeShare => SelectionRule::CumulativeShare {
+                share: calibrate::share(scores, num_experts, mean_k),
+            },
+        }
+    }
+}
+
+impl From<SelectionRule> for SelectionMethod {
+    fn from(rule: SelectionRule) -> Self {
+        match rule {
+            SelectionRule::DynamicK { .. } => Self::DynamicK,
+            SelectionRule::TopK { .. } => Self::TopK,
+            SelectionRule::CumulativeShare { .. } => Self::CumulativeShare,
+        }
+    }
+}
+
+/// Which neurons are shared: those with the largest mean over the calibration tokens of something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum SharedBy {
+    /// |h_n| · ‖row n of W2ᵀ‖: the length of what a neuron adds to the output.
+    #[default]
+    Strength,
+    /// 1 where h_n > 0: how often it fires.
+    Frequency,
 }
 
 /// What shares one τ.
@@ -56,36 +124,48 @@ impl ThresholdScope {
 pub struct ConvertOptions {
     /// E; must divide d_ff − `shared`.
     pub num_experts: usize,
-    /// Neurons that every token runs: those that contribute most, on average over the calibration
-    /// tokens.
+    /// Number of neurons that every token runs.
     pub shared: usize,
+    /// Which those are.
+    pub shared_by: SharedBy,
     /// How the other neurons become experts.
     pub partition: PartitionMethod,
     /// How routers are made.
     pub router: RouterMethod,
-    /// ρ that τ is calibrated to: executed neurons / d_ff, in (0, 1]. The least is one expert per
+    /// Which experts run.
+    pub selection: SelectionMethod,
+    /// ρ that the selection is calibrated to: executed neurons / d_ff, in (0, 1]. The least is one expert per
     /// token.
     pub density: f64,
     /// What shares one τ. A single FFN is a layer of its own.
     pub rel_threshold_scope: ThresholdScope,
+    /// What stands in for skipped experts.
+    pub compensation: CompensationMethod,
     /// About how many tokens of a calibration text to train on; a shorter text is used as a whole.
     pub calibration_tokens: usize,
+    /// About how many tokens [`refine_model`](super::refine_model) trains on.
+    pub refine_tokens: usize,
     /// Seed of everything random. The same seed gives the same bits on the same machine and
     /// binary, on any number of threads.
     pub seed: u64,
 }
 
 impl Default for ConvertOptions {
-    /// 48 experts by k-means, a D2DMoE router, density 0.27 with one τ for all layers.
+    /// 48 experts by k-means, a D2DMoE router, density 0.27 with one τ for all layers, and a linear
+    /// compensation of rank 32.
     fn default() -> Self {
         Self {
             num_experts: 48,
             shared: 0,
+            shared_by: SharedBy::default(),
             partition: PartitionMethod::default(),
             router: RouterMethod::D2dMoe { hidden: 128, epochs: 10 },
+            selection: SelectionMethod::default(),
             density: 0.27,
             rel_threshold_scope: ThresholdScope::default(),
+            compensation: CompensationMethod::Linear { rank: 32 },
             calibration_tokens: 120_000,
+            refine_tokens: 0,
             seed: 0,
         }
     }
@@ -96,12 +176,21 @@ impl ConvertOptions {
     ///
     /// # Errors
     /// When `num_experts` is 0 or does not divide d_ff − `shared`, when the density is outside
-    /// (0, 1] or below one expert per token, or when the router has no width or no epoch.
+    /// (0, 1] or below one expert per token, when the router has no width or no epoch, or when a linear
+    /// compensation has no rank.
     pub fn check(&self, ffn: &DenseFfn) -> Result<()> {
         let width = Partition::width_of_experts(ffn.d_ff(), self.num_experts, self.shared)?;
         check_density(self.density, ffn.d_ff(), self.shared + width)?;
-        let RouterMethod::D2dMoe { hidden, epochs } = self.router;
-        for (name, value) in [("hidden", hidden), ("epochs", epochs)] {
+        let (hidden, epochs) = match self.router {
+            RouterMethod::D2dMoe { hidden, epochs } => (hidden, epochs),
+            RouterMethod::Moefication { epochs } => (1, epochs),
+            RouterMethod::Centroid => (1, 1),
+        };
+        let rank = match self.compensation {
+            CompensationMethod::Linear { rank } => rank,
+            _ => 1,
+        };
+        for (name, value) in [("hidden", hidden), ("epochs", epochs), ("rank", rank)] {
             if value == 0 {
                 return Err(Error::argument("convert", name, "at least 1", value));
             }
@@ -111,16 +200,21 @@ impl ConvertOptions {
 
     /// What a converted model says about how it came about.
     pub(super) fn method(&self, calibration: Calibration) -> Method {
-        let RouterMethod::D2dMoe { hidden, .. } = self.router;
+        let router_hidden = match self.router {
+            RouterMethod::D2dMoe { hidden, .. } => Some(hidden),
+            RouterMethod::Moefication { .. } => Some(self.num_experts),
+            RouterMethod::Centroid => None,
+        };
         Method {
             partition: self.partition.name().into(),
             router: self.router.name().into(),
             num_experts: self.num_experts,
             shared: self.shared,
-            router_hidden: Some(hidden),
+            router_hidden,
             seed: self.seed,
             rel_threshold_scope: self.rel_threshold_scope.name().into(),
             density_target: Some(self.density),
+            compensation: Some(self.compensation.name().into()),
             calibration: Some(calibration),
         }
     }

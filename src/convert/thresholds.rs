@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use super::model::{CalibrationText, Progress, Watch};
 use super::options::check_density;
 use super::stream::{Stream, spread};
-use super::{STATISTICS_TOKENS, ThresholdScope, calibrate, routing_statistics};
+use super::{STATISTICS_TOKENS, SelectionMethod, ThresholdScope, routing_statistics};
 use crate::cpu;
 use crate::error::{Error, Result};
 use crate::ffn::{ExpertMask, Selection, SelectionRule};
@@ -22,7 +22,7 @@ const MAX_ROUNDS: usize = 8;
 pub enum ThresholdTarget {
     /// This τ, in every layer.
     RelThreshold(f32),
-    /// Those that execute a share of the neurons.
+    /// Those that execute a share of the neurons, whatever the kind of a layer's rule.
     Density {
         /// ρ: executed neurons / d_ff, the mean over all MoEfied layers.
         density: f64,
@@ -63,7 +63,7 @@ pub fn retune_model<B: Backend>(
             let num_tokens = sample.iter().map(|sequence| sequence.len()).sum();
             calibration = Some(Calibration { file_name: text.name.into(), num_tokens });
             let watch = Watch { progress, interrupted };
-            set_thresholds(encoder, &sample, target, &watch, &mut layers)?;
+            set_thresholds(encoder, &sample, Some(target), &watch, &mut layers)?;
         }
         (None, ThresholdTarget::RelThreshold(rel_threshold)) => {
             for layer in &mut layers {
@@ -91,20 +91,23 @@ pub fn retune_model<B: Backend>(
     Ok(moefy)
 }
 
-/// Gives every layer its selection and statistics, on a sample of a text.
+/// Gives every layer its selection and statistics, on a sample of a text; without a target selections
+/// stay as they are.
 pub(super) fn set_thresholds<B: Backend>(
     encoder: &Encoder<B>,
     sample: &[&[u32]],
-    target: ThresholdTarget,
+    target: Option<ThresholdTarget>,
     watch: &Watch<'_>,
     layers: &mut [ConvertedLayer],
 ) -> Result<()> {
     watch.step("threshold", 0, MAX_ROUNDS)?;
     let routed = match target {
-        ThresholdTarget::RelThreshold(rel_threshold) => {
-            Routed::run(encoder, sample, layers, |_, _| rel_threshold)?
+        None => Routed::run(encoder, sample, layers, |layer, _| layer.selection.rule)?,
+        Some(ThresholdTarget::RelThreshold(rel_threshold)) => {
+            let rule = SelectionRule::DynamicK { rel_threshold };
+            Routed::run(encoder, sample, layers, |_, _| rule)?
         }
-        ThresholdTarget::Density { density, scope } => {
+        Some(ThresholdTarget::Density { density, scope }) => {
             for ConvertedLayer { partition, .. } in layers.iter() {
                 let least = partition.shared() + partition.expert_width();
                 check_density(density, partition.d_ff(), least)?;
@@ -112,7 +115,8 @@ pub(super) fn set_thresholds<B: Backend>(
             let per_layer = Routed::run(encoder, sample, layers, |layer, scores| {
                 let partition = &layer.partition;
                 let mean_k = partition.mean_k(density);
-                calibrate::rel_threshold(scores, partition.num_experts(), mean_k)
+                let method = SelectionMethod::from(layer.selection.rule);
+                method.rule(scores, partition.num_experts(), mean_k)
             })?;
             match scope {
                 ThresholdScope::Layer => per_layer,
@@ -148,9 +152,10 @@ fn one_for_all<B: Backend>(
         return Err(Error::argument("convert", "scope of the threshold", expected, got));
     }
     let mean_k = partition.mean_k(density);
+    let method = SelectionMethod::from(layers[0].selection.rule);
     for round in 1..=MAX_ROUNDS {
         watch.step("threshold", round, MAX_ROUNDS)?;
-        let shared = calibrate::rel_threshold(&routed.scores, num_experts, mean_k);
+        let shared = method.rule(&routed.scores, num_experts, mean_k);
         routed = Routed::run(encoder, sample, layers, |_, _| shared)?;
         if (routed.mean_k() - mean_k).abs() <= TOLERANCE * num_experts as f64 {
             break;
@@ -168,12 +173,12 @@ struct Routed {
 }
 
 impl Routed {
-    /// With the τ that `threshold` gives each layer for its scores.
+    /// With the rule that `rule` gives each layer for its scores.
     fn run<B: Backend>(
         encoder: &Encoder<B>,
         sample: &[&[u32]],
         layers: &[ConvertedLayer],
-        threshold: impl Fn(&ConvertedLayer, &[f32]) -> f32,
+        rule: impl Fn(&ConvertedLayer, &[f32]) -> SelectionRule,
     ) -> Result<Self> {
         let mut routed = Self { layers: Vec::new(), scores: Vec::new() };
         let mut stream = Stream::start(encoder, sample)?;
@@ -185,8 +190,7 @@ impl Routed {
             };
             let num_experts = layer.partition.num_experts();
             let scores = cpu::router_scores(&layer.router, &inputs, encoder.d_model())?;
-            let rule = SelectionRule::DynamicK { rel_threshold: threshold(layer, &scores) };
-            let selection = Selection { rule, ..layer.selection };
+            let selection = Selection { rule: rule(layer, &scores), ..layer.selection };
             let run = FfnRun::Selection(selection);
             let words = stream.ffn(encoder, index, run, &|_, _| Ok(()))?;
             let mask = ExpertMask::from_words(scores.len() / num_experts, num_experts, words)?;

@@ -19,6 +19,7 @@ mod transformer;
 mod workspace;
 
 pub use activation::activate;
+pub(crate) use activation::activate_with_slope;
 pub use dense_ffn::DenseFfn;
 pub use linear::{Matrix, MatrixMut, gemm, linear};
 pub use moe_ffn::{MoeFfn, Routed};

@@ -49,6 +49,14 @@ struct Layer<B: Backend> {
     ffn_norm: LayerNorm<B::Tensor>,
 }
 
+/// Everything of a layer but its FFN.
+pub(crate) struct Surroundings<'a, B: Backend> {
+    pub(crate) qkv: &'a Linear<B::Tensor>,
+    pub(crate) attention_output: &'a Linear<B::Tensor>,
+    pub(crate) attention_norm: &'a LayerNorm<B::Tensor>,
+    pub(crate) ffn_norm: &'a LayerNorm<B::Tensor>,
+}
+
 /// A batch on the device, checked against the model.
 pub struct DeviceBatch<B: Backend> {
     batch: B::Batch,
@@ -99,6 +107,17 @@ impl<B: Backend> Encoder<B> {
             layers: layers.collect::<Result<_>>()?,
             backend,
         })
+    }
+
+    /// What surrounds a layer's FFN.
+    pub(crate) fn surroundings(&self, layer: usize) -> Surroundings<'_, B> {
+        let Layer { qkv, attention_output, attention_norm, ffn_norm, .. } = &self.layers[layer];
+        Surroundings { qkv, attention_output, attention_norm, ffn_norm }
+    }
+
+    /// Heads of an attention.
+    pub(crate) fn num_heads(&self) -> usize {
+        self.num_heads
     }
 
     /// Replaces a layer's FFN.

@@ -48,6 +48,9 @@ pub struct Method {
     /// The density that τ was calibrated to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub density_target: Option<f64>,
+    /// What stands in for skipped experts: "none", "mean", "linear".
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compensation: Option<String>,
     /// The text that routers and τ were fitted on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibration: Option<Calibration>,
@@ -83,6 +86,9 @@ pub struct LayerConfig {
     /// Form of the compensation.
     #[serde(default)]
     pub compensation: Option<CompensationConfig>,
+    /// Whether the neurons were trained further, and so are not the dense model's.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub refined: bool,
     /// How the router's training went.
     #[serde(default)]
     pub router_training: Option<RouterTraining>,

@@ -40,6 +40,7 @@ pub use backend::{Backend, Embeddings, FfnRun, LayerNorm, Linear};
 pub use batch::Batch;
 pub use config::{Architecture, Config};
 pub use embed::{BATCH_TOKENS, batches, embed};
+pub(crate) use encoder::Surroundings;
 pub use encoder::{DeviceBatch, Encoder, MaskObserver, Workspace};
 pub use folder::{Ffn, Folder};
 pub use format::MoefyConfig;

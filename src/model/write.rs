@@ -11,7 +11,9 @@ use super::shards::INDEX;
 use super::weights_out::write_weights;
 use super::{Ffn, Folder, ffn_tensors, replacements};
 use crate::error::{Error, Result};
-use crate::ffn::{Compensation, Gate, MoeFfn, Partition, Router, RoutingStatistics, Selection};
+use crate::ffn::{
+    Compensation, DenseFfn, Gate, MoeFfn, Partition, Router, RoutingStatistics, Selection,
+};
 
 /// What a conversion decided: everything but the neurons, which stay in the source.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,6 +39,8 @@ pub struct ConvertedLayer {
     pub gate: Gate,
     /// The compensation.
     pub compensation: Option<Compensation>,
+    /// Neurons in expert order that take the place of the source's: those of a refined layer.
+    pub neurons: Option<DenseFfn>,
     /// How the router's training went.
     pub router_training: Option<RouterTraining>,
     /// What routing did over the calibration text.
@@ -53,8 +57,27 @@ impl ConvertedLayer {
             selection: ffn.selection(),
             gate: ffn.gate(),
             compensation: ffn.compensation().cloned(),
+            neurons: None,
             router_training: None,
             statistics: None,
+        }
+    }
+
+    /// The layer that this makes of the dense FFN.
+    ///
+    /// # Errors
+    /// When it does not fit the FFN.
+    pub fn moe_ffn(&self, dense: &DenseFfn) -> Result<MoeFfn> {
+        let neurons = match &self.neurons {
+            Some(refined) => refined.clone(),
+            None => dense.reordered(&self.partition.order()),
+        };
+        let (partition, router) = (self.partition.clone(), self.router.clone());
+        let moe = MoeFfn::from_expert_order(neurons, partition, router, self.selection)?;
+        let moe = moe.with_gate(self.gate);
+        match &self.compensation {
+            Some(compensation) => moe.with_compensation(compensation.clone()),
+            None => Ok(moe),
         }
     }
 
@@ -67,6 +90,7 @@ impl ConvertedLayer {
             selection: self.selection,
             gate: self.gate,
             compensation: self.compensation.as_ref().map(Into::into),
+            refined: self.neurons.is_some(),
             router_training: self.router_training.clone(),
             statistics: self.statistics.clone(),
         }
@@ -95,8 +119,13 @@ pub fn write_moefied(source: &Folder, conversion: &Conversion, output: Output<'_
     }
     let neurons = |layer| {
         let converted = conversion.layers.iter().find(|converted| converted.layer == layer);
-        let order = converted.expect("only these are replaced").partition.order();
-        Ok(ffn_tensors::read_dense(source, layer)?.reordered(&order))
+        let converted = converted.expect("only these are replaced");
+        match &converted.neurons {
+            Some(refined) => Ok(refined.clone()),
+            None => {
+                Ok(ffn_tensors::read_dense(source, layer)?.reordered(&converted.partition.order()))
+            }
+        }
     };
     let staging = Staging::new(source.path(), output)?;
     write_weights(source.weights(), replaced, &neurons, &staging)?;
@@ -136,10 +165,18 @@ pub fn retune(source: &Folder, moefy: &MoefyConfig, output: Output<'_>) -> Resul
 /// shard it was in, `config.json` without the `moefy` object.
 ///
 /// # Errors
-/// When the source is not a converted model, the output is refused, or writing fails or is
-/// interrupted.
+/// When the source is not a converted model or one whose neurons were refined, the output is refused,
+/// or writing fails or is interrupted.
 pub fn restore(source: &Folder, output: Output<'_>) -> Result<()> {
     let moefy = converted(source)?;
+    if let Some(record) = moefy.layers.iter().find(|record| record.refined) {
+        let problem = format!(
+            "layer {} was refined, so its neurons are no longer those of the dense model: take the \
+             model that this one was converted from",
+            record.layer
+        );
+        return Err(Error::file(source.path(), problem));
+    }
     let layers = moefy.layers.iter();
     let replaced = layers.flat_map(|record| replacements::restored(source, record)).collect();
     let neurons = |layer| match source.ffn(layer)? {

@@ -29,6 +29,7 @@ pub fn random(rng: &mut ChaCha8Rng) -> Conversion {
         seed: rng.random(),
         rel_threshold_scope: "layer".into(),
         density_target: rng.random::<bool>().then(|| rng.random()),
+        compensation: rng.random::<bool>().then(|| "linear".into()),
         calibration: rng
             .random::<bool>()
             .then(|| Calibration { file_name: "text.txt".into(), num_tokens: 8192 }),
@@ -71,6 +72,7 @@ pub fn random_layer(rng: &mut ChaCha8Rng, layer: usize) -> ConvertedLayer {
         selection: Selection { rule, max_experts: rng.random::<bool>().then_some(num_experts) },
         gate: gates[rng.random_range(0..4)],
         compensation: [None, Some(mean), Some(low_rank)][rng.random_range(0..3)].clone(),
+        neurons: None,
         router_training: rng.random::<bool>().then(|| RouterTraining {
             epochs: 9,
             best_epoch: rng.random_range(0..9),

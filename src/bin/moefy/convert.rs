@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use moefy::Result;
 use moefy::convert::{
-    CalibrationText, ConvertOptions, PartitionMethod, RouterMethod, ThresholdScope, convert_model,
+    CalibrationText, CompensationMethod, ConvertOptions, PartitionMethod, RouterMethod,
+    SelectionMethod, ThresholdScope, convert_model, refine_model,
 };
 use moefy::cpu::Cpu;
 use moefy::model::{Encoder, Folder, Output, write_moefied};
 
 use crate::progress::{Bar, interrupted};
-use crate::text::{file_name_of, tokenise};
+use crate::text::{file_name_of, tokenise_calibration};
 use crate::{Common, inspect};
 
 #[derive(clap::Args)]
@@ -25,27 +26,43 @@ pub struct Convert {
     /// Neurons per FFN that every token runs
     #[arg(long, value_name = "N", default_value_t = 0)]
     shared: usize,
+    /// Which neurons those are
+    #[arg(long, value_enum, default_value_t)]
+    shared_by: SharedBy,
     /// How neurons become experts
     #[arg(long, value_enum, default_value_t)]
     partition: Partition,
     /// How experts are predicted
     #[arg(long, value_enum, default_value_t)]
     router: Router,
-    /// Width of the router
+    /// Width of a d2dmoe router
     #[arg(long, value_name = "N", default_value_t = 128)]
     router_hidden: usize,
+    /// Which experts run, given their predicted importance
+    #[arg(long, value_enum, default_value_t)]
+    selection: Selection,
     /// Share of the FFN neurons that a token should run on average
     #[arg(long, value_name = "SHARE")]
     density: f64,
     /// What shares one threshold
     #[arg(long, value_enum, default_value_t)]
     threshold_scope: Scope,
+    /// What stands in for skipped experts
+    #[arg(long, value_enum, default_value_t)]
+    compensation: Compensation,
+    /// Rank of a linear compensation
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    rank: usize,
     /// Text to train and calibrate on, one text per line
     #[arg(long, value_name = "TEXT")]
     calibration: PathBuf,
     /// Tokens of the calibration text to use at most
     #[arg(long, value_name = "N", default_value_t = ConvertOptions::default().calibration_tokens)]
     calibration_tokens: usize,
+    /// Tokens to train experts and compensation on, until the model is close to the dense one; the text
+    /// is gone through again and again [default: none]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    refine: usize,
     /// Passes over the calibration tokens
     #[arg(long, value_name = "N", default_value_t = 10)]
     epochs: usize,
@@ -62,6 +79,10 @@ enum Partition {
     /// Neurons with similar input weights together, in experts of equal size
     #[default]
     Kmeans,
+    /// Neurons with similar input weights that also fire together
+    Joint,
+    /// The graph of neurons that fire together, cut by METIS (in builds with the feature `metis`)
+    Graph,
     /// At random
     Random,
 }
@@ -71,6 +92,41 @@ enum Router {
     /// Two layers that predict the norm of every expert's output
     #[default]
     D2dmoe,
+    /// Two layers that predict the sum of every expert's activations
+    Moefication,
+    /// The mean input weights of every expert
+    Centroid,
+}
+
+#[derive(Clone, Copy, Default, clap::ValueEnum)]
+enum Selection {
+    /// Every expert whose score is at least a share of the token's largest
+    #[default]
+    DynamicK,
+    /// The same number for every token
+    TopK,
+    /// The best experts that together hold a share of the token's scores
+    CumulativeShare,
+}
+
+#[derive(Clone, Copy, Default, clap::ValueEnum)]
+enum SharedBy {
+    /// Those that add most to the output
+    #[default]
+    Strength,
+    /// Those that fire most often
+    Frequency,
+}
+
+#[derive(Clone, Copy, Default, clap::ValueEnum)]
+enum Compensation {
+    /// Nothing
+    None,
+    /// The mean of every neuron
+    Mean,
+    /// A low-rank linear map of the token
+    #[default]
+    Linear,
 }
 
 #[derive(Clone, Copy, Default, clap::ValueEnum)]
@@ -99,13 +155,17 @@ impl Convert {
         // Better now than after minutes of work.
         output.check(folder.path())?;
         let options = self.options();
-        let sequences = tokenise(&folder, &self.calibration)?;
+        let sequences = tokenise_calibration(&folder, &self.calibration)?;
         let name = file_name_of(&self.calibration);
         let text = CalibrationText { name: &name, sequences: &sequences };
 
         let bar = Bar::new(common.quiet);
         let encoder = Encoder::load(Cpu, &folder)?;
-        let conversion = convert_model(encoder, &folder, text, &options, &bar, interrupted())?;
+        let mut conversion = convert_model(encoder, &folder, text, &options, &bar, interrupted())?;
+        if options.refine_tokens > 0 {
+            let dense = Encoder::load(Cpu, &folder)?;
+            refine_model(dense, &folder, &mut conversion, text, &options, &bar, interrupted())?;
+        }
         drop(bar);
         write_moefied(&folder, &conversion, output)?;
         inspect::show(&Folder::open(&self.out)?, common);
@@ -113,18 +173,40 @@ impl Convert {
     }
 
     fn options(&self) -> ConvertOptions {
-        let Router::D2dmoe = self.router;
         ConvertOptions {
             num_experts: self.experts,
             shared: self.shared,
+            shared_by: match self.shared_by {
+                SharedBy::Strength => moefy::convert::SharedBy::Strength,
+                SharedBy::Frequency => moefy::convert::SharedBy::Frequency,
+            },
             partition: match self.partition {
-                Partition::Kmeans => PartitionMethod::default(),
+                Partition::Kmeans => PartitionMethod::Kmeans,
+                Partition::Joint => PartitionMethod::Joint,
+                Partition::Graph => PartitionMethod::Graph,
                 Partition::Random => PartitionMethod::Random,
             },
-            router: RouterMethod::D2dMoe { hidden: self.router_hidden, epochs: self.epochs },
+            router: match self.router {
+                Router::D2dmoe => {
+                    RouterMethod::D2dMoe { hidden: self.router_hidden, epochs: self.epochs }
+                }
+                Router::Moefication => RouterMethod::Moefication { epochs: self.epochs },
+                Router::Centroid => RouterMethod::Centroid,
+            },
+            selection: match self.selection {
+                Selection::DynamicK => SelectionMethod::DynamicK,
+                Selection::TopK => SelectionMethod::TopK,
+                Selection::CumulativeShare => SelectionMethod::CumulativeShare,
+            },
             density: self.density,
             rel_threshold_scope: self.threshold_scope.into(),
+            compensation: match self.compensation {
+                Compensation::None => CompensationMethod::None,
+                Compensation::Mean => CompensationMethod::Mean,
+                Compensation::Linear => CompensationMethod::Linear { rank: self.rank },
+            },
             calibration_tokens: self.calibration_tokens,
+            refine_tokens: self.refine,
             seed: self.seed,
         }
     }

@@ -9,7 +9,7 @@ use moefy::model::{Encoder, Folder, Output, retune};
 
 use crate::convert::Scope;
 use crate::progress::{Bar, interrupted};
-use crate::text::{file_name_of, tokenise};
+use crate::text::{file_name_of, tokenise_calibration};
 use crate::{Common, inspect};
 
 #[derive(clap::Args)]
@@ -49,7 +49,7 @@ impl Retune {
             },
         };
         let file = self.calibration.as_deref();
-        let sequences = file.map(|file| tokenise(&folder, file)).transpose()?;
+        let sequences = file.map(|file| tokenise_calibration(&folder, file)).transpose()?;
         let name = file.map(file_name_of);
         let text = name.as_deref().zip(sequences.as_deref());
         let text = text.map(|(name, sequences)| CalibrationText { name, sequences });

@@ -20,9 +20,30 @@ pub fn read_lines(file: &Path) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// The token sequences of a text file, one per line.
-pub fn tokenise(folder: &Folder, file: &Path) -> Result<Vec<Vec<u32>>> {
-    Tokenizer::open(folder, None)?.encode(&read_lines(file)?)
+/// The token sequences of a text to calibrate on: every line, and behind it its sentences one by one,
+/// so that half of the tokens are in short texts. What holds of long ones alone does not of short ones.
+pub fn tokenise_calibration(folder: &Folder, file: &Path) -> Result<Vec<Vec<u32>>> {
+    let lines = read_lines(file)?;
+    let texts: Vec<&str> = lines.iter().flat_map(|line| with_sentences(line)).collect();
+    Tokenizer::open(folder, None)?.encode(&texts)
+}
+
+/// A line, and its sentences where there are several. A sentence ends at a full stop, a question mark
+/// or an exclamation mark before a space; a short one stays with the next.
+fn with_sentences(line: &str) -> Vec<&str> {
+    const MIN_BYTES: usize = 24;
+    let mut texts = vec![line];
+    let mut start = 0;
+    for (space, _) in line.match_indices(' ') {
+        if line[..space].ends_with(['.', '?', '!']) && space - start >= MIN_BYTES {
+            texts.push(&line[start..space]);
+            start = space + 1;
+        }
+    }
+    if start > 0 && start < line.len() {
+        texts.push(&line[start..]);
+    }
+    texts
 }
 
 /// The last part of a path, for the record.
@@ -93,6 +114,18 @@ mod tests {
         assert_eq!(SentencePairs::parse(rows.as_bytes()).unwrap(), expected);
         let with_header = format!("sentence1,sentence2,score\n{rows}");
         assert_eq!(SentencePairs::parse(with_header.as_bytes()).unwrap(), expected);
+    }
+
+    #[test]
+    fn sentences_follow_their_line() {
+        let line = "The first one is quite long. Dr. No wrote the second one! Third?";
+        let expected =
+            [line, "The first one is quite long.", "Dr. No wrote the second one!", "Third?"];
+        assert_eq!(with_sentences(line), expected);
+        for single in ["", "One sentence only, without an end", "A long sentence with its end. "] {
+            let single = single.trim();
+            assert_eq!(with_sentences(single), [single]);
+        }
     }
 
     #[test]
