@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::compensation::{Sample, compensated, residual_targets};
+use super::compensation::{Goal, Sample, compensated};
 use super::stream::{Stream, spread};
 use super::thresholds::{ThresholdTarget, set_thresholds};
 use super::{ConvertOptions, STATISTICS_TOKENS, ThresholdScope, make_experts};
@@ -50,9 +50,8 @@ impl Watch<'_> {
 /// Converts every FFN of `folder`; `encoder` is that folder on a device. One layer after another gets
 /// its partition, router, selection and compensation, on about `calibration_tokens` tokens as the
 /// *converted* model takes them there. A compensation is fitted so that the residual sum comes out as
-/// in the dense model: it also makes up for what earlier layers lost. A token weighs 1/σ², with σ the
-/// standard deviation of its residual sum in the dense model: what the norm behind the FFN makes of an
-/// error. Statistics, and a threshold that all layers share, come from about [`STATISTICS_TOKENS`]
+/// in the dense model: it also makes up for what earlier layers lost, and errors cost what the norm
+/// behind the FFN makes of them. Statistics, and a threshold that all layers share, come from about [`STATISTICS_TOKENS`]
 /// tokens.
 ///
 /// In memory are the hidden states of the calibration tokens twice, dense and converted, one layer's
@@ -88,16 +87,20 @@ pub fn convert_model<B: Backend>(
             make_experts(&ffn, &inputs, options, layer, &mut |done, total| {
                 step("router", done, total)
             })?;
+        let run = |done, total| step("FFN", done, total);
         let dense_inputs = dense.attention(&encoder, layer, &attention)?;
-        let (targets, weights) = residual_targets(&ffn, dense_inputs, &inputs)?;
-        let sample = Sample { inputs: &inputs, targets: &targets, weights: &weights };
+        dense.ffn(&encoder, layer, FfnRun::Dense, &run)?;
+        let norm_weight = encoder.ffn_norm_weight(layer)?;
+        let goal = Goal::new(&ffn, &dense_inputs, &dense.to_host(&encoder)?, &norm_weight)?;
+        drop(dense_inputs);
+        let targets = goal.targets(&inputs);
+        let (weights, metric) = (&goal.weights, &goal.metric);
+        let sample = Sample { inputs: &inputs, targets: &targets, weights, metric };
         let moe = compensated(moe, options.compensation, &sample)?;
-        drop((inputs, targets));
+        drop((inputs, targets, goal));
 
         layers.push(ConvertedLayer { router_training, ..ConvertedLayer::new(layer, &moe) });
         encoder.replace_ffn(layer, &Ffn::Moe(moe))?;
-        let run = |done, total| step("FFN", done, total);
-        dense.ffn(&encoder, layer, FfnRun::Dense, &run)?;
         converted.ffn(&encoder, layer, FfnRun::Stored, &run)?;
     }
     drop((dense, converted));

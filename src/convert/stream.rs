@@ -44,6 +44,15 @@ impl<B: Backend> Stream<B> {
         Ok(inputs)
     }
 
+    /// The hidden states as they are now, \[T, d_model\].
+    pub(super) fn to_host(&self, encoder: &Encoder<B>) -> Result<Vec<f32>> {
+        let mut states = Vec::new();
+        for (batch, hidden) in &self.batches {
+            states.extend(encoder.to_host(hidden, batch)?);
+        }
+        Ok(states)
+    }
+
     /// Takes the input of a layer's FFN to the layer's output, and returns the words of the masks
     /// of what it selected.
     pub(super) fn ffn(

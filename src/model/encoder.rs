@@ -115,6 +115,11 @@ impl<B: Backend> Encoder<B> {
         Surroundings { qkv, attention_output, attention_norm, ffn_norm }
     }
 
+    /// γ of the norm behind a layer's FFN, \[d_model\].
+    pub(crate) fn ffn_norm_weight(&self, layer: usize) -> Result<Vec<f32>> {
+        self.backend.to_host(&self.layers[layer].ffn_norm.weight, self.d_model)
+    }
+
     /// Heads of an attention.
     pub(crate) fn num_heads(&self) -> usize {
         self.num_heads

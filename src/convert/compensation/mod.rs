@@ -1,12 +1,14 @@
 //! What stands in for the skipped experts, fitted to tokens.
 
+mod goal;
 mod ridge;
 
 use super::hidden::for_each_hidden;
 use crate::cpu::{self, Workspace};
 use crate::error::Result;
-use crate::ffn::{Compensation, DenseFfn, ExpertMask, MoeFfn};
+use crate::ffn::{Compensation, ExpertMask, MoeFfn};
 use crate::tensor::Tensor;
+pub(super) use goal::Goal;
 use ridge::Moments;
 
 /// Tokens whose outputs are in memory at once.
@@ -46,8 +48,10 @@ pub(super) struct Sample<'a> {
     pub(super) inputs: &'a [f32],
     /// \[T, d_model\].
     pub(super) targets: &'a [f32],
-    /// \[T\]; only their ratios matter.
+    /// How much an error counts at each token, \[T\]; only ratios matter.
     pub(super) weights: &'a [f32],
+    /// What an error e of the output costs, eᵀ M e, M \[d_model, d_model\].
+    pub(super) metric: &'a [f64],
 }
 
 /// The same layer with a compensation fitted to a sample.
@@ -62,27 +66,6 @@ pub(super) fn compensated(
         CompensationMethod::Linear { rank } => linear(&moe, sample, rank)?,
     };
     moe.with_compensation(compensation)
-}
-
-/// What the FFN should add to its inputs x for the residual sum of the dense model, x₀ + FFN(x₀), and
-/// how much every token weighs.
-pub(super) fn residual_targets(
-    ffn: &DenseFfn,
-    dense_inputs: Vec<f32>,
-    inputs: &[f32],
-) -> Result<(Vec<f32>, Vec<f32>)> {
-    let d_model = ffn.d_model();
-    let mut targets = vec![0.0; inputs.len()];
-    cpu::DenseFfn::new(ffn).run(&dense_inputs, &mut targets, &mut Workspace::default())?;
-    targets.iter_mut().zip(dense_inputs).for_each(|(y, x)| *y += x);
-    let weight = |sum: &[f32]| {
-        let mean = sum.iter().sum::<f32>() / d_model as f32;
-        let variance = sum.iter().map(|z| (z - mean).powi(2)).sum::<f32>() / d_model as f32;
-        1.0 / variance.max(f32::MIN_POSITIVE.sqrt())
-    };
-    let weights = targets.chunks_exact(d_model).map(weight).collect();
-    targets.iter_mut().zip(inputs).for_each(|(y, x)| *y -= x);
-    Ok((targets, weights))
 }
 
 /// μ of every neuron over the tokens that skip its expert; 0 for shared neurons and where no token
@@ -130,7 +113,7 @@ fn linear(moe: &MoeFfn, sample: &Sample<'_>, rank: usize) -> Result<Compensation
         missing.iter_mut().zip(target).for_each(|(y, target)| *y = target - *y);
         moments.add(x, missing, weights);
     }
-    let fit = moments.fit(rank, RIDGE);
+    let fit = moments.fit(rank, RIDGE, sample.metric);
     let dtype = moe.neurons().dtype();
     let narrow = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect::<Vec<_>>();
     let matrix = |values: Vec<f64>| {

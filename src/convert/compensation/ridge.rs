@@ -4,7 +4,7 @@ use crate::cpu::{Matrix, MatrixMut, gemm};
 
 /// Rounds of orthogonal iteration: what is left of a direction falls with the power of the ratio of
 /// its eigenvalue to the last kept one, and directions that are nearly as good are as good.
-const ROUNDS: usize = 60;
+const ROUNDS: usize = 600;
 
 /// The moments of inputs x \[d_in\], which get a 1 appended, and targets y \[d_out\].
 pub(super) struct Moments {
@@ -54,12 +54,13 @@ impl Moments {
     }
 
     /// The regression of rank at most `rank` that minimises Σ w ‖y − U V x − c‖² plus
-    /// `ridge` · (mean diagonal of the covariance) · ‖coefficients‖²; the constant is free.
+    /// `ridge` · (mean diagonal of the covariance) · ‖coefficients‖²; the constant is free. Lengths are
+    /// those of a metric, ‖e‖² = eᵀ M e, with M \[d_out, d_out\] symmetric and positive semidefinite.
     ///
-    /// With ridge regression S \[d_in, d_out\] and the penalised covariance C of the inputs, the best
-    /// rank-r coefficients are S P Pᵀ, where P holds the r leading eigenvectors of Sᵀ C S
-    /// (reduced-rank regression: Izenman, Journal of Multivariate Analysis 5, 1975).
-    pub(super) fn fit(&self, rank: usize, ridge: f64) -> LowRank {
+    /// With ridge regression S \[d_in, d_out\], the penalised covariance C of the inputs and M = L Lᵀ, the
+    /// best rank-r coefficients are S L P Pᵀ L⁻¹, where P holds the r leading eigenvectors of
+    /// Lᵀ Sᵀ C S L (reduced-rank regression: Izenman, Journal of Multivariate Analysis 5, 1975).
+    pub(super) fn fit(&self, rank: usize, ridge: f64, metric: &[f64]) -> LowRank {
         let (d_in, d_out, rows) = (self.d_in, self.d_out, self.d_in + 1);
         let total = self.xx[rows * rows - 1];
         let mean_x: Vec<f64> = (0..d_in).map(|i| self.xx[i * rows + d_in] / total).collect();
@@ -82,17 +83,26 @@ impl Moments {
             }
         }
         let cross = full.clone();
-        solve(&covariance, &mut full, d_in);
+        let factor = cholesky(&covariance, d_in);
+        solve_lower(&factor, &mut full, d_in);
+        solve_upper(&factor, &mut full, d_in);
 
         let rank = rank.min(d_in).min(d_out);
+        let factor = cholesky(metric, d_out);
         // Sᵀ C S, because C S is `cross`.
         let explained = product_of_columns(&full, &cross, d_in, d_out);
-        let u = leading_eigenvectors(&explained, d_out, rank);
-        let mut v = vec![0.0; rank * d_in];
-        for (v, u) in v.chunks_exact_mut(d_in).zip(u.chunks_exact(d_out)) {
-            for (v, row) in v.iter_mut().zip(full.chunks_exact(d_out)) {
-                *v = dot(row, u);
-            }
+        let explained = product_of_columns(&explained, &factor, d_out, d_out);
+        let explained = product_of_columns(&factor, &transposed(&explained, d_out), d_out, d_out);
+        let p = leading_eigenvectors(&explained, d_out, rank);
+        // L P, and L⁻ᵀ P, as rows.
+        let mut u = Vec::with_capacity(rank * d_out);
+        let mut v = Vec::with_capacity(rank * d_in);
+        for p in p.chunks_exact(d_out) {
+            let direction: Vec<f64> = factor.chunks_exact(d_out).map(|l| dot(l, p)).collect();
+            v.extend(full.chunks_exact(d_out).map(|row| dot(row, &direction)));
+            let start = u.len();
+            u.extend_from_slice(p);
+            solve_upper(&factor, &mut u[start..], d_out);
         }
         let mut c = mean_y;
         for (v, u) in v.chunks_exact(d_in).zip(u.chunks_exact(d_out)) {
@@ -103,20 +113,26 @@ impl Moments {
     }
 }
 
-/// x ← A⁻¹ x for a symmetric positive definite A \[n, n\] and x \[n, m\] (Cholesky).
-fn solve(a: &[f64], x: &mut [f64], n: usize) {
-    let m = x.len() / n;
-    let mut l = a.to_vec();
-    for j in 0..n {
-        let (done, rest) = l.split_at_mut((j + 1) * n);
-        let row_j = &mut done[j * n..];
-        // Rounding may take what is left of a dependent direction below zero.
-        let pivot = (row_j[j] - dot(&row_j[..j], &row_j[..j])).max(a[j * n + j] * 1e-12);
-        row_j[j] = pivot.sqrt();
-        for row in rest.chunks_exact_mut(n) {
-            row[j] = (row[j] - dot(&row[..j], &row_j[..j])) / row_j[j];
+/// The lower triangular L with L Lᵀ = A, for a symmetric positive semidefinite A \[n, n\]. What rounding
+/// leaves of zero counts as a little more than that.
+fn cholesky(a: &[f64], n: usize) -> Vec<f64> {
+    let trace: f64 = (0..n).map(|i| a[i * n + i]).sum();
+    let least = (trace / n as f64 * 1e-9).max(f64::MIN_POSITIVE.sqrt());
+    let mut l = vec![0.0; n * n];
+    for i in 0..n {
+        let (before, rest) = l.split_at_mut(i * n);
+        let row = &mut rest[..n];
+        for (j, other) in before.chunks_exact(n).enumerate() {
+            row[j] = (a[i * n + j] - dot(&row[..j], &other[..j])) / other[j];
         }
+        row[i] = (a[i * n + i] - dot(&row[..i], &row[..i])).max(least).sqrt();
     }
+    l
+}
+
+/// x ← L⁻¹ x for x \[n, m\].
+fn solve_lower(l: &[f64], x: &mut [f64], n: usize) {
+    let m = x.len() / n;
     for i in 0..n {
         let (before, rest) = x.split_at_mut(i * m);
         for (k, other) in before.chunks_exact(m).enumerate() {
@@ -124,6 +140,11 @@ fn solve(a: &[f64], x: &mut [f64], n: usize) {
         }
         rest[..m].iter_mut().for_each(|x| *x /= l[i * n + i]);
     }
+}
+
+/// x ← L⁻ᵀ x for x \[n, m\].
+fn solve_upper(l: &[f64], x: &mut [f64], n: usize) {
+    let m = x.len() / n;
     for i in (0..n).rev() {
         let (rest, after) = x.split_at_mut((i + 1) * m);
         let row = &mut rest[i * m..];
@@ -132,6 +153,10 @@ fn solve(a: &[f64], x: &mut [f64], n: usize) {
         }
         row.iter_mut().for_each(|x| *x /= l[i * n + i]);
     }
+}
+
+fn transposed(a: &[f64], n: usize) -> Vec<f64> {
+    (0..n * n).map(|i| a[i % n * n + i / n]).collect()
 }
 
 /// aᵀ b \[cols, cols\] for a, b \[rows, cols\].
@@ -229,8 +254,14 @@ mod tests {
         (0..len).map(|_| rng.random_range(-1.0f32..1.0)).collect()
     }
 
-    /// Σ w ‖y − U V x − c‖².
-    fn loss(fit: &LowRank, x: &[f32], y: &[f32], w: &[f32]) -> f64 {
+    /// M = A Aᵀ, and A.
+    fn random_metric(rng: &mut ChaCha8Rng, n: usize) -> (Vec<f64>, Vec<f64>) {
+        let a: Vec<f64> = random(rng, n * n).into_iter().map(f64::from).collect();
+        (product_of_columns(&transposed(&a, n), &transposed(&a, n), n, n), a)
+    }
+
+    /// Σ w ‖Aᵀ (y − U V x − c)‖².
+    fn loss(fit: &LowRank, x: &[f32], y: &[f32], w: &[f32], a: &[f64]) -> f64 {
         let (d_out, d_in) = (fit.c.len(), x.len() / w.len());
         let mut loss = 0.0;
         for ((x, y), w) in x.chunks_exact(d_in).zip(y.chunks_exact(d_out)).zip(w) {
@@ -240,8 +271,12 @@ mod tests {
                 let z = dot(v, &x);
                 predicted.iter_mut().zip(u).for_each(|(p, u)| *p += z * u);
             }
-            let errors = predicted.iter().zip(y).map(|(p, &y)| (p - f64::from(y)).powi(2));
-            loss += f64::from(*w) * errors.sum::<f64>();
+            let errors: Vec<f64> =
+                predicted.iter().zip(y).map(|(p, &y)| p - f64::from(y)).collect();
+            for j in 0..d_out {
+                let along: f64 = (0..d_out).map(|i| a[i * d_out + j] * errors[i]).sum();
+                loss += f64::from(*w) * along.powi(2);
+            }
         }
         loss
     }
@@ -267,10 +302,11 @@ mod tests {
         moments.add(&x[..half * d_in], &y[..half * d_out], &weights[..half]);
         moments.add(&x[half * d_in..], &y[half * d_out..], &weights[half..]);
         // A larger rank than needed does no harm, nor does one larger than there can be.
+        let (metric, a) = random_metric(&mut rng, d_out);
         for rank in [2, 3, 99] {
-            assert!(loss(&moments.fit(rank, 1e-9), &x, &y, &weights) < 1e-6);
+            assert!(loss(&moments.fit(rank, 1e-9, &metric), &x, &y, &weights, &a) < 1e-5);
         }
-        assert!(loss(&moments.fit(1, 1e-9), &x, &y, &weights) > 1.0);
+        assert!(loss(&moments.fit(1, 1e-9, &metric), &x, &y, &weights, &a) > 1.0);
     }
 
     #[test]
@@ -281,8 +317,9 @@ mod tests {
         let weights: Vec<f32> = (0..TOKENS).map(|_| rng.random_range(0.1..2.0)).collect();
         let mut moments = Moments::new(d_in, d_out);
         moments.add(&x, &y, &weights);
-        let mut fit = moments.fit(rank, 1e-9);
-        let best = loss(&fit, &x, &y, &weights);
+        let (metric, a) = random_metric(&mut rng, d_out);
+        let mut fit = moments.fit(rank, 1e-9, &metric);
+        let best = loss(&fit, &x, &y, &weights, &a);
         let parts: [fn(&mut LowRank) -> &mut Vec<f64>; 3] =
             [|fit| &mut fit.u, |fit| &mut fit.v, |fit| &mut fit.c];
         for part in parts {
@@ -290,7 +327,7 @@ mod tests {
                 let kept = part(&mut fit)[i];
                 for step in [1e-2, -1e-2] {
                     part(&mut fit)[i] = kept + step;
-                    assert!(loss(&fit, &x, &y, &weights) > best * (1.0 - 1e-6));
+                    assert!(loss(&fit, &x, &y, &weights, &a) > best * (1.0 - 1e-6));
                 }
                 part(&mut fit)[i] = kept;
             }
@@ -301,7 +338,7 @@ mod tests {
     fn constant_inputs_leave_the_mean() {
         let mut moments = Moments::new(3, 2);
         moments.add(&[2.0; 12], &[1.0, 5.0, 3.0, 5.0, 1.0, 5.0, 3.0, 5.0], &[1.0; 4]);
-        let fit = moments.fit(2, 1e-3);
+        let fit = moments.fit(2, 1e-3, &[1.0, 0.0, 0.0, 1.0]);
         let x = [2.0f64; 3];
         for (j, expected) in [2.0, 5.0].into_iter().enumerate() {
             let linear: f64 =
