@@ -209,7 +209,7 @@ impl FfnBench {
         }
         let path = sparse.plans[0].path(run.tokens);
         let mut stages = [0.0; 2];
-        if matches!(path, Path::Few | Path::ExpertMajor) {
+        if matches!(path, Path::FewFused | Path::Few | Path::ExpertMajor) {
             for (time, stage) in stages.iter_mut().zip([Stage::Route, Stage::Index]) {
                 let graph = sparse.capture(&self.stream, &inputs, stage)?;
                 let repeated: Result<Vec<f64>> =
