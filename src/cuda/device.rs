@@ -3,7 +3,8 @@
 use super::driver::Context;
 use super::kernels::{Modules, build_info};
 use super::{
-    abi_probe, dense, experts, ffn_few, gates, padding, route_index, router_select, select, statistics,
+    abi_probe, dense, experts, ffn_few, gates, padding, route_index, router_select, select,
+    statistics,
 };
 use crate::error::Result;
 

@@ -115,7 +115,12 @@ impl MoeFfn {
         let runs = |path| options.path.is_none_or(|forced| forced == path);
         if runs(Path::FewFused) {
             let most = (1..=ffn_few::MAX_TOKENS.min(max_tokens)).rev();
-            include(Some(most.filter_map(|tokens| self.few_fused(tokens)).map(|s| s.bytes).max().unwrap_or(0)));
+            include(Some(
+                most.filter_map(|tokens| self.few_fused(tokens))
+                    .map(|s| s.bytes)
+                    .max()
+                    .unwrap_or(0),
+            ));
         }
         if options.path == Some(Path::ExpertMajor) {
             include(Some(sparse(places.chunk, Path::ExpertMajor)?));
