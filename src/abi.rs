@@ -436,8 +436,8 @@ pub struct moefy_ffn_few_params {
     pub num_w2: u32,
     pub num_blocks: u32,
     pub num_stages: u32,
-    pub ring_bytes: u32,
     pub inverse_width: f32,
+    pub resident_bytes: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -463,10 +463,10 @@ const _: () = {
         [::std::mem::offset_of!(moefy_ffn_few_params, num_blocks) - 248usize];
     ["Offset of field: moefy_ffn_few_params::num_stages"]
         [::std::mem::offset_of!(moefy_ffn_few_params, num_stages) - 252usize];
-    ["Offset of field: moefy_ffn_few_params::ring_bytes"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, ring_bytes) - 256usize];
     ["Offset of field: moefy_ffn_few_params::inverse_width"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, inverse_width) - 260usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, inverse_width) - 256usize];
+    ["Offset of field: moefy_ffn_few_params::resident_bytes"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, resident_bytes) - 260usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

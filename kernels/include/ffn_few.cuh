@@ -73,10 +73,18 @@ struct Slice {
     }
   }
 
+  /// The number of steps, as if it could have changed: offsets that follow from it are then computed where they are
+  /// needed instead of filling registers.
+  __device__ uint32_t opaque_num_steps() const {
+    uint32_t n = num_steps;
+    asm volatile("" : "+r"(n));
+    return n;
+  }
+
   /// First byte of a step in a row. A step that this warp does not have gets one that exists: x is 0 there, and a branch
   /// would keep the steps from overlapping.
-  __device__ uint32_t step_offset(int i) const {
-    return i < num_steps ? (first_step + i) * (kStepColumns * sizeof(T)) : 0;
+  __device__ uint32_t step_offset(int i, uint32_t steps) const {
+    return i < steps ? (first_step + i) * (kStepColumns * sizeof(T)) : 0;
   }
 
   /// Products of rows with this warp's columns of the tokens: rows 0 to 7 begin at `low`, 8 to 15 at `high`.
@@ -84,11 +92,12 @@ struct Slice {
     constexpr int kChains = 4 / kTiles;  // sums that do not wait for each other
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
     const uint32_t offset = g * in_row_stride(row_bytes) + t * 16;
+    const uint32_t steps = opaque_num_steps();
     float chains[kTiles][kChains][4] = {};
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const uint4 a = load_shared_vector(low + offset + step_offset(i));
-      const uint4 b = load_shared_vector(high + offset + step_offset(i));
+      const uint4 a = load_shared_vector(low + offset + step_offset(i, steps));
+      const uint4 b = load_shared_vector(high + offset + step_offset(i, steps));
       const uint32_t first[4] = {a.x, b.x, a.y, b.y}, second[4] = {a.z, b.z, a.w, b.w};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {

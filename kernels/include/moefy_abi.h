@@ -224,8 +224,10 @@ typedef struct moefy_ffn_few_params {
   uint32_t num_w2;
   uint32_t num_blocks; /* that share the neurons */
   uint32_t num_stages; /* of the ring of rows in shared memory */
-  uint32_t ring_bytes;
   float inverse_width; /* 1 / expert_width */
+  /* 0: neurons are asked for once they are selected. Else all are asked for at once, and the second layer of the router
+   * takes this much shared memory beside them. */
+  uint32_t resident_bytes;
 } moefy_ffn_few_params;
 
 /* Scores -> gates of moefy_experts_params. */

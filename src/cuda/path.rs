@@ -4,6 +4,7 @@ use super::dense::DenseLayer;
 use super::view::View;
 use super::{MoeFfn, ffn_few};
 use crate::error::Result;
+use crate::ffn::SelectionRule;
 
 /// Most tokens for which a choice streams the union of their experts.
 pub(super) const MAX_FEW_TOKENS: usize = 8;
@@ -138,7 +139,9 @@ impl MoeFfn {
     /// The fused path for so many tokens, if it can do them.
     pub(super) fn few_fused(&self, num_tokens: usize) -> Option<ffn_few::Shape> {
         let router = self.router().view();
-        ffn_few::Shape::new(self.device(), self.neurons(), &router, self.dtype(), num_tokens)
+        let sorts = matches!(self.selection().rule, SelectionRule::CumulativeShare { .. });
+        let (device, neurons) = (self.device(), self.neurons());
+        ffn_few::Shape::new(device, neurons, &router, sorts, self.dtype(), num_tokens)
     }
 
     /// What cuBLASLt has to do for at most so many tokens, if anything.
