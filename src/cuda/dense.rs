@@ -49,7 +49,7 @@ impl DenseLayer {
     }
 
     /// What the first product can do at once, if that is everything.
-    fn fused_activation(&self) -> Option<Epilogue> {
+    pub(super) fn fused_activation(&self) -> Option<Epilogue> {
         let n = &self.neurons;
         if self.masked || n.glu == 1 || n.mean != 0 || n.rank != 0 {
             return None;
@@ -72,6 +72,7 @@ impl DenseLayer {
         let shape = |rows, depth, depth_major, epilogue| ProductShape {
             dtype,
             rows,
+            out_stride: rows,
             depth,
             depth_major,
             epilogue,
@@ -224,11 +225,8 @@ impl Dense {
             num_tokens: run.num_tokens as u32,
             reserved: 0,
         };
-        let across = (self.layer.hidden() as u32).div_ceil(256);
-        let grid = [across, params.num_tokens.min(MAX_BLOCKS_DOWN), 1];
-        let kernel = device.dense.activate.get(self.layer.dtype);
         // SAFETY: the caller's promise.
-        unsafe { kernel.launch(stream, grid, 256, 0, &params) }
+        unsafe { launch_activate(device, stream, self.layer.dtype, &params) }
     }
 
     /// # Safety
@@ -248,4 +246,20 @@ impl Dense {
             self.product(1, stream, &output)
         }
     }
+}
+
+/// Pre-activations → h.
+///
+/// # Safety
+/// The addresses must be what the kernel expects, for at least one token, and the context must be bound.
+pub(super) unsafe fn launch_activate(
+    device: &Device,
+    stream: RawStream,
+    dtype: DType,
+    params: &moefy_activate_params,
+) -> Result<()> {
+    let across = (params.neurons.d_ff + params.neurons.rank).div_ceil(256);
+    let grid = [across, params.num_tokens.min(MAX_BLOCKS_DOWN), 1];
+    // SAFETY: the caller's promise.
+    unsafe { device.dense.activate.get(dtype).launch(stream, grid, 256, 0, params) }
 }

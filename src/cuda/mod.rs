@@ -40,10 +40,14 @@ mod padding;
 mod path;
 mod places;
 mod plan;
+#[cfg(feature = "cuda")]
+mod read_bandwidth;
 mod route_index;
 mod router_select;
 mod select;
 mod statistics;
+#[cfg(feature = "cuda")]
+mod synthetic;
 mod view;
 mod workspace;
 
