@@ -1,6 +1,8 @@
 //! The `moefy` command. Exit codes: 0 success, 1 something went wrong (one sentence on standard
 //! error), 2 wrong usage.
 
+#[cfg(feature = "cuda")]
+mod bench;
 mod convert;
 mod embed;
 mod eval;
@@ -75,6 +77,9 @@ enum Command {
     Eval(eval::Eval),
     /// Embed texts
     Embed(embed::Embed),
+    /// Measure on a GPU
+    #[cfg(feature = "cuda")]
+    Bench(bench::Bench),
 }
 
 fn main() -> ExitCode {
@@ -101,5 +106,7 @@ fn run(Cli { common, command }: Cli) -> moefy::Result<()> {
         Command::Inspect(command) => command.run(&common),
         Command::Eval(command) => command.run(&common),
         Command::Embed(command) => command.run(&common),
+        #[cfg(feature = "cuda")]
+        Command::Bench(command) => command.run(&common),
     }
 }

@@ -89,6 +89,11 @@ impl FfnBench {
         Ok(bench)
     }
 
+    /// What it measures.
+    pub fn layer(&self) -> &LayerSpec {
+        &self.spec
+    }
+
     /// Measures. Runs with the same number of tokens one after another share what is timed for it.
     ///
     /// # Errors
