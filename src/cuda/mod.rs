@@ -21,6 +21,8 @@ mod abi_probe;
 pub mod bench;
 mod buffer;
 #[cfg(feature = "cuda")]
+pub mod check;
+#[cfg(feature = "cuda")]
 mod cublaslt;
 #[cfg(not(feature = "cuda"))]
 #[path = "no_cublaslt.rs"]

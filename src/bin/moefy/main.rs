@@ -3,6 +3,8 @@
 
 #[cfg(feature = "cuda")]
 mod bench;
+#[cfg(feature = "cuda")]
+mod check;
 mod convert;
 mod embed;
 mod eval;
@@ -77,6 +79,9 @@ enum Command {
     Eval(eval::Eval),
     /// Embed texts
     Embed(embed::Embed),
+    /// Compare what the kernels give on the GPU of this machine with the reference
+    #[cfg(feature = "cuda")]
+    Check(check::Check),
     /// Measure on a GPU
     #[cfg(feature = "cuda")]
     Bench(bench::Bench),
@@ -106,6 +111,8 @@ fn run(Cli { common, command }: Cli) -> moefy::Result<()> {
         Command::Inspect(command) => command.run(&common),
         Command::Eval(command) => command.run(&common),
         Command::Embed(command) => command.run(&common),
+        #[cfg(feature = "cuda")]
+        Command::Check(command) => command.run(&common),
         #[cfg(feature = "cuda")]
         Command::Bench(command) => command.run(&common),
     }

@@ -99,8 +99,8 @@ fn draw_tokens(device: &Device, spec: &LayerSpec, tokens: usize, set: usize) -> 
 
 /// One plan per set of weights, and what they run on.
 pub(super) struct Layers<'a> {
-    pub(super) plans: Vec<FfnPlan>,
-    batch: &'a Batch,
+    pub(super) batch: &'a Batch,
+    plans: Vec<FfnPlan>,
     scores: Buffer,
     workspace: Buffer,
 }

@@ -11,6 +11,7 @@ mod limits;
 mod row;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::CudaStream;
 use rand::SeedableRng;
@@ -99,57 +100,16 @@ impl FfnBench {
     /// # Errors
     /// When the path cannot do it, the device has too little memory, or cuBLASLt is missing.
     pub fn run(&mut self, run: &RunSpec) -> Result<FfnRow> {
-        if run.tokens == 0 {
-            return Err(Error::argument("bench", "tokens", "at least 1", 0));
-        }
-        let masks = self.draw_masks(run)?;
-        let dense_sets = self.rotation().div_ceil(self.dense_bytes()).clamp(2, self.max_sets);
-        self.prepare(run.tokens, dense_sets, masks.len())?;
-        let batch = self.batch.as_ref().expect("just prepared");
-
-        let density = self.layer.density(mean_k(&masks));
-        let options = PlanOptions {
-            path: run.path,
-            fallback: run.fallback,
-            density: Some(run.calibrated_density.unwrap_or(density)),
-            statistics: false,
-        };
-        let path = batch.plan(&self.sets[0], options)?.path(run.tokens);
-        // A dense path reads everything, so fewer sets are enough.
-        let is_dense = matches!(path, Path::DenseExact | Path::DenseMasked);
-        let num_sets = if is_dense { dense_sets.min(masks.len()) } else { masks.len() };
-        let (sets, masks) = (&self.sets[..num_sets], &masks[..num_sets]);
-        let mean_k = mean_k(masks);
-        let executed_bytes =
-            masks.iter().map(|masks| self.bytes(union(masks))).sum::<usize>() / num_sets;
-        let bound_us = self.bound_us(executed_bytes, mean_k, run.tokens);
-
-        let layers = batch.layers(sets, masks, options)?;
-        let num_layers = num_sets * passes(bound_us, num_sets);
-        let whole = layers.capture(&self.stream, num_layers, Stage::Experts)?;
-        let times = pairs([&whole, &batch.baseline.graph])?;
+        let set_up = self.set_up(run)?;
+        let SetUp { bench, layers, path, .. } = &set_up;
+        let whole = set_up.capture(layers, Stage::Experts)?;
+        let times = pairs([&whole, &layers.batch.baseline.graph])?;
         let column = |pick: fn(&[f64; 2]) -> f64| times.iter().map(pick).collect::<Vec<f64>>();
         let us = median(&column(|pair| pair[0]));
         let ratios = column(|pair| pair[1] / pair[0]);
-
-        let up_to = |layers: &Layers<'_>, stage| -> Result<f64> {
-            let graph = layers.capture(&self.stream, num_layers, stage)?;
-            Ok(median(&graph.times(STAGE_LAUNCHES)?))
-        };
-        let mut ends = Vec::new();
-        for &stage in path.stages() {
-            ends.push(up_to(&layers, stage)?);
-        }
-        let [router_select_us, index_us, experts_us] = match ends[..] {
-            [route] => [route, 0.0, us - route],
-            [route, index] => [route, index - route, us - index],
-            _ if path == Path::DenseExact => [0.0, 0.0, us],
-            _ => {
-                let in_stages = PlanOptions { path: Some(Path::ExpertMajor), ..options };
-                [up_to(&batch.layers(sets, masks, in_stages)?, Stage::Route)?, 0.0, us]
-            }
-        };
-        let spec = &self.spec;
+        let [router_select_us, index_us, experts_us] = set_up.stages(us)?;
+        let bound_us = bench.bound_us(set_up.executed_bytes, set_up.mean_k, run.tokens);
+        let spec = &bench.spec;
         Ok(FfnRow {
             d_model: spec.d_model,
             d_ff: spec.d_ff,
@@ -164,7 +124,7 @@ impl FfnBench {
             },
             tokens: run.tokens,
             routing: run.routing_name(),
-            density: self.layer.density(mean_k),
+            density: bench.layer.density(set_up.mean_k),
             fallback: match run.fallback {
                 Fallback::Exact => "exact",
                 Fallback::Masked => "masked",
@@ -177,11 +137,50 @@ impl FfnBench {
             spread: spread(&ratios),
             bound_us,
             share_of_bound: bound_us / us,
-            executed_bytes,
+            executed_bytes: set_up.executed_bytes,
             router_select_us,
             index_us,
             experts_us,
         })
+    }
+
+    /// The layers that [`run`](Self::run) measures, for another harness.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn capture(&mut self, run: &RunSpec) -> Result<Captured<'_>> {
+        let set_up = self.set_up(run)?;
+        let graph = set_up.capture(&set_up.layers, Stage::Experts)?;
+        Ok(Captured { graph, _layers: set_up.layers })
+    }
+
+    /// Sets of weights, inputs and plans.
+    fn set_up(&mut self, run: &RunSpec) -> Result<SetUp<'_>> {
+        if run.tokens == 0 {
+            return Err(Error::argument("bench", "tokens", "at least 1", 0));
+        }
+        let mut masks = self.draw_masks(run)?;
+        let dense_sets = self.rotation().div_ceil(self.dense_bytes()).clamp(2, self.max_sets);
+        self.prepare(run.tokens, dense_sets, masks.len())?;
+        let batch = self.batch.as_ref().expect("just prepared");
+
+        let density = self.layer.density(mean_k(&masks));
+        let options = PlanOptions {
+            path: run.path,
+            fallback: run.fallback,
+            density: Some(run.calibrated_density.unwrap_or(density)),
+            statistics: false,
+        };
+        let path = batch.plan(&self.sets[0], options)?.path(run.tokens);
+        if matches!(path, Path::DenseExact | Path::DenseMasked) {
+            // It reads everything, so fewer sets are enough.
+            masks.truncate(dense_sets);
+        }
+        let executed_bytes = masks.iter().map(|mask| self.bytes(union(mask))).sum::<usize>();
+        let executed_bytes = executed_bytes / masks.len();
+        let mean_k = mean_k(&masks);
+        let layers = batch.layers(&self.sets[..masks.len()], &masks, options)?;
+        Ok(SetUp { bench: self, masks, options, path, layers, executed_bytes, mean_k })
     }
 
     /// Bytes that a rotation reads at least.
@@ -239,6 +238,63 @@ impl FfnBench {
         }
         let batch = self.batch.as_mut().expect("just made");
         batch.draw_tokens(&self.device, num_sets)
+    }
+}
+
+/// A run that waits to be timed.
+struct SetUp<'a> {
+    bench: &'a FfnBench,
+    masks: Vec<ExpertMask>,
+    options: PlanOptions,
+    path: Path,
+    layers: Layers<'a>,
+    executed_bytes: usize,
+    mean_k: f64,
+}
+
+impl SetUp<'_> {
+    /// Enough layers, each up to a stage.
+    fn capture(&self, layers: &Layers<'_>, last: Stage) -> Result<TimedGraph> {
+        let num_sets = self.masks.len();
+        let tokens = layers.batch.tokens;
+        let bound_us = self.bench.bound_us(self.executed_bytes, self.mean_k, tokens);
+        layers.capture(&self.bench.stream, num_sets * passes(bound_us, num_sets), last)
+    }
+
+    /// Microseconds of router and selection, lists, and experts, of `us` in all.
+    fn stages(&self, us: f64) -> Result<[f64; 3]> {
+        let up_to = |layers, stage| -> Result<f64> {
+            Ok(median(&self.capture(layers, stage)?.times(STAGE_LAUNCHES)?))
+        };
+        let ends = self.path.stages().iter().map(|&stage| up_to(&self.layers, stage));
+        Ok(match ends.collect::<Result<Vec<_>>>()?[..] {
+            [route] => [route, 0.0, us - route],
+            [route, index] => [route, index - route, us - index],
+            _ if self.path == Path::DenseExact => [0.0, 0.0, us],
+            _ => {
+                let sets = &self.bench.sets[..self.masks.len()];
+                let in_stages = PlanOptions { path: Some(Path::ExpertMajor), ..self.options };
+                let layers = self.layers.batch.layers(sets, &self.masks, in_stages)?;
+                [up_to(&layers, Stage::Route)?, 0.0, us]
+            }
+        })
+    }
+}
+
+/// Layers one after another, each on weights of its own.
+pub struct Captured<'a> {
+    graph: TimedGraph,
+    /// What the graph uses.
+    _layers: Layers<'a>,
+}
+
+impl Captured<'_> {
+    /// The device's time for so many layers.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn time(&self, layers: u64) -> Result<Duration> {
+        self.graph.time(layers)
     }
 }
 
