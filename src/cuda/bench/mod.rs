@@ -34,8 +34,10 @@ use crate::ffn::{self, ExpertMask};
 const ROTATION: usize = 4;
 /// No more sets of weights than this, nor more than half of the memory.
 const MAX_SETS: usize = 512;
-/// A graph takes at least about so long: what lies between two graphs does not count then.
-const MIN_GRAPH_US: f64 = 1000.0;
+/// A graph takes at least about so long: what lies between two graphs hardly counts then.
+const MIN_GRAPH_US: f64 = 500.0;
+/// What a layer takes at least, whatever its bound.
+const MIN_LAYER_US: f64 = 5.0;
 /// Launches of a graph that stops after a stage.
 const STAGE_LAUNCHES: usize = 5;
 
@@ -311,9 +313,9 @@ impl RunSpec {
     }
 }
 
-/// Rotations that make a graph long enough, if a layer takes so long.
-fn passes(us: f64, num_sets: usize) -> usize {
-    (MIN_GRAPH_US / (us * num_sets as f64)).ceil().clamp(1.0, 64.0) as usize
+/// Rotations that make a graph long enough, of layers with this bound.
+fn passes(bound_us: f64, num_sets: usize) -> usize {
+    (MIN_GRAPH_US / (bound_us.max(MIN_LAYER_US) * num_sets as f64)).ceil() as usize
 }
 
 /// Experts that any token runs.
