@@ -87,7 +87,7 @@ fn bench_router_select(
         let x = Buffer::from_slice(device, matrix(rng, [num_tokens, d_model])?.as_bytes())?;
         let x_view = View::matrix(x.address(), Format::Float(DType::BF16), [num_tokens, d_model]);
         let (_mask, mask) = words(device, [num_tokens, num_experts.div_ceil(32)])?;
-        let bytes = router_select_workspace_bytes(num_tokens, d_model, &router.view());
+        let bytes = router_select_workspace_bytes(num_tokens, &router.view());
         let scratch = Buffer::new(device, bytes)?;
         let workspace = Workspace { address: scratch.address(), bytes };
         let selected = SelectOutputs { mask, counts: None, status: None };

@@ -1,9 +1,10 @@
 // Routers: tokens -> scores -> masks. All arithmetic is f32, whatever the type of weights and tokens.
 //
-// Few tokens: one kernel does it all, one block per token, each row of weights a dot product by a warp.
+// Few tokens: the rows of the first layer are dealt out over the chip; then a block per token does the rest.
 // Many tokens: one tiled product per layer, then moefy_select.
 
-#include "element.cuh"
+#include "dependency.cuh"
+#include "router.cuh"
 #include "select.cuh"
 
 namespace moefy {
@@ -14,124 +15,89 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-__device__ __forceinline__ float activate(moefy_router_activation activation, float z) {
-  switch (activation) {
-    case MOEFY_ROUTER_ACTIVATION_ABS: return fabsf(z);
-    case MOEFY_ROUTER_ACTIVATION_RELU: return fmaxf(z, 0.0f);
-    case MOEFY_ROUTER_ACTIVATION_TANH: return tanhf(z);
-    default: return 1.0f / (1.0f + expf(-z));
-  }
-}
-
-__device__ __forceinline__ float inverse_norm(float sum_of_squares) {
-  return sum_of_squares > 0 ? 1.0f / sqrtf(sum_of_squares) : 0.0f;
-}
-
 // ---- few tokens ----
 
-constexpr uint32_t kFewWarps = 16;
-constexpr uint32_t kRowsAtOnce = 4;  // loads in flight per warp
+constexpr uint32_t kFewWarps = 4;
 
-// A vector in shared memory, zero up to a multiple of 8.
-__host__ __device__ constexpr uint32_t padded(uint32_t width) { return (width + 7) / 8 * 8; }
+// first[t, n] = activation(<w1[n], x[t]> * scale), a warp for each output n and kTokens tokens.
+template <bool kAligned, class T, int kTokens>
+__device__ __forceinline__ void first_layer(const moefy_router_select_params& p) {
+  const uint32_t width = first_width(p);
+  const uint32_t n = blockIdx.x * kFewWarps + threadIdx.x / 32;
+  const uint32_t token0 = blockIdx.y * kTokens;
+  launch_dependents();
+  if (n >= width) return;
+  const T* __restrict__ w = static_cast<const T*>(p.w1) + static_cast<uint64_t>(n) * p.d_model;
+  for (uint32_t k = lane_id() * (128 / sizeof(T)); k < p.d_model; k += 32 * (128 / sizeof(T))) prefetch(w + k);
+  const float w_scale = p.w1_scale == nullptr ? 1.0f : p.w1_scale[n];
+  wait_for_dependencies();
 
-// out[n] = activation(<w[n], in> * scale * w_scale[n]), for a block; `in` and `out` lie in shared memory.
-template <bool kAligned, class T>
-__device__ __forceinline__ void layer_of_token(const T* __restrict__ w, const float* __restrict__ w_scale,
-                                               const float* in, uint32_t in_width, uint32_t out_width, float scale,
-                                               moefy_router_activation activation, float* out) {
-  for (uint32_t n = threadIdx.x / 32 * kRowsAtOnce; n < out_width; n += kFewWarps * kRowsAtOnce) {
-    float sums[kRowsAtOnce] = {};
-#pragma unroll 2
-    for (uint32_t k = lane_id() * 8; k < in_width; k += 32 * 8) {
-      Eight<T> weights[kRowsAtOnce];
+  const T* x[kTokens];
 #pragma unroll
-      for (uint32_t r = 0; r < kRowsAtOnce; ++r) {
-        const uint64_t row = min(n + r, out_width - 1);
-        weights[r].template load<kAligned>(w + row * in_width, k, in_width);
-      }
+  for (int t = 0; t < kTokens; ++t) {
+    x[t] = static_cast<const T*>(p.x) + min(token0 + t, p.num_tokens - 1) * p.x_stride;
+  }
+  const bool unit_norm = has_unit_norm(p.kind);
+  float sums[kTokens] = {}, squares[kTokens] = {};
+#pragma unroll(kTokens == 1 ? 8 : 1)
+  for (uint32_t k = lane_id() * 8; k < p.d_model; k += 32 * 8) {
+    Eight<T> weights, in[kTokens];
+    weights.template load<kAligned>(w, k, p.d_model);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) in[t].template load_fresh<kAligned>(x[t], k, p.d_model);
+    float row[8];
+    weights.to_floats(row);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
       float values[8];
-      *reinterpret_cast<float4*>(values) = *reinterpret_cast<const float4*>(in + k);
-      *reinterpret_cast<float4*>(values + 4) = *reinterpret_cast<const float4*>(in + k + 4);
+      in[t].to_floats(values);
 #pragma unroll
-      for (uint32_t r = 0; r < kRowsAtOnce; ++r) {
-        float row[8];
-        weights[r].to_floats(row);
-#pragma unroll
-        for (uint32_t i = 0; i < 8; ++i) sums[r] = fmaf(row[i], values[i], sums[r]);
+      for (int i = 0; i < 8; ++i) {
+        sums[t] = fmaf(row[i], values[i], sums[t]);
+        if (unit_norm) squares[t] = fmaf(values[i], values[i], squares[t]);
       }
     }
+  }
 #pragma unroll
-    for (uint32_t r = 0; r < kRowsAtOnce; ++r) {
-      const float sum = warp_sum(sums[r]);
-      if (lane_id() == 0 && n + r < out_width) {
-        out[n + r] = activate(activation, sum * scale * (w_scale == nullptr ? 1.0f : w_scale[n + r]));
-      }
+  for (int t = 0; t < kTokens; ++t) {
+    const float sum = warp_sum(sums[t]);
+    const float scale = unit_norm ? inverse_norm(warp_sum(squares[t])) * w_scale : w_scale;
+    if (lane_id() == 0 && token0 + t < p.num_tokens) {
+      p.first[static_cast<uint64_t>(token0 + t) * width + n] = activate(first_activation(p.kind), sum * scale);
     }
   }
 }
 
-template <class T>
-__device__ __forceinline__ void layer_of_token(const void* w, const float* w_scale, const float* in, uint32_t in_width,
-                                               uint32_t out_width, float scale, moefy_router_activation activation,
-                                               float* out) {
-  const T* weights = static_cast<const T*>(w);
-  if (in_width % 8 == 0) {
-    layer_of_token<true>(weights, w_scale, in, in_width, out_width, scale, activation, out);
-  } else {
-    layer_of_token<false>(weights, w_scale, in, in_width, out_width, scale, activation, out);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void router_select(const moefy_router_select_params& p) {
+// The rest, a block for each token.
+template <bool kAligned, class T, int kRounds>
+__device__ __forceinline__ void select_from_first(const moefy_router_select_params& p) {
   extern __shared__ __align__(16) float shared[];
-  __shared__ float squares[kFewWarps];
-  const bool has_hidden = p.w2 != nullptr;
-  float* const x = shared;
-  float* const hidden = x + padded(p.d_model);
-  float* const scores = hidden + padded(p.hidden);
-  uint32_t* const scratch = reinterpret_cast<uint32_t*>(scores + p.num_experts);
+  const uint32_t width = first_width(p);
+  float* const in = shared;
+  float* const scores = p.w2 == nullptr ? in : in + padded(width);
+  uint32_t* const scratch = reinterpret_cast<uint32_t*>(scores + padded(p.num_experts));
   const uint32_t token = blockIdx.x;
-  const bool valid = p.num_valid_tokens == nullptr || token < *p.num_valid_tokens;
 
-  if (valid) {
-    const T* __restrict__ row = static_cast<const T*>(p.x) + token * p.x_stride;
-    float square = 0;
-    for (uint32_t i = threadIdx.x; i < padded(p.d_model); i += kFewWarps * 32) {
-      x[i] = i < p.d_model ? to_float(row[i]) : 0.0f;
-      square = fmaf(x[i], x[i], square);
-    }
-    for (uint32_t i = p.hidden + threadIdx.x; i < padded(p.hidden); i += kFewWarps * 32) hidden[i] = 0;
-    square = warp_sum(square);
-    if (lane_id() == 0) squares[threadIdx.x / 32] = square;
-    __syncthreads();
-    float scale = 1;
-    if (p.kind == MOEFY_ROUTER_MOEFICATION || p.kind == MOEFY_ROUTER_CENTROID) {
-      float sum = 0;
-#pragma unroll
-      for (uint32_t w = 0; w < kFewWarps; ++w) sum += squares[w];
-      scale = inverse_norm(sum);
-    }
-    if (has_hidden) {
-      const bool is_d2dmoe = p.kind == MOEFY_ROUTER_D2DMOE;
-      layer_of_token<T>(p.w1, nullptr, x, p.d_model, p.hidden, scale,
-                     is_d2dmoe ? MOEFY_ROUTER_ACTIVATION_RELU : MOEFY_ROUTER_ACTIVATION_TANH, hidden);
-      __syncthreads();
-      layer_of_token<T>(p.w2, nullptr, hidden, p.hidden, p.num_experts, 1.0f,
-                     is_d2dmoe ? MOEFY_ROUTER_ACTIVATION_ABS : MOEFY_ROUTER_ACTIVATION_SIGMOID, scores);
-    } else {
-      const bool is_linear = p.kind == MOEFY_ROUTER_LINEAR;
-      layer_of_token<T>(p.w1, p.w1_scale, x, p.d_model, p.num_experts, scale,
-                     is_linear ? MOEFY_ROUTER_ACTIVATION_ABS : MOEFY_ROUTER_ACTIVATION_RELU, scores);
-    }
-  } else {
-    for (uint32_t e = threadIdx.x; e < p.num_experts; e += kFewWarps * 32) scores[e] = 0;
+  launch_dependents();
+  SecondLayer<kAligned, T, kRounds> second;
+  if (p.w2 != nullptr) second.load(p);
+  wait_for_dependencies();
+  const bool valid = p.num_valid_tokens == nullptr || token < __ldcg(p.num_valid_tokens);
+  for (uint32_t i = threadIdx.x; i < padded(width); i += blockDim.x) {
+    in[i] = valid && i < width ? __ldcg(p.first + static_cast<uint64_t>(token) * width + i) : 0.0f;
   }
   __syncthreads();
+  if (p.w2 != nullptr) {
+    if (valid) {
+      second.run(p, in, scores);
+    } else {
+      for (uint32_t e = threadIdx.x; e < p.num_experts; e += blockDim.x) scores[e] = 0.0f;
+    }
+    __syncthreads();
+  }
   if (p.scores != nullptr) {
-    for (uint32_t e = threadIdx.x; e < p.num_experts; e += kFewWarps * 32) {
-      p.scores[uint64_t(token) * p.num_experts + e] = scores[e];
+    for (uint32_t e = threadIdx.x; e < p.num_experts; e += blockDim.x) {
+      p.scores[static_cast<uint64_t>(token) * p.num_experts + e] = scores[e];
     }
   }
   if (threadIdx.x >= 32) return;
@@ -209,11 +175,25 @@ __device__ __forceinline__ void router_layer(const moefy_router_layer_params& p)
 
 }  // namespace moefy
 
-// Dynamic shared memory: d_model and hidden, each up to a multiple of 8, + num_experts + 512 words. num_experts <= 512.
-#define ROUTER_SELECT(suffix, type)                                                   \
-  extern "C" __global__ void __launch_bounds__(512) moefy_router_select_##suffix(     \
-      const __grid_constant__ moefy_router_select_params p) {                         \
-    moefy::router_select<type>(p);                                                    \
+#define ROUTER_FIRST(suffix, type, tokens)                                                \
+  extern "C" __global__ void __launch_bounds__(128) moefy_router_first_##suffix##_##tokens( \
+      const __grid_constant__ moefy_router_select_params p) {                             \
+    if (p.d_model % 8 == 0) {                                                             \
+      moefy::first_layer<true, type, tokens>(p);                                          \
+    } else {                                                                              \
+      moefy::first_layer<false, type, tokens>(p);                                         \
+    }                                                                                     \
+  }
+// Dynamic shared memory: the outputs of the first layer, then num_experts, each up to a multiple of 8, then 512 words.
+// num_experts <= 64 * rounds.
+#define ROUTER_SELECT(suffix, type, rounds)                                                \
+  extern "C" __global__ void __launch_bounds__(256) moefy_router_select_##suffix##_##rounds( \
+      const __grid_constant__ moefy_router_select_params p) {                              \
+    if (p.hidden % 8 == 0) {                                                               \
+      moefy::select_from_first<true, type, rounds>(p);                                     \
+    } else {                                                                               \
+      moefy::select_from_first<false, type, rounds>(p);                                    \
+    }                                                                                      \
   }
 #define ROUTER_LAYER(suffix, in, w)                                                   \
   extern "C" __global__ void __launch_bounds__(256, 2) moefy_router_layer_##suffix(   \
@@ -225,9 +205,18 @@ __device__ __forceinline__ void router_layer(const moefy_router_layer_params& p)
     }                                                                                 \
   }
 
-ROUTER_SELECT(f32, float)
-ROUTER_SELECT(f16, __half)
-ROUTER_SELECT(bf16, __nv_bfloat16)
+ROUTER_FIRST(f32, float, 1)
+ROUTER_FIRST(f32, float, 8)
+ROUTER_FIRST(f16, __half, 1)
+ROUTER_FIRST(f16, __half, 8)
+ROUTER_FIRST(bf16, __nv_bfloat16, 1)
+ROUTER_FIRST(bf16, __nv_bfloat16, 8)
+ROUTER_SELECT(f32, float, 2)
+ROUTER_SELECT(f32, float, 8)
+ROUTER_SELECT(f16, __half, 2)
+ROUTER_SELECT(f16, __half, 8)
+ROUTER_SELECT(bf16, __nv_bfloat16, 2)
+ROUTER_SELECT(bf16, __nv_bfloat16, 8)
 
 ROUTER_LAYER(f32, float, float)
 ROUTER_LAYER(f16, __half, __half)

@@ -6,6 +6,11 @@ pub const MOEFY_STATUS_MASK_BEYOND_EXPERTS: u32 = 2;
 pub const MOEFY_STATUS_TOO_MANY_PAIRS: u32 = 4;
 pub const MOEFY_MAX_EXPERTS: u32 = 4096;
 pub const MOEFY_ROUTE_INDEX_SMALL: u32 = 256;
+pub const MOEFY_FFN_FEW_EXPERTS: u32 = 512;
+pub const MOEFY_FFN_FEW_TILE: u32 = 8;
+pub const MOEFY_FFN_FEW_THREADS: u32 = 256;
+pub const MOEFY_FFN_FEW_STAGES: u32 = 8;
+pub const MOEFY_FFN_FEW_COLUMNS: u32 = 64;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
 pub const MOEFY_ROUTER_TILE: u32 = 64;
@@ -105,6 +110,7 @@ pub struct moefy_router_select_params {
     pub w1: u64,
     pub w2: u64,
     pub w1_scale: u64,
+    pub first: u64,
     pub scores: u64,
     pub mask: u64,
     pub counts: u64,
@@ -116,11 +122,13 @@ pub struct moefy_router_select_params {
     pub d_model: u32,
     pub hidden: u32,
     pub num_experts: u32,
+    pub num_tokens: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of moefy_router_select_params"]
-        [::std::mem::size_of::<moefy_router_select_params>() - 112usize];
+        [::std::mem::size_of::<moefy_router_select_params>() - 128usize];
     ["Alignment of moefy_router_select_params"]
         [::std::mem::align_of::<moefy_router_select_params>() - 8usize];
     ["Offset of field: moefy_router_select_params::x"]
@@ -131,28 +139,34 @@ const _: () = {
         [::std::mem::offset_of!(moefy_router_select_params, w2) - 16usize];
     ["Offset of field: moefy_router_select_params::w1_scale"]
         [::std::mem::offset_of!(moefy_router_select_params, w1_scale) - 24usize];
+    ["Offset of field: moefy_router_select_params::first"]
+        [::std::mem::offset_of!(moefy_router_select_params, first) - 32usize];
     ["Offset of field: moefy_router_select_params::scores"]
-        [::std::mem::offset_of!(moefy_router_select_params, scores) - 32usize];
+        [::std::mem::offset_of!(moefy_router_select_params, scores) - 40usize];
     ["Offset of field: moefy_router_select_params::mask"]
-        [::std::mem::offset_of!(moefy_router_select_params, mask) - 40usize];
+        [::std::mem::offset_of!(moefy_router_select_params, mask) - 48usize];
     ["Offset of field: moefy_router_select_params::counts"]
-        [::std::mem::offset_of!(moefy_router_select_params, counts) - 48usize];
+        [::std::mem::offset_of!(moefy_router_select_params, counts) - 56usize];
     ["Offset of field: moefy_router_select_params::status"]
-        [::std::mem::offset_of!(moefy_router_select_params, status) - 56usize];
+        [::std::mem::offset_of!(moefy_router_select_params, status) - 64usize];
     ["Offset of field: moefy_router_select_params::num_valid_tokens"]
-        [::std::mem::offset_of!(moefy_router_select_params, num_valid_tokens) - 64usize];
+        [::std::mem::offset_of!(moefy_router_select_params, num_valid_tokens) - 72usize];
     ["Offset of field: moefy_router_select_params::x_stride"]
-        [::std::mem::offset_of!(moefy_router_select_params, x_stride) - 72usize];
+        [::std::mem::offset_of!(moefy_router_select_params, x_stride) - 80usize];
     ["Offset of field: moefy_router_select_params::selection"]
-        [::std::mem::offset_of!(moefy_router_select_params, selection) - 80usize];
+        [::std::mem::offset_of!(moefy_router_select_params, selection) - 88usize];
     ["Offset of field: moefy_router_select_params::kind"]
-        [::std::mem::offset_of!(moefy_router_select_params, kind) - 96usize];
+        [::std::mem::offset_of!(moefy_router_select_params, kind) - 104usize];
     ["Offset of field: moefy_router_select_params::d_model"]
-        [::std::mem::offset_of!(moefy_router_select_params, d_model) - 100usize];
+        [::std::mem::offset_of!(moefy_router_select_params, d_model) - 108usize];
     ["Offset of field: moefy_router_select_params::hidden"]
-        [::std::mem::offset_of!(moefy_router_select_params, hidden) - 104usize];
+        [::std::mem::offset_of!(moefy_router_select_params, hidden) - 112usize];
     ["Offset of field: moefy_router_select_params::num_experts"]
-        [::std::mem::offset_of!(moefy_router_select_params, num_experts) - 108usize];
+        [::std::mem::offset_of!(moefy_router_select_params, num_experts) - 116usize];
+    ["Offset of field: moefy_router_select_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_router_select_params, num_tokens) - 120usize];
+    ["Offset of field: moefy_router_select_params::reserved"]
+        [::std::mem::offset_of!(moefy_router_select_params, reserved) - 124usize];
 };
 impl moefy_router_activation {
     pub const MOEFY_ROUTER_ACTIVATION_ABS: moefy_router_activation = moefy_router_activation(0);
@@ -392,6 +406,51 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_params, num_splits) - 216usize];
     ["Offset of field: moefy_experts_params::num_arrivals"]
         [::std::mem::offset_of!(moefy_experts_params, num_arrivals) - 220usize];
+};
+impl moefy_gate {
+    pub const MOEFY_GATE_ONE: moefy_gate = moefy_gate(0);
+    pub const MOEFY_GATE_SCORE: moefy_gate = moefy_gate(1);
+    pub const MOEFY_GATE_SOFTMAX: moefy_gate = moefy_gate(2);
+    pub const MOEFY_GATE_RENORMALISED: moefy_gate = moefy_gate(3);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_gate(pub u32);
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_ffn_few_params {
+    pub neurons: moefy_neurons,
+    pub router: moefy_router_select_params,
+    pub scores: u64,
+    pub y: u64,
+    pub partials: u64,
+    pub gate: moefy_gate,
+    pub num_blocks: u32,
+    pub num_stages: u32,
+    pub ring_bytes: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 248usize];
+    ["Alignment of moefy_ffn_few_params"][::std::mem::align_of::<moefy_ffn_few_params>() - 8usize];
+    ["Offset of field: moefy_ffn_few_params::neurons"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, neurons) - 0usize];
+    ["Offset of field: moefy_ffn_few_params::router"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, router) - 80usize];
+    ["Offset of field: moefy_ffn_few_params::scores"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, scores) - 208usize];
+    ["Offset of field: moefy_ffn_few_params::y"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, y) - 216usize];
+    ["Offset of field: moefy_ffn_few_params::partials"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, partials) - 224usize];
+    ["Offset of field: moefy_ffn_few_params::gate"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, gate) - 232usize];
+    ["Offset of field: moefy_ffn_few_params::num_blocks"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_blocks) - 236usize];
+    ["Offset of field: moefy_ffn_few_params::num_stages"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_stages) - 240usize];
+    ["Offset of field: moefy_ffn_few_params::ring_bytes"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, ring_bytes) - 244usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

@@ -25,6 +25,14 @@
 /* Threads of moefy_route_index_small. */
 #define MOEFY_ROUTE_INDEX_SMALL 256u
 
+/* moefy_ffn_few: experts and stages at most, tokens of a tile, threads of a block. */
+#define MOEFY_FFN_FEW_EXPERTS 512u
+#define MOEFY_FFN_FEW_TILE 8u
+#define MOEFY_FFN_FEW_THREADS 256u
+#define MOEFY_FFN_FEW_STAGES 8u
+/* moefy_ffn_few_combine: columns of a block. */
+#define MOEFY_FFN_FEW_COLUMNS 64u
+
 /* moefy_route_index_transpose: token blocks of 32 per chunk and round, and chunks * words of experts at most. */
 #define MOEFY_ROUTE_INDEX_CHUNK 8u
 #define MOEFY_ROUTE_INDEX_BLOCKS 128u
@@ -71,14 +79,15 @@ typedef enum moefy_router_kind {
   MOEFY_ROUTER_CENTROID = 3     /* max(0, W1 x * w1_scale / |x|) */
 } moefy_router_kind;
 
-/* Tokens -> scores -> masks, one block per token. */
+/* Tokens -> scores -> masks, for few tokens: what the first layer of the router gives, then the rest. */
 typedef struct moefy_router_select_params {
   MOEFY_PTR(const void) x;                    /* [num_tokens, x_stride] */
   MOEFY_PTR(const void) w1;                   /* [hidden, d_model]; [num_experts, d_model] where there is no w2 */
   MOEFY_PTR(const void) w2;                   /* [num_experts, hidden] or null */
   MOEFY_PTR(const float) w1_scale;            /* [num_experts] of CENTROID, else null */
+  MOEFY_PTR(float) first;                     /* [num_tokens, hidden]; [num_tokens, num_experts] where there is no w2 */
   MOEFY_PTR(float) scores;                    /* [num_tokens, num_experts] or null */
-  MOEFY_PTR(uint32_t) mask;                   /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(uint32_t) mask;                   /* [num_tokens, ceil(num_experts/32)] or null */
   MOEFY_PTR(uint32_t) counts;                 /* [num_tokens] or null */
   MOEFY_PTR(uint32_t) status;                 /* [1] or null */
   MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
@@ -88,6 +97,8 @@ typedef struct moefy_router_select_params {
   uint32_t d_model;
   uint32_t hidden; /* 0 where there is no w2 */
   uint32_t num_experts;
+  uint32_t num_tokens;
+  uint32_t reserved;
 } moefy_router_select_params;
 
 typedef enum moefy_router_activation {
@@ -188,6 +199,26 @@ typedef struct moefy_experts_params {
   uint32_t num_splits; /* few tokens: blocks that share a column stripe */
   uint32_t num_arrivals;
 } moefy_experts_params;
+
+typedef enum moefy_gate {
+  MOEFY_GATE_ONE = 0,
+  MOEFY_GATE_SCORE = 1,
+  MOEFY_GATE_SOFTMAX = 2,
+  MOEFY_GATE_RENORMALISED = 3
+} moefy_gate;
+
+/* A whole layer for few tokens, once the first layer of the router is there. */
+typedef struct moefy_ffn_few_params {
+  moefy_neurons neurons;
+  moefy_router_select_params router;  /* with x and num_tokens; `counts` and `scores` are not written */
+  MOEFY_PTR(const float) scores;      /* [num_tokens, num_experts] or null: read instead of the router's */
+  MOEFY_PTR(void) y;                  /* [num_tokens, d_model] */
+  MOEFY_PTR(float) partials;          /* [num_blocks, num_tokens, d_model] */
+  moefy_gate gate;
+  uint32_t num_blocks; /* that share the neurons */
+  uint32_t num_stages; /* of the ring of rows in shared memory */
+  uint32_t ring_bytes;
+} moefy_ffn_few_params;
 
 /* Scores -> gates of moefy_experts_params. */
 typedef struct moefy_gates_params {

@@ -250,7 +250,7 @@ impl<'a> Layer<'a> {
         let x = random(rng, [num_tokens, d_model], 1.0, dtype);
         let x_device = Buffer::from_slice(self.device, x.as_bytes())?;
         let router = self.on_device.router().view();
-        let bytes = router_select_workspace_bytes(num_tokens, d_model, &router);
+        let bytes = router_select_workspace_bytes(num_tokens, &router);
         let scratch = Buffer::new(self.device, bytes)?;
         let (mask, view) = mask_buffer(self.device, num_tokens, num_experts)?;
         let scores = Buffer::new(self.device, 4 * num_tokens * num_experts)?;

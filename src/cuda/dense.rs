@@ -1,5 +1,7 @@
 //! The whole FFN on every token: two products of cuBLASLt.
 
+use std::sync::Arc;
+
 use super::Device;
 use super::cublaslt::{CublasLt, Epilogue, Operands, Product, ProductShape, WORKSPACE_BYTES};
 use super::driver::RawStream;
@@ -126,7 +128,7 @@ pub(super) struct DenseRun {
 
 /// A dense function with algorithms for some numbers of tokens.
 pub(super) struct Dense {
-    library: CublasLt,
+    library: Arc<CublasLt>,
     layer: DenseLayer,
     places: Places,
     /// Ascending.
@@ -147,7 +149,8 @@ impl Dense {
     ) -> Result<Self> {
         let max_tokens = sizes.last().copied().unwrap_or(0);
         let places = Places::new(&layer, max_tokens).expect("the workspace exists");
-        let mut dense = Self { library: CublasLt::open()?, layer, places, sizes: Vec::new() };
+        let library = Arc::new(CublasLt::open()?);
+        let mut dense = Self { library, layer, places, sizes: Vec::new() };
         for &num_tokens in sizes {
             let [first, second] = layer.products();
             let run = DenseRun { num_tokens, ..*run };
@@ -172,7 +175,7 @@ impl Dense {
             Ok((*size, [first.with_bias(layer.bias_in)?, second.with_bias(layer.bias_out)?]))
         };
         Ok(Self {
-            library: CublasLt::open()?,
+            library: self.library.clone(),
             layer,
             places: self.places,
             sizes: self.sizes.iter().map(rebind).collect::<Result<_>>()?,

@@ -5,7 +5,8 @@ use super::kernels::{Modules, build_info};
 #[cfg(feature = "cuda")]
 use super::read_bandwidth;
 use super::{
-    abi_probe, dense, experts, gates, padding, route_index, router_select, select, statistics,
+    abi_probe, dense, experts, ffn_few, gates, padding, route_index, router_select, select,
+    statistics,
 };
 use crate::error::Result;
 
@@ -36,6 +37,7 @@ pub struct Device {
     pub(super) abi_probe: abi_probe::Kernels,
     pub(super) dense: dense::Kernels,
     pub(super) experts: experts::Kernels,
+    pub(super) ffn_few: Option<ffn_few::Kernels>,
     pub(super) gates: gates::Kernels,
     pub(super) padding: padding::Kernels,
     #[cfg(feature = "cuda")]
@@ -62,6 +64,7 @@ impl Device {
             abi_probe: abi_probe::Kernels::load(&modules)?,
             dense: dense::Kernels::load(&modules)?,
             experts: experts::Kernels::load(&modules, properties.max_shared_bytes)?,
+            ffn_few: ffn_few::Kernels::load(&modules, properties.max_shared_bytes)?,
             gates: gates::Kernels::load(&modules)?,
             padding: padding::Kernels::load(&modules)?,
             #[cfg(feature = "cuda")]

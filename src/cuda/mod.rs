@@ -32,6 +32,7 @@ mod device;
 mod experts;
 mod experts_few;
 mod experts_many;
+mod ffn_few;
 mod gates;
 #[cfg(feature = "cuda")]
 pub mod interop;

@@ -1,23 +1,21 @@
 //! Which way a layer is computed.
 
-use super::MoeFfn;
 use super::dense::DenseLayer;
 #[cfg(feature = "cuda")]
 use super::plan::Stage;
 use super::view::View;
+use super::{MoeFfn, ffn_few};
 use crate::error::Result;
 
 /// Most tokens for which a choice streams the union of their experts.
 pub(super) const MAX_FEW_TOKENS: usize = 8;
-/// What that must save on reading weights to be chosen, in microseconds: routing, more launches and
-/// shorter reads than a dense product cost about as much (measured on an H200; kernels/NOTES.md).
-const FEW_OVERHEAD_US: f64 = 80.0;
-/// Bytes that a GPU with HBM3 reads in a microsecond.
-const BYTES_PER_US: f64 = 4e6;
 
 /// A way to compute the layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Path {
+    /// `few-fused`: streams the union of the tokens' experts, with routing inside; f16 and bf16 on Hopper,
+    /// up to 32 tokens.
+    FewFused,
     /// `few`: streams the union of the tokens' experts.
     Few,
     /// `expert-major`: each expert with its own tokens.
@@ -30,11 +28,13 @@ pub enum Path {
 
 impl Path {
     /// Every path.
-    pub const ALL: [Self; 4] = [Self::Few, Self::ExpertMajor, Self::DenseExact, Self::DenseMasked];
+    pub const ALL: [Self; 5] =
+        [Self::FewFused, Self::Few, Self::ExpertMajor, Self::DenseExact, Self::DenseMasked];
 
     /// Its name on the command line and in records.
     pub fn name(self) -> &'static str {
         match self {
+            Self::FewFused => "few-fused",
             Self::Few => "few",
             Self::ExpertMajor => "expert-major",
             Self::DenseExact => "dense-exact",
@@ -103,19 +103,52 @@ impl MoeFfn {
     pub(super) fn path(&self, num_tokens: usize, options: &PlanOptions) -> Path {
         match (options.path, options.fallback) {
             (Some(path), _) => path,
-            (None, _) if self.is_worth_streaming(num_tokens, options) => Path::Few,
-            (None, Fallback::Exact) => Path::DenseExact,
-            (None, Fallback::Masked) => Path::DenseMasked,
+            (None, fallback) => {
+                let dense = match fallback {
+                    Fallback::Exact => Path::DenseExact,
+                    Fallback::Masked => Path::DenseMasked,
+                };
+                let sparse = match self.few_fused(num_tokens) {
+                    Some(_) => Path::FewFused,
+                    None if num_tokens <= MAX_FEW_TOKENS => Path::Few,
+                    None => return dense,
+                };
+                let estimate = |path| self.estimate_us(path, num_tokens, options);
+                if estimate(sparse) < estimate(dense) { sparse } else { dense }
+            }
         }
     }
 
-    /// Whether the experts that nobody needs are worth the overhead, if tokens route independently.
-    fn is_worth_streaming(&self, num_tokens: usize, options: &PlanOptions) -> bool {
+    /// Microseconds that a path takes, from measurements on an H100 (kernels/NOTES.md): good enough to
+    /// choose by.
+    fn estimate_us(&self, path: Path, num_tokens: usize, options: &PlanOptions) -> f64 {
+        /// Launches, routing and sums of the fused path; of the other one; of two dense products; of
+        /// routing and masks beside these.
+        const OVERHEAD_US: [f64; 4] = [5.5, 45.0, 9.0, 6.0];
+        const BYTES_PER_US: f64 = 2.8e6;
         let neurons = self.neurons();
-        let skipped = (1.0 - options.density.unwrap_or(1.0)).powi(num_tokens.min(1 << 20) as i32);
         let rows = neurons.w_in.shape[0] + neurons.w_out.shape[0];
-        let bytes = (rows * neurons.d_model() * self.dtype().bytes()) as f64;
-        num_tokens <= MAX_FEW_TOKENS && skipped * bytes > FEW_OVERHEAD_US * BYTES_PER_US
+        let row_bytes = (neurons.d_model() * self.dtype().bytes()) as f64;
+        let all_us = rows as f64 * row_bytes / BYTES_PER_US;
+        // If tokens route independently.
+        let skipped = (1.0 - options.density.unwrap_or(1.0)).powi(num_tokens.min(1 << 20) as i32);
+        let union_us = (1.0 - skipped) * all_us;
+        match path {
+            // Every multiprocessor's share of y is written and read.
+            Path::FewFused => {
+                let shares = 132.0 * (num_tokens * neurons.d_model() * 8) as f64 / 4e6;
+                OVERHEAD_US[0] + union_us + shares
+            }
+            Path::Few => OVERHEAD_US[1] + union_us,
+            Path::DenseMasked => OVERHEAD_US[2] + OVERHEAD_US[3] + all_us,
+            Path::DenseExact | Path::ExpertMajor => OVERHEAD_US[2] + all_us,
+        }
+    }
+
+    /// The fused path for so many tokens, if it can do them.
+    pub(super) fn few_fused(&self, num_tokens: usize) -> Option<ffn_few::Shape> {
+        let router = self.router().view();
+        ffn_few::Shape::new(self.device(), self.neurons(), &router, self.dtype(), num_tokens)
     }
 
     /// What cuBLASLt has to do for at most so many tokens, if anything.
@@ -124,11 +157,11 @@ impl MoeFfn {
         max_tokens: usize,
         options: &PlanOptions,
     ) -> Result<Option<DenseLayer>> {
-        match self.path(max_tokens, options) {
+        match (options.path, options.fallback) {
             _ if max_tokens == 0 => Ok(None),
-            Path::DenseExact => self.exact().map(Some),
-            Path::DenseMasked => self.masked().map(Some),
-            Path::Few | Path::ExpertMajor => Ok(None),
+            (Some(Path::DenseExact), _) | (None, Fallback::Exact) => self.exact().map(Some),
+            (Some(Path::DenseMasked), _) | (None, Fallback::Masked) => self.masked().map(Some),
+            (Some(_), _) => Ok(None),
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::dense::{Dense, DenseLayer, DenseRun};
 use super::driver::RawStream;
 use super::places::Places;
+use super::router_select::check_router;
 use super::statistics::Counters;
 use super::view::{Arguments, Format, View, Workspace};
 use super::{
@@ -12,7 +13,9 @@ use super::{
     RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, gates, padding, route_index,
     router_select, select,
 };
-use crate::abi::{moefy_clear_invalid_params, moefy_split_valid_params};
+use crate::abi::{
+    moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_split_valid_params,
+};
 use crate::error::Result;
 use crate::ffn::Gate;
 
@@ -56,6 +59,13 @@ impl MoeFfn {
         options: PlanOptions,
         dense: impl FnOnce(&FfnPlan, DenseLayer) -> Result<Dense>,
     ) -> Result<FfnPlan> {
+        if options.path == Some(Path::FewFused) && self.few_fused(max_tokens).is_none() {
+            let check = Arguments { device: self.device(), op: "plan" };
+            let expected = "one that can do these sizes (few-fused is for f16 and bf16 on Hopper, \
+                            at most 32 tokens, d_model up to 4096 for 8 of them, and 512 experts)";
+            let got = format!("few-fused for {max_tokens} tokens");
+            return Err(check.error("path", expected, got));
+        }
         let mut plan = FfnPlan {
             ffn: self.clone(),
             max_tokens,
@@ -226,8 +236,11 @@ impl FfnPlan {
             if path == Path::DenseExact {
                 return self.run_dense(stream, y, inputs, [0, 0], op);
             }
+            if path == Path::FewFused && last == Stage::Experts {
+                return self.run_few_fused(stream, y, inputs, base, op);
+            }
             let (mask, gates) = self.route(stream, inputs, base, op)?;
-            if last == Stage::Route {
+            if last == Stage::Route || path == Path::FewFused {
                 return Ok(());
             }
             if path == Path::DenseMasked {
@@ -304,6 +317,50 @@ impl FfnPlan {
                 }
             }
         }
+    }
+
+    unsafe fn run_few_fused(
+        &self,
+        stream: RawStream,
+        y: View,
+        inputs: &FfnInputs,
+        base: u64,
+        op: Workspace,
+    ) -> Result<()> {
+        let (ffn, device) = (&self.ffn, self.ffn.device());
+        let check = Arguments { device, op: "ffn_few" };
+        let num_tokens = inputs.x.shape[0];
+        let shape = ffn.few_fused(num_tokens).expect("the path was chosen because it can");
+        let (neurons, _) = ffn.neurons().check(&check)?;
+        let (selection, view) = (ffn.selection(), ffn.router().view());
+        let valid = inputs.num_valid_tokens;
+        let (mut router, _) = check_router(&check, inputs.x, valid, &view, &selection)?;
+        router.status = check.optional_words("status", inputs.status, 1)?;
+        if self.counters.is_some() {
+            router.mask = base + self.places.mask;
+        }
+        let params = moefy_ffn_few_params {
+            neurons,
+            router,
+            scores: inputs.scores.map_or(0, |scores| scores.address),
+            y: y.address,
+            gate: match ffn.gate() {
+                Gate::One => moefy_gate::MOEFY_GATE_ONE,
+                Gate::Score => moefy_gate::MOEFY_GATE_SCORE,
+                Gate::Softmax => moefy_gate::MOEFY_GATE_SOFTMAX,
+                Gate::Renormalised => moefy_gate::MOEFY_GATE_RENORMALISED,
+            },
+            ..bytemuck::Zeroable::zeroed()
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            shape.launch(device, stream, &params, op.address)?;
+            if let Some(counters) = &self.counters {
+                let valid = valid.map_or(0, |valid| valid.address);
+                counters.add(device, stream, router.mask, num_tokens, valid)?;
+            }
+        }
+        Ok(())
     }
 
     unsafe fn run_dense(

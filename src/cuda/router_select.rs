@@ -13,16 +13,22 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::ffn::{MlpKind, Router, Selection};
 
-/// One kernel does everything up to here: beyond, its blocks would read the weights too often.
-/// On an H200 with d_model 768, 256 tokens take 10 µs here, and 50 µs by tiled products, which
-/// take as long for any number up to 2048.
-const MAX_FEW_TOKENS: usize = 1024;
+/// Up to here the rows of the first layer are dealt out, and each is read once for eight tokens: beyond,
+/// tiles read the weights less often.
+const MAX_FEW_TOKENS: usize = 2048;
 const MAX_FEW_EXPERTS: usize = 512;
-/// What every supported device gives to a block.
-const MAX_FEW_SHARED_BYTES: usize = 96 << 10;
+/// What every supported device gives to a block without being asked.
+const MAX_FEW_SHARED_BYTES: usize = 48 << 10;
+/// Rows of a block of the first layer.
+const FIRST_ROWS: u32 = 4;
+/// Tokens of its variants.
+const FIRST_TOKENS: [u32; 2] = [1, 8];
+/// Experts up to which the smaller variant of the second kernel does.
+const NARROW_EXPERTS: usize = 128;
 
 pub(super) struct Kernels {
-    few: PerDType,
+    first: [PerDType; 2],
+    select: [PerDType; 2],
     layer: PerDType,
     hidden_f16: Function,
     hidden_bf16: Function,
@@ -31,11 +37,30 @@ pub(super) struct Kernels {
 impl Kernels {
     pub(super) fn load(modules: &Modules) -> Result<Self> {
         let module = "router_select";
-        let few =
-            ["moefy_router_select_f32", "moefy_router_select_f16", "moefy_router_select_bf16"];
+        let first = [
+            ["moefy_router_first_f32_1", "moefy_router_first_f16_1", "moefy_router_first_bf16_1"],
+            ["moefy_router_first_f32_8", "moefy_router_first_f16_8", "moefy_router_first_bf16_8"],
+        ];
+        let select = [
+            [
+                "moefy_router_select_f32_2",
+                "moefy_router_select_f16_2",
+                "moefy_router_select_bf16_2",
+            ],
+            [
+                "moefy_router_select_f32_8",
+                "moefy_router_select_f16_8",
+                "moefy_router_select_bf16_8",
+            ],
+        ];
         let layer = ["moefy_router_layer_f32", "moefy_router_layer_f16", "moefy_router_layer_bf16"];
+        let both = |[small, large]: [[&'static str; 3]; 2], shared| -> Result<[PerDType; 2]> {
+            let load = |names| modules.per_dtype(module, names, shared);
+            Ok([load(small)?, load(large)?])
+        };
         Ok(Self {
-            few: modules.per_dtype(module, few, MAX_FEW_SHARED_BYTES)?,
+            first: both(first, 0)?,
+            select: both(select, MAX_FEW_SHARED_BYTES)?,
             layer: modules.per_dtype(module, layer, 0)?,
             hidden_f16: modules.function(module, "moefy_router_layer_hidden_f16", 0)?,
             hidden_bf16: modules.function(module, "moefy_router_layer_hidden_bf16", 0)?,
@@ -168,25 +193,17 @@ pub struct RouterSelectOutputs {
 
 /// Bytes of workspace that [`router_select`] needs for at most `num_tokens` tokens, scores wanted or
 /// not.
-pub fn router_select_workspace_bytes(
-    num_tokens: usize,
-    d_model: usize,
-    router: &RouterView,
-) -> usize {
+pub fn router_select_workspace_bytes(num_tokens: usize, router: &RouterView) -> usize {
     let (hidden, num_experts) = (router.hidden(), router.num_experts());
-    if few_shared_bytes(1, d_model, router).is_some() && num_tokens <= MAX_FEW_TOKENS {
-        return 0;
-    }
     num_tokens.saturating_mul(hidden.saturating_add(num_experts)).saturating_mul(4)
 }
 
-/// Shared memory of the one kernel for few tokens, if it can do these.
-fn few_shared_bytes(num_tokens: usize, d_model: usize, router: &RouterView) -> Option<usize> {
+/// Shared memory of the second kernel for few tokens, if they are few.
+fn few_shared_bytes(num_tokens: usize, router: &RouterView) -> Option<usize> {
     let num_experts = router.num_experts();
     let padded = |width: usize| width.checked_next_multiple_of(8);
-    let vectors = padded(d_model)?.checked_add(padded(router.hidden())?)?;
-    let words = vectors.checked_add(num_experts.checked_add(MAX_FEW_EXPERTS)?)?;
-    let bytes = words.checked_mul(4)?;
+    let vectors = padded(router.hidden())?.checked_add(padded(num_experts)?)?;
+    let bytes = vectors.checked_add(MAX_FEW_EXPERTS)?.checked_mul(4)?;
     let fits = num_tokens <= MAX_FEW_TOKENS
         && num_experts <= MAX_FEW_EXPERTS
         && bytes <= MAX_FEW_SHARED_BYTES;
@@ -215,16 +232,57 @@ pub unsafe fn router_select(
     workspace: Workspace,
 ) -> Result<()> {
     let check = Arguments { device, op: "router_select" };
+    let (params, dtype) = check_router(&check, x, num_valid_tokens, router, selection)?;
+    let (num_tokens, num_experts) = (x.shape[0], router.num_experts());
+    let scores = match outputs.scores {
+        Some(scores) => check.dense("scores", scores, Format::F32, [num_tokens, num_experts])?,
+        None => 0,
+    };
+    let needed = router_select_workspace_bytes(num_tokens, router);
+    let selected = outputs.selected;
+    let mask = [num_tokens, num_experts.div_ceil(32)];
+    let params = moefy_router_select_params {
+        first: check.workspace(workspace, needed)?,
+        scores,
+        mask: check.dense("mask", selected.mask, Format::Word, mask)?,
+        counts: check.optional_words("counts", selected.counts, num_tokens)?,
+        status: check.optional_words("status", selected.status, 1)?,
+        ..params
+    };
+    if num_tokens == 0 {
+        return Ok(());
+    }
+    device.context.bind()?;
+    // SAFETY: the arguments were checked, the rest is the caller's promise.
+    unsafe {
+        match few_shared_bytes(num_tokens, router) {
+            Some(shared_bytes) => {
+                launch_first(device, stream, &params, dtype)?;
+                let size = usize::from(num_experts > NARROW_EXPERTS);
+                let kernel = device.router_select.select[size].get(dtype);
+                let grid = [params.num_tokens, 1, 1];
+                kernel.launch_early(stream, grid, 256, shared_bytes, &params)
+            }
+            None => launch_many(device, stream, &params, dtype),
+        }
+    }
+}
+
+/// What the kernels take of tokens, router and rule; outputs and workspace are null.
+pub(super) fn check_router(
+    check: &Arguments<'_>,
+    x: View,
+    num_valid_tokens: Option<View>,
+    router: &RouterView,
+    selection: &Selection,
+) -> Result<(moefy_router_select_params, DType)> {
     let [num_tokens, d_model] = x.shape;
     let (num_experts, hidden) = (router.num_experts(), router.hidden());
-    let row_words = check_num_experts(&check, num_experts)?;
+    check_num_experts(check, num_experts)?;
     let dtype = match x.format {
         Format::Float(dtype) => dtype,
         Format::Word => return Err(check.error("x", "of type f32, f16 or bf16", x.format)),
     };
-    check.size("d_model", d_model)?;
-    check.size("hidden", hidden)?;
-    check.size("num_tokens", num_tokens)?;
     let alignment = |width: usize| if width.is_multiple_of(8) { 16 } else { dtype.bytes() };
     let weight = |name, view: View, shape: [usize; 2]| {
         check.dense(name, view, x.format, shape)?;
@@ -254,49 +312,41 @@ pub unsafe fn router_select(
             (moefy_router_kind::MOEFY_ROUTER_CENTROID, w, 0, norms)
         }
     };
-    let scores_shape = [num_tokens, num_experts];
-    let scores = match outputs.scores {
-        Some(scores) => check.dense("scores", scores, Format::F32, scores_shape)?,
-        None => 0,
-    };
-    let few = few_shared_bytes(num_tokens, d_model, router);
-    let needed = match few {
-        Some(_) => 0,
-        None => router_select_workspace_bytes(num_tokens, d_model, router),
-    };
-    let workspace = check.workspace(workspace, needed)?;
-    let selected = outputs.selected;
     let params = moefy_router_select_params {
         x: check.strided("x", x, x.format, x.shape, alignment(d_model))?,
         w1,
         w2,
         w1_scale,
-        scores,
-        mask: check.dense("mask", selected.mask, Format::Word, [num_tokens, row_words])?,
-        counts: check.optional_words("counts", selected.counts, num_tokens)?,
-        status: check.optional_words("status", selected.status, 1)?,
         num_valid_tokens: check.optional_words("num_valid_tokens", num_valid_tokens, 1)?,
         x_stride: x.row_stride as u64,
         selection: abi_selection(selection, num_experts)?,
         kind,
-        d_model: d_model as u32,
-        hidden: hidden as u32,
+        d_model: check.size("d_model", d_model)?,
+        hidden: check.size("hidden", hidden)?,
         num_experts: num_experts as u32,
+        num_tokens: check.size("num_tokens", num_tokens)?,
+        ..bytemuck::Zeroable::zeroed()
     };
-    if num_tokens == 0 {
-        return Ok(());
-    }
-    device.context.bind()?;
-    // SAFETY: the arguments were checked, the rest is the caller's promise.
-    unsafe {
-        match few {
-            Some(shared_bytes) => {
-                let kernel = device.router_select.few.get(dtype);
-                kernel.launch(stream, [num_tokens as u32, 1, 1], 512, shared_bytes, &params)
-            }
-            None => launch_many(device, stream, &params, num_tokens as u32, dtype, workspace),
-        }
-    }
+    Ok((params, dtype))
+}
+
+/// The first layer for few tokens.
+///
+/// # Safety
+/// The addresses must lead to what the parameters say, of at least one token, and the context must be
+/// bound.
+pub(super) unsafe fn launch_first(
+    device: &Device,
+    stream: RawStream,
+    params: &moefy_router_select_params,
+    dtype: DType,
+) -> Result<()> {
+    let width = if params.w2 == 0 { params.num_experts } else { params.hidden };
+    let size = usize::from(params.num_tokens > 1);
+    let grid = [width.div_ceil(FIRST_ROWS), params.num_tokens.div_ceil(FIRST_TOKENS[size]), 1];
+    let kernel = device.router_select.first[size].get(dtype);
+    // SAFETY: the caller's promise.
+    unsafe { kernel.launch_early(stream, grid, 32 * FIRST_ROWS, 0, params) }
 }
 
 /// One product per layer, then the selection.
@@ -304,9 +354,7 @@ unsafe fn launch_many(
     device: &Device,
     stream: RawStream,
     params: &moefy_router_select_params,
-    num_tokens: u32,
     dtype: DType,
-    workspace: u64,
 ) -> Result<()> {
     use moefy_router_activation as Activation;
     use moefy_router_kind as Kind;
@@ -324,9 +372,9 @@ unsafe fn launch_many(
     };
     let unit_norm =
         matches!(params.kind, Kind::MOEFY_ROUTER_MOEFICATION | Kind::MOEFY_ROUTER_CENTROID);
-    let hidden = workspace;
+    let (num_tokens, hidden) = (params.num_tokens, params.first);
     let scores = match params.scores {
-        0 => workspace + 4 * u64::from(num_tokens) * u64::from(params.hidden),
+        0 => hidden + 4 * u64::from(num_tokens) * u64::from(params.hidden),
         scores => scores,
     };
     let layer = |kernel: &Function, layer: moefy_router_layer_params| {

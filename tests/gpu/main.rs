@@ -6,6 +6,7 @@
 mod abi;
 mod bad_input;
 mod experts;
+mod ffn_few;
 mod harness;
 mod interop;
 mod plan;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         abi::tests(),
         bad_input::tests(),
         experts::tests(),
+        ffn_few::tests(),
         plan::tests(),
         interop::tests(),
         route_index::tests(),

@@ -145,9 +145,20 @@ fn every_path(gpu: &Gpu) {
         for shape in [PLAIN, GLU] {
             let layer = random_layer(rng, shape, dtype);
             for path in Path::ALL {
-                let max_tokens = if is_small() { 19 } else { 130 };
+                let mut max_tokens = if is_small() { 19 } else { 130 };
+                if path == Path::FewFused {
+                    max_tokens = 32;
+                    if dtype == DType::F32 || gpu.device.properties().compute_capability != (9, 0) {
+                        refuses(gpu, &layer, max_tokens);
+                        continue;
+                    }
+                    refuses(gpu, &layer, 33);
+                }
                 let mut case = Case::new(gpu, &layer, shape, max_tokens, forced(path));
-                for num_tokens in sizes(&[0, 1, 2, 7, 19, 33, 130], 19) {
+                for num_tokens in sizes(&[0, 1, 2, 7, 19, 32, 33, 130], 19) {
+                    if num_tokens > max_tokens {
+                        continue;
+                    }
                     let x = tokens(rng, num_tokens, shape.d_model, dtype);
                     let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
                     case.write(&x, &mask);
@@ -170,6 +181,15 @@ fn every_path(gpu: &Gpu) {
             }
         }
     }
+}
+
+/// A path that cannot do so many tokens, or this type.
+fn refuses(gpu: &Gpu, layer: &ffn::MoeFfn, max_tokens: usize) {
+    let on_device = Arc::new(MoeFfn::new(&gpu.device, layer).expect("memory"));
+    let error = on_device.plan(max_tokens, forced(Path::FewFused)).err().expect("a refusal");
+    let message = error.to_string();
+    let words = ["plan", "few-fused", &max_tokens.to_string()];
+    words.iter().for_each(|word| assert!(message.contains(word), "{message:?} lacks {word:?}"));
 }
 
 fn automatic(gpu: &Gpu) {
@@ -243,7 +263,15 @@ fn statistics(gpu: &Gpu) {
 
 fn replays_with_other_inputs(gpu: &Gpu) {
     let rng = &mut gpu.rng();
-    for (path, num_tokens) in [(Path::Few, 5), (Path::ExpertMajor, 40), (Path::DenseMasked, 40)] {
+    let cases = [
+        (Path::FewFused, 1),
+        (Path::FewFused, 8),
+        (Path::FewFused, 32),
+        (Path::Few, 5),
+        (Path::ExpertMajor, 40),
+        (Path::DenseMasked, 40),
+    ];
+    for (path, num_tokens) in cases {
         let layer = random_layer(rng, PLAIN, DType::BF16);
         let mut case = Case::new(gpu, &layer, PLAIN, num_tokens, forced(path));
         let graph = gpu.capture(|stream| case.launch(stream, num_tokens, false)).expect("kernels");

@@ -74,7 +74,7 @@ impl Case {
         let weights = weights.view();
         let num_experts = weights.num_experts();
         let row_words = num_experts.div_ceil(32);
-        let bytes = router_select_workspace_bytes(num_tokens, d_model, &weights);
+        let bytes = router_select_workspace_bytes(num_tokens, &weights);
         let memory = Output::new(gpu, bytes);
         let workspace = Workspace { address: memory.address(), bytes };
         let num_valid = gpu.input(&[valid as u32]);
