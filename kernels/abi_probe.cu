@@ -10,7 +10,7 @@ extern "C" __global__ void moefy_abi_probe(const __grid_constant__ moefy_abi_pro
   constexpr uint32_t kLayout[] = {
       LAYOUT(moefy_abi_probe_params, num_words),
       LAYOUT(moefy_selection, max_experts),
-      LAYOUT(moefy_select_params, num_experts),
+      LAYOUT(moefy_select_params, reserved),
       LAYOUT(moefy_router_select_params, reserved),
       LAYOUT(moefy_router_layer_params, reserved),
       LAYOUT(moefy_route_index_params, reserved),

@@ -18,16 +18,19 @@ __device__ __forceinline__ float warp_sum(float value) {
 // ---- few tokens ----
 
 constexpr uint32_t kFewWarps = 4;
+constexpr uint32_t kSelectThreads = 512;
 
-// first[t, n] = activation(<w1[n], x[t]> * scale), a warp for each output n and kTokens tokens.
-template <bool kAligned, class T, int kTokens>
+// first[t, n] = activation(<w1[n], x[t]> * scale), a warp for each output n and kTokens tokens; d_model % 8 == 0.
+template <class T, int kTokens>
 __device__ __forceinline__ void first_layer(const moefy_router_select_params& p) {
+  constexpr int kBatch = kTokens == 1 ? 4 : 1;  // loads under way at a time
   const uint32_t width = first_width(p);
   const uint32_t n = blockIdx.x * kFewWarps + threadIdx.x / 32;
   const uint32_t token0 = blockIdx.y * kTokens;
   launch_dependents();
   if (n >= width) return;
   const T* __restrict__ w = static_cast<const T*>(p.w1) + static_cast<uint64_t>(n) * p.d_model;
+#pragma unroll 1
   for (uint32_t k = lane_id() * (128 / sizeof(T)); k < p.d_model; k += 32 * (128 / sizeof(T))) prefetch(w + k);
   const float w_scale = p.w1_scale == nullptr ? 1.0f : p.w1_scale[n];
   wait_for_dependencies();
@@ -39,70 +42,78 @@ __device__ __forceinline__ void first_layer(const moefy_router_select_params& p)
   }
   const bool unit_norm = has_unit_norm(p.kind);
   float sums[kTokens] = {}, squares[kTokens] = {};
-#pragma unroll(kTokens == 1 ? 8 : 1)
-  for (uint32_t k = lane_id() * 8; k < p.d_model; k += 32 * 8) {
-    Eight<T> weights, in[kTokens];
-    weights.template load<kAligned>(w, k, p.d_model);
+#pragma unroll 1
+  for (uint32_t first = lane_id() * 8; first < p.d_model; first += kBatch * 32 * 8) {
+    Eight<T> weights[kBatch], in[kBatch][kTokens];
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) in[t].template load_fresh<kAligned>(x[t], k, p.d_model);
-    float row[8];
-    weights.to_floats(row);
+    for (int i = 0; i < kBatch; ++i) {
+      weights[i].template load<true>(w, first + i * 256, p.d_model);
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      float values[8];
-      in[t].to_floats(values);
+      for (int t = 0; t < kTokens; ++t) in[i][t].load_fresh(x[t], first + i * 256, p.d_model);
+    }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        sums[t] = fmaf(row[i], values[i], sums[t]);
-        if (unit_norm) squares[t] = fmaf(values[i], values[i], squares[t]);
+    for (int i = 0; i < kBatch; ++i) {
+      float row[8];
+      weights[i].to_floats(row);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        float values[8];
+        in[i][t].to_floats(values);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          sums[t] = fmaf(row[j], values[j], sums[t]);
+          if (unit_norm) squares[t] = fmaf(values[j], values[j], squares[t]);
+        }
       }
     }
   }
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    const float sum = warp_sum(sums[t]);
-    const float scale = unit_norm ? inverse_norm(warp_sum(squares[t])) * w_scale : w_scale;
-    if (lane_id() == 0 && token0 + t < p.num_tokens) {
-      p.first[static_cast<uint64_t>(token0 + t) * width + n] = activate(first_activation(p.kind), sum * scale);
-    }
+    sums[t] = warp_sum(sums[t]) * w_scale;
+    if (unit_norm) sums[t] *= inverse_norm(warp_sum(squares[t]));
+  }
+  // Lane t has the sum of token t.
+  float own = sums[0];
+#pragma unroll
+  for (int t = 1; t < kTokens; ++t) own = lane_id() == uint32_t(t) ? sums[t] : own;
+  const uint32_t token = token0 + lane_id();
+  if (lane_id() < kTokens && token < p.num_tokens) {
+    p.first[static_cast<uint64_t>(token) * width + n] = activate(first_activation(p.kind), own);
   }
 }
 
-// The rest, a block for each token.
-template <bool kAligned, class T, int kRounds>
+// The rest, a block for each token; hidden % 8 == 0.
+template <class T>
 __device__ __forceinline__ void select_from_first(const moefy_router_select_params& p) {
   extern __shared__ __align__(16) float shared[];
   const uint32_t width = first_width(p);
   float* const in = shared;
-  float* const scores = p.w2 == nullptr ? in : in + padded(width);
-  uint32_t* const scratch = reinterpret_cast<uint32_t*>(scores + padded(p.num_experts));
+  float* const scores = p.w2 == nullptr ? in : in + padded_first(width);
+  uint32_t* const memory = reinterpret_cast<uint32_t*>(in + padded_first(width) + round_up_32(p.num_experts));
   const uint32_t token = blockIdx.x;
 
   launch_dependents();
-  SecondLayer<kAligned, T, kRounds> second;
-  if (p.w2 != nullptr) second.load(p);
-  wait_for_dependencies();
-  const bool valid = p.num_valid_tokens == nullptr || token < __ldcg(p.num_valid_tokens);
-  for (uint32_t i = threadIdx.x; i < padded(width); i += blockDim.x) {
-    in[i] = valid && i < width ? __ldcg(p.first + static_cast<uint64_t>(token) * width + i) : 0.0f;
+  const T* const w2 = static_cast<const T*>(p.w2);
+  for (uint32_t k = threadIdx.x * (128 / sizeof(T)); k < p.num_experts * p.hidden;
+       k += kSelectThreads * (128 / sizeof(T))) {
+    prefetch(w2 + k);
   }
+  wait_for_dependencies();
+  load_first(p, token, 1, in);
   __syncthreads();
-  if (p.w2 != nullptr) {
-    if (valid) {
-      second.run(p, in, scores);
-    } else {
-      for (uint32_t e = threadIdx.x; e < p.num_experts; e += blockDim.x) scores[e] = 0.0f;
-    }
+  if (w2 != nullptr) {
+    second_layer(p, w2, in, 1, scores, p.num_experts);
     __syncthreads();
   }
+  const bool valid = p.num_valid_tokens == nullptr || token < __ldcg(p.num_valid_tokens);
   if (p.scores != nullptr) {
-    for (uint32_t e = threadIdx.x; e < p.num_experts; e += blockDim.x) {
-      p.scores[static_cast<uint64_t>(token) * p.num_experts + e] = scores[e];
+    for (uint32_t e = threadIdx.x; e < p.num_experts; e += kSelectThreads) {
+      p.scores[static_cast<uint64_t>(token) * p.num_experts + e] = valid ? scores[e] : 0.0f;
     }
   }
   if (threadIdx.x >= 32) return;
   const SelectOutputs outputs{p.mask, p.counts, p.status};
-  select_row(Team<1>{}, scores, token, valid, p.num_experts, p.selection, outputs, scratch);
+  select_row(scores, token, valid, p.num_experts, p.selection, outputs, memory);
 }
 
 // ---- many tokens ----
@@ -175,25 +186,17 @@ __device__ __forceinline__ void router_layer(const moefy_router_layer_params& p)
 
 }  // namespace moefy
 
-#define ROUTER_FIRST(suffix, type, tokens)                                                \
+#define ROUTER_FIRST(suffix, type, tokens)                                                  \
   extern "C" __global__ void __launch_bounds__(128) moefy_router_first_##suffix##_##tokens( \
-      const __grid_constant__ moefy_router_select_params p) {                             \
-    if (p.d_model % 8 == 0) {                                                             \
-      moefy::first_layer<true, type, tokens>(p);                                          \
-    } else {                                                                              \
-      moefy::first_layer<false, type, tokens>(p);                                         \
-    }                                                                                     \
+      const __grid_constant__ moefy_router_select_params p) {                               \
+    moefy::first_layer<type, tokens>(p);                                                    \
   }
-// Dynamic shared memory: the outputs of the first layer, then num_experts, each up to a multiple of 8, then 512 words.
-// num_experts <= 64 * rounds.
-#define ROUTER_SELECT(suffix, type, rounds)                                                \
-  extern "C" __global__ void __launch_bounds__(256) moefy_router_select_##suffix##_##rounds( \
-      const __grid_constant__ moefy_router_select_params p) {                              \
-    if (p.hidden % 8 == 0) {                                                               \
-      moefy::select_from_first<true, type, rounds>(p);                                     \
-    } else {                                                                               \
-      moefy::select_from_first<false, type, rounds>(p);                                    \
-    }                                                                                      \
+// Dynamic shared memory: the outputs of the first layer up to a multiple of 128, num_experts up to a multiple of 32, and
+// what select_row takes.
+#define ROUTER_SELECT(suffix, type)                                               \
+  extern "C" __global__ void __launch_bounds__(512) moefy_router_select_##suffix( \
+      const __grid_constant__ moefy_router_select_params p) {                     \
+    moefy::select_from_first<type>(p);                                            \
   }
 #define ROUTER_LAYER(suffix, in, w)                                                   \
   extern "C" __global__ void __launch_bounds__(256, 2) moefy_router_layer_##suffix(   \
@@ -211,12 +214,9 @@ ROUTER_FIRST(f16, __half, 1)
 ROUTER_FIRST(f16, __half, 8)
 ROUTER_FIRST(bf16, __nv_bfloat16, 1)
 ROUTER_FIRST(bf16, __nv_bfloat16, 8)
-ROUTER_SELECT(f32, float, 2)
-ROUTER_SELECT(f32, float, 8)
-ROUTER_SELECT(f16, __half, 2)
-ROUTER_SELECT(f16, __half, 8)
-ROUTER_SELECT(bf16, __nv_bfloat16, 2)
-ROUTER_SELECT(bf16, __nv_bfloat16, 8)
+ROUTER_SELECT(f32, float)
+ROUTER_SELECT(f16, __half)
+ROUTER_SELECT(bf16, __nv_bfloat16)
 
 ROUTER_LAYER(f32, float, float)
 ROUTER_LAYER(f16, __half, __half)

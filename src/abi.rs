@@ -70,10 +70,12 @@ pub struct moefy_select_params {
     pub selection: moefy_selection,
     pub num_tokens: u32,
     pub num_experts: u32,
+    pub words_per_warp: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_select_params"][::std::mem::size_of::<moefy_select_params>() - 72usize];
+    ["Size of moefy_select_params"][::std::mem::size_of::<moefy_select_params>() - 80usize];
     ["Alignment of moefy_select_params"][::std::mem::align_of::<moefy_select_params>() - 8usize];
     ["Offset of field: moefy_select_params::scores"]
         [::std::mem::offset_of!(moefy_select_params, scores) - 0usize];
@@ -93,6 +95,10 @@ const _: () = {
         [::std::mem::offset_of!(moefy_select_params, num_tokens) - 64usize];
     ["Offset of field: moefy_select_params::num_experts"]
         [::std::mem::offset_of!(moefy_select_params, num_experts) - 68usize];
+    ["Offset of field: moefy_select_params::words_per_warp"]
+        [::std::mem::offset_of!(moefy_select_params, words_per_warp) - 72usize];
+    ["Offset of field: moefy_select_params::reserved"]
+        [::std::mem::offset_of!(moefy_select_params, reserved) - 76usize];
 };
 impl moefy_router_kind {
     pub const MOEFY_ROUTER_LINEAR: moefy_router_kind = moefy_router_kind(0);

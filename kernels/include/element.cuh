@@ -35,19 +35,11 @@ struct Eight {
     }
   }
 
-  // The same from what another kernel wrote a moment ago: past the first-level cache.
-  template <bool kAligned>
+  // The same from what another kernel wrote a moment ago: past the first-level cache. Aligned.
   __device__ __forceinline__ void load_fresh(const T* row, uint32_t begin, uint32_t width) {
-    if constexpr (kAligned) {
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        vectors[i] = begin < width ? __ldcg(reinterpret_cast<const uint4*>(row + begin) + i) : uint4{};
-      }
-    } else {
-      T elements[8];
-#pragma unroll
-      for (uint32_t i = 0; i < 8; ++i) elements[i] = begin + i < width ? __ldcg(row + begin + i) : T(0.0f);
-      memcpy(vectors, elements, sizeof(vectors));
+    for (int i = 0; i < kVectors; ++i) {
+      vectors[i] = begin < width ? __ldcg(reinterpret_cast<const uint4*>(row + begin) + i) : uint4{};
     }
   }
 

@@ -70,6 +70,8 @@ typedef struct moefy_select_params {
   moefy_selection selection;
   uint32_t num_tokens;
   uint32_t num_experts;
+  uint32_t words_per_warp; /* of shared memory */
+  uint32_t reserved;
 } moefy_select_params;
 
 typedef enum moefy_router_kind {

@@ -1,7 +1,6 @@
 // What the kernels of routers share: activations, and the second layer for few tokens.
 #pragma once
 
-#include "dependency.cuh"
 #include "element.cuh"
 #include "team.cuh"
 
@@ -41,74 +40,82 @@ __device__ __forceinline__ uint32_t first_width(const moefy_router_select_params
   return p.w2 == nullptr ? p.num_experts : p.hidden;
 }
 
-/// A vector in shared memory, zero up to a multiple of 8.
-__host__ __device__ constexpr uint32_t padded(uint32_t width) { return (width + 7) / 8 * 8; }
+/// Four threads share a dot product, 8 inputs at a time.
+constexpr uint32_t kSecondDepth = 128;
+/// Elements from one token's inputs to the next in shared memory, zeros at the end.
+__host__ __device__ constexpr uint32_t padded_first(uint32_t width) {
+  return (width + kSecondDepth - 1) / kSecondDepth * kSecondDepth;
+}
 
-/// The second layer in a block of 256 threads, four of which share the dot product of an expert, for up to 64 * kRounds
-/// experts. Most weights are held in registers: they can be loaded before the inputs are there.
-template <bool kAligned, class T, int kRounds>
-struct SecondLayer {
-  static constexpr uint32_t kQuads = 64;
-  static constexpr int kHeld = kRounds * sizeof(T) > 16 ? 1 : kRounds > 2 ? 2 : 4;  // more would spill
-  Eight<T> held[kRounds][kHeld];
-
-  static __device__ __forceinline__ uint32_t expert(int round) { return threadIdx.x / 4 + round * kQuads; }
-  static __device__ __forceinline__ uint32_t input(int chunk) { return (threadIdx.x % 4 + chunk * 4) * 8; }
-
-  static __device__ __forceinline__ const T* row(const moefy_router_select_params& p, int round) {
-    return static_cast<const T*>(p.w2) + static_cast<uint64_t>(min(expert(round), p.num_experts - 1)) * p.hidden;
-  }
-
-  __device__ __forceinline__ void load(const moefy_router_select_params& p) {
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) held[round][i].template load<kAligned>(row(p, round), input(i), p.hidden);
-      for (int i = kHeld; input(i) < p.hidden; i += 2) prefetch(row(p, round) + input(i));
+/// Brings what the first layer gave for some tokens to shared memory.
+__device__ __forceinline__ void load_first(const moefy_router_select_params& p, uint32_t token0, uint32_t num_tokens,
+                                           float* in) {
+  const uint32_t width = first_width(p), stride = padded_first(width);
+  const float* first = p.first + static_cast<uint64_t>(token0) * width;
+  for (uint32_t i = threadIdx.x * 4; i < num_tokens * stride; i += blockDim.x * 4) {
+    const uint32_t token = i / stride, k = i % stride;
+    float4 v = {};
+    // Widths of hidden layers are multiples of 8 here, numbers of experts may be anything.
+    if (width % 4 == 0) {
+      if (k < width) v = __ldcg(reinterpret_cast<const float4*>(first + token * width + k));
+    } else {
+      const float* row = first + token * width;
+      if (k < width) v.x = __ldcg(row + k);
+      if (k + 1 < width) v.y = __ldcg(row + k + 1);
+      if (k + 2 < width) v.z = __ldcg(row + k + 2);
+      if (k + 3 < width) v.w = __ldcg(row + k + 3);
     }
+    *reinterpret_cast<float4*>(in + i) = v;
   }
+}
 
-  static __device__ __forceinline__ float dot(const Eight<T>& weights, const float* in, uint32_t k, uint32_t width) {
-    if (k >= width) return 0.0f;
-    float w[8];
-    weights.to_floats(w);
-    const float4 low = *reinterpret_cast<const float4*>(in + k);
-    const float4 high = *reinterpret_cast<const float4*>(in + k + 4);
-    const float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum = fmaf(w[i], values[i], sum);
-    return sum;
-  }
-
-  /// Scores of one token, from its `in` in shared memory.
-  __device__ __forceinline__ void run(const moefy_router_select_params& p, const float* in, float* scores) const {
-    float sums[kRounds];
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      sums[round] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) sums[round] += dot(held[round][i], in, input(i), p.hidden);
-    }
+/// scores[t, e] = activation(<w2[e], in[t]>), by a block; w2 may lie in global or in shared memory.
+template <class T>
+__device__ __forceinline__ void second_layer(const moefy_router_select_params& p, const T* w2, const float* in,
+                                             uint32_t num_tokens, float* scores, uint32_t score_stride) {
+  const uint32_t stride = padded_first(p.hidden);
 #pragma unroll 1
-    for (int i = kHeld; input(i) < p.hidden; ++i) {
-      Eight<T> weights[kRounds];
+  for (uint32_t first = 0; first < p.hidden; first += kSecondDepth) {
+#pragma unroll 1
+    for (uint32_t e = threadIdx.x / 4; e < p.num_experts; e += blockDim.x / 4) {
+      Eight<T> rows[4];
+      float w[4][8];
 #pragma unroll
-      for (int round = 0; round < kRounds; ++round) {
-        weights[round].template load<kAligned>(row(p, round), input(i), p.hidden);
+      for (int i = 0; i < 4; ++i) {
+        rows[i].template load<true>(w2 + static_cast<uint64_t>(e) * p.hidden, first + (threadIdx.x % 4 + i * 4) * 8,
+                                    p.hidden);
       }
 #pragma unroll
-      for (int round = 0; round < kRounds; ++round) sums[round] += dot(weights[round], in, input(i), p.hidden);
-    }
+      for (int i = 0; i < 4; ++i) rows[i].to_floats(w[i]);
+#pragma unroll 1
+      for (uint32_t token = 0; token < num_tokens; ++token) {
+        const float4* from = reinterpret_cast<const float4*>(in + token * stride + first) + threadIdx.x % 4 * 2;
+        float sums[4];
 #pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      sums[round] += __shfl_xor_sync(kFullWarp, sums[round], 1);
-      sums[round] += __shfl_xor_sync(kFullWarp, sums[round], 2);
-      if (threadIdx.x % 4 == 0 && expert(round) < p.num_experts) {
-        scores[expert(round)] = activate(second_activation(p.kind), sums[round]);
+        for (int i = 0; i < 4; ++i) {
+          const float4 a = from[i * 8], b = from[i * 8 + 1];
+          sums[i] = w[i][0] * a.x;
+          sums[i] = fmaf(w[i][1], a.y, sums[i]);
+          sums[i] = fmaf(w[i][2], a.z, sums[i]);
+          sums[i] = fmaf(w[i][3], a.w, sums[i]);
+          sums[i] = fmaf(w[i][4], b.x, sums[i]);
+          sums[i] = fmaf(w[i][5], b.y, sums[i]);
+          sums[i] = fmaf(w[i][6], b.z, sums[i]);
+          sums[i] = fmaf(w[i][7], b.w, sums[i]);
+        }
+        float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        const uint32_t quad = 0xfu << (threadIdx.x % 32 / 4 * 4);
+        sum += __shfl_xor_sync(quad, sum, 1);
+        sum += __shfl_xor_sync(quad, sum, 2);
+        if (threadIdx.x % 4 == 0) {
+          float* at = scores + token * score_stride + e;
+          if (first > 0) sum += *at;
+          const bool is_last = first + kSecondDepth >= p.hidden;
+          *at = is_last ? activate(second_activation(p.kind), sum) : sum;
+        }
       }
     }
   }
-};
+}
 
 }  // namespace moefy

@@ -29,7 +29,7 @@ pub fn host_abi() -> Vec<u32> {
     layout![
         moefy_abi_probe_params.num_words,
         moefy_selection.max_experts,
-        moefy_select_params.num_experts,
+        moefy_select_params.reserved,
         moefy_router_select_params.reserved,
         moefy_router_layer_params.reserved,
         moefy_route_index_params.reserved,

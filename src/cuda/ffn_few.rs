@@ -3,7 +3,7 @@
 
 use super::driver::{Function, RawStream};
 use super::kernels::Modules;
-use super::router_select::launch_first;
+use super::router_select::{first_row_words, launch_first};
 use super::workspace::Layout;
 use super::{Device, Neurons, RouterView};
 use crate::abi::{
@@ -13,41 +13,45 @@ use crate::abi::{
 use crate::dtype::DType;
 use crate::error::Result;
 
-/// Tiles of tokens of the variants small to large.
-const TILES: [usize; 3] = [1, 2, 4];
-/// Neurons of a stage of the variants.
+/// Tiles of tokens and steps of 32 columns that a warp can own, of the variants, the better first.
+const VARIANTS: [(usize, usize); 4] = [(1, 4), (1, 16), (2, 8), (4, 4)];
+/// Neurons of a stage of each.
 const NEURONS: [usize; 2] = [8, 16];
 /// The most tokens.
-pub(super) const MAX_TOKENS: usize = TILES[2] * MOEFY_FFN_FEW_TILE as usize;
-/// Groups of 16 columns that a warp can own, times tiles.
-const MAX_COLUMNS: usize = 32;
+pub(super) const MAX_TOKENS: usize = 4 * MOEFY_FFN_FEW_TILE as usize;
 const WARPS: usize = MOEFY_FFN_FEW_THREADS as usize / 32;
-/// Bytes between rows in shared memory.
-const ROW_PAD: usize = 16;
 /// What sorting the scores of a selection takes of the ring, while it is empty.
 const SCRATCH_BYTES: usize = WARPS * MOEFY_FFN_FEW_EXPERTS as usize * 4;
+/// How far the last step may read beyond the last row.
+const SLACK_BYTES: usize = 64;
 
 /// A kernel, and how much dynamic shared memory it can have.
 type Variant = (Function, usize);
 
-pub(super) struct Kernels {
-    f16: ([[Variant; 2]; 3], Function),
-    bf16: ([[Variant; 2]; 3], Function),
+struct OfDType {
+    stream: [[Variant; 2]; 4],
+    combine: Function,
 }
 
-/// Names of entry points by tiles and neurons.
+pub(super) struct Kernels {
+    f16: OfDType,
+    bf16: OfDType,
+}
+
+/// Names of entry points.
 macro_rules! names {
     ($dtype:literal) => {
         [
-            names!(@ $dtype, "_1"),
-            names!(@ $dtype, "_2"),
-            names!(@ $dtype, "_4"),
+            names!(@ $dtype, "_1_4"),
+            names!(@ $dtype, "_1_16"),
+            names!(@ $dtype, "_2_8"),
+            names!(@ $dtype, "_4_4"),
         ]
     };
-    (@ $dtype:literal, $tiles:literal) => {
+    (@ $dtype:literal, $sizes:literal) => {
         [
-            concat!("moefy_ffn_few_", $dtype, $tiles, "_8"),
-            concat!("moefy_ffn_few_", $dtype, $tiles, "_16"),
+            concat!("moefy_ffn_few_", $dtype, $sizes, "_8"),
+            concat!("moefy_ffn_few_", $dtype, $sizes, "_16"),
         ]
     };
 }
@@ -56,13 +60,13 @@ impl Kernels {
     /// `None` where the device is no Hopper.
     pub(super) fn load(modules: &Modules, max_shared_bytes: usize) -> Result<Option<Self>> {
         let Some(module) = modules.module("sm90_ffn_few") else { return Ok(None) };
-        let load = |names: [[&'static str; 2]; 3], combine| {
-            let mut variants = Vec::with_capacity(6);
+        let load = |names: [[&'static str; 2]; 4], combine| {
+            let mut variants = Vec::with_capacity(8);
             for name in names.into_iter().flatten() {
                 variants.push(module.function_with_all_shared(name, max_shared_bytes)?);
             }
-            let variants = std::array::from_fn(|i| std::array::from_fn(|j| variants[i * 2 + j]));
-            Ok((variants, module.function(combine, 0)?))
+            let stream = std::array::from_fn(|i| std::array::from_fn(|j| variants[i * 2 + j]));
+            Ok(OfDType { stream, combine: module.function(combine, 0)? })
         };
         Ok(Some(Self {
             f16: load(names!("f16"), "moefy_ffn_few_combine_f16")?,
@@ -70,7 +74,7 @@ impl Kernels {
         }))
     }
 
-    fn of(&self, dtype: DType) -> Option<&([[Variant; 2]; 3], Function)> {
+    fn of(&self, dtype: DType) -> Option<&OfDType> {
         match dtype {
             DType::F32 => None,
             DType::F16 => Some(&self.f16),
@@ -104,36 +108,42 @@ impl Shape {
         dtype: DType,
         num_tokens: usize,
     ) -> Option<Self> {
-        let (variants, combine) = device.ffn_few.as_ref()?.of(dtype)?;
+        let kernels = device.ffn_few.as_ref()?.of(dtype)?;
         let (d_model, num_experts, hidden) =
             (neurons.d_model(), neurons.num_experts, router.hidden());
         let tiles = num_tokens.div_ceil(MOEFY_FFN_FEW_TILE as usize).max(1);
-        let size = TILES.iter().position(|&most| tiles <= most)?;
-        let columns = d_model.div_ceil(16).div_ceil(WARPS);
-        let fits = columns * TILES[size] <= MAX_COLUMNS
-            && num_experts <= MOEFY_FFN_FEW_EXPERTS as usize
-            && hidden.is_multiple_of(8);
-        if !fits {
+        let steps = d_model.div_ceil(32).div_ceil(WARPS);
+        let size = VARIANTS.iter().position(|&(t, s)| tiles <= t && steps <= s)?;
+        if num_experts > MOEFY_FFN_FEW_EXPERTS as usize || !hidden.is_multiple_of(8) {
             return None;
         }
         let width = if hidden == 0 { num_experts } else { hidden };
         let round_up = |bytes: usize| bytes.next_multiple_of(128);
-        let fixed = round_up(4 * num_tokens * num_experts)
-            + round_up(4 * num_tokens.checked_mul(width.checked_next_multiple_of(8)?)?);
+        let fixed = round_up(4 * num_tokens * num_experts.next_multiple_of(32))
+            + round_up(4 * num_tokens.checked_mul(first_row_words(router)?)?);
+        let num_blocks = device.properties().multiprocessors;
+        let row_bytes = d_model * dtype.bytes();
+        // As in the kernel.
+        let in_stride = (row_bytes + 63) / 128 * 128 + 64;
+        let out_stride = (row_bytes + 111) / 128 * 128 + 16;
+        let of_router = num_experts.checked_mul(hidden)?.checked_mul(dtype.bytes())?;
         // As many neurons a stage as fit; a GLU's take two rows of a fragment each.
         let sizes = if neurons.glu { 0..1 } else { 0..2 };
         let ring = |which: usize| {
-            let (function, available) = variants[size][which];
-            let rows = NEURONS[which] * (neurons.halves() + 1);
-            let stage_bytes = rows * (d_model * dtype.bytes() + ROW_PAD);
-            let left = available.checked_sub(fixed)?;
-            let num_stages = (left / stage_bytes).min(MOEFY_FFN_FEW_STAGES as usize);
-            let ring_bytes = (num_stages * stage_bytes).max(SCRATCH_BYTES);
-            (num_stages > 0 && ring_bytes <= left).then_some((function, num_stages, ring_bytes))
+            let (function, available) = kernels.stream[size][which];
+            let stage_neurons = NEURONS[which];
+            let stage_bytes = stage_neurons * (neurons.halves() * in_stride + out_stride);
+            let left = available.checked_sub(fixed)?.checked_sub(SLACK_BYTES)?;
+            // No more than a block has neurons for.
+            let useful = (neurons.d_ff() + neurons.rank).div_ceil(num_blocks * stage_neurons);
+            let most = useful.clamp(1, MOEFY_FFN_FEW_STAGES as usize);
+            let num_stages = (left / stage_bytes).min(most);
+            let ring_bytes = (num_stages * stage_bytes).max(SCRATCH_BYTES).max(of_router);
+            let bytes = ring_bytes + SLACK_BYTES;
+            (num_stages > 0 && ring_bytes <= left).then_some((function, num_stages, bytes))
         };
         let (stream_kernel, num_stages, ring_bytes) = sizes.rev().find_map(ring)?;
 
-        let num_blocks = device.properties().multiprocessors;
         let mut layout = Layout::default();
         let first = layout.place(num_tokens.checked_mul(width)?, 4)?;
         let rows = num_blocks.checked_mul(num_tokens)?;
@@ -141,7 +151,7 @@ impl Shape {
         Some(Self {
             dtype,
             stream_kernel,
-            combine: *combine,
+            combine: kernels.combine,
             shared_bytes: fixed + ring_bytes,
             ring_bytes,
             num_stages,

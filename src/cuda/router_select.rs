@@ -2,12 +2,14 @@
 
 use super::driver::{Function, RawStream};
 use super::kernels::{Modules, PerDType};
-use super::select::{SelectOutputs, abi_selection, check_num_experts, launch_select};
+use super::select::{
+    SelectOutputs, abi_selection, check_num_experts, launch_select, selection_words,
+};
 use super::view::{Arguments, Format, View, Workspace};
 use super::{Buffer, Device};
 use crate::abi::{
     MOEFY_ROUTER_TILE, moefy_router_activation, moefy_router_kind, moefy_router_layer_params,
-    moefy_router_select_params, moefy_select_params,
+    moefy_router_select_params, moefy_select_params, moefy_selection,
 };
 use crate::dtype::DType;
 use crate::error::Result;
@@ -23,12 +25,12 @@ const MAX_FEW_SHARED_BYTES: usize = 48 << 10;
 const FIRST_ROWS: u32 = 4;
 /// Tokens of its variants.
 const FIRST_TOKENS: [u32; 2] = [1, 8];
-/// Experts up to which the smaller variant of the second kernel does.
-const NARROW_EXPERTS: usize = 128;
+/// Threads of a block of the second kernel.
+const SELECT_THREADS: u32 = 512;
 
 pub(super) struct Kernels {
     first: [PerDType; 2],
-    select: [PerDType; 2],
+    select: PerDType,
     layer: PerDType,
     hidden_f16: Function,
     hidden_bf16: Function,
@@ -37,31 +39,18 @@ pub(super) struct Kernels {
 impl Kernels {
     pub(super) fn load(modules: &Modules) -> Result<Self> {
         let module = "router_select";
-        let first = [
-            ["moefy_router_first_f32_1", "moefy_router_first_f16_1", "moefy_router_first_bf16_1"],
-            ["moefy_router_first_f32_8", "moefy_router_first_f16_8", "moefy_router_first_bf16_8"],
-        ];
-        let select = [
-            [
-                "moefy_router_select_f32_2",
-                "moefy_router_select_f16_2",
-                "moefy_router_select_bf16_2",
-            ],
-            [
-                "moefy_router_select_f32_8",
-                "moefy_router_select_f16_8",
-                "moefy_router_select_bf16_8",
-            ],
-        ];
+        let load = |names, shared_bytes| modules.per_dtype(module, names, shared_bytes);
+        let one =
+            ["moefy_router_first_f32_1", "moefy_router_first_f16_1", "moefy_router_first_bf16_1"];
+        let eight =
+            ["moefy_router_first_f32_8", "moefy_router_first_f16_8", "moefy_router_first_bf16_8"];
+        let select =
+            ["moefy_router_select_f32", "moefy_router_select_f16", "moefy_router_select_bf16"];
         let layer = ["moefy_router_layer_f32", "moefy_router_layer_f16", "moefy_router_layer_bf16"];
-        let both = |[small, large]: [[&'static str; 3]; 2], shared| -> Result<[PerDType; 2]> {
-            let load = |names| modules.per_dtype(module, names, shared);
-            Ok([load(small)?, load(large)?])
-        };
         Ok(Self {
-            first: both(first, 0)?,
-            select: both(select, MAX_FEW_SHARED_BYTES)?,
-            layer: modules.per_dtype(module, layer, 0)?,
+            first: [load(one, 0)?, load(eight, 0)?],
+            select: load(select, MAX_FEW_SHARED_BYTES)?,
+            layer: load(layer, 0)?,
             hidden_f16: modules.function(module, "moefy_router_layer_hidden_f16", 0)?,
             hidden_bf16: modules.function(module, "moefy_router_layer_hidden_bf16", 0)?,
         })
@@ -198,16 +187,29 @@ pub fn router_select_workspace_bytes(num_tokens: usize, router: &RouterView) -> 
     num_tokens.saturating_mul(hidden.saturating_add(num_experts)).saturating_mul(4)
 }
 
-/// Shared memory of the second kernel for few tokens, if they are few.
-fn few_shared_bytes(num_tokens: usize, router: &RouterView) -> Option<usize> {
-    let num_experts = router.num_experts();
-    let padded = |width: usize| width.checked_next_multiple_of(8);
-    let vectors = padded(router.hidden())?.checked_add(padded(num_experts)?)?;
-    let bytes = vectors.checked_add(MAX_FEW_EXPERTS)?.checked_mul(4)?;
-    let fits = num_tokens <= MAX_FEW_TOKENS
-        && num_experts <= MAX_FEW_EXPERTS
-        && bytes <= MAX_FEW_SHARED_BYTES;
-    fits.then_some(bytes)
+/// Shared memory of the second kernel for few tokens, if they are few and their rows aligned.
+fn few_shared_bytes(
+    num_tokens: usize,
+    d_model: usize,
+    router: &RouterView,
+    selection: &moefy_selection,
+) -> Option<usize> {
+    let (num_experts, hidden) = (router.num_experts(), router.hidden());
+    if num_tokens > MAX_FEW_TOKENS || num_experts > MAX_FEW_EXPERTS {
+        return None;
+    }
+    let bytes = 4
+        * (first_row_words(router)?
+            + num_experts.next_multiple_of(32)
+            + selection_words(selection, num_experts));
+    let is_aligned = d_model.is_multiple_of(8) && hidden.is_multiple_of(8);
+    (is_aligned && bytes <= MAX_FEW_SHARED_BYTES).then_some(bytes)
+}
+
+/// Words that the outputs of the first layer take of shared memory.
+pub(super) fn first_row_words(router: &RouterView) -> Option<usize> {
+    let width = if router.hidden() == 0 { router.num_experts() } else { router.hidden() };
+    width.checked_next_multiple_of(128)
 }
 
 /// Scores r and selection S(t) of tokens x \[num_tokens, d_model\], whose rows may lie apart. The
@@ -255,13 +257,12 @@ pub unsafe fn router_select(
     device.context.bind()?;
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe {
-        match few_shared_bytes(num_tokens, router) {
+        match few_shared_bytes(num_tokens, x.shape[1], router, &params.selection) {
             Some(shared_bytes) => {
                 launch_first(device, stream, &params, dtype)?;
-                let size = usize::from(num_experts > NARROW_EXPERTS);
-                let kernel = device.router_select.select[size].get(dtype);
+                let kernel = device.router_select.select.get(dtype);
                 let grid = [params.num_tokens, 1, 1];
-                kernel.launch_early(stream, grid, 256, shared_bytes, &params)
+                kernel.launch_early(stream, grid, SELECT_THREADS, shared_bytes, &params)
             }
             None => launch_many(device, stream, &params, dtype),
         }
@@ -422,6 +423,7 @@ unsafe fn launch_many(
         selection: params.selection,
         num_tokens,
         num_experts: params.num_experts,
+        ..bytemuck::Zeroable::zeroed()
     };
     unsafe { launch_select(device, stream, &select) }
 }

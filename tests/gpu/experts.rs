@@ -201,7 +201,7 @@ fn check(
 }
 
 /// A shape whose product with the tokens the reference can do in reasonable time.
-fn draw_shape(rng: &mut ChaCha8Rng, num_tokens: usize) -> Shape {
+pub fn draw_shape(rng: &mut ChaCha8Rng, num_tokens: usize) -> Shape {
     let budget = if is_small() { 2e6 } else { 1e8 };
     loop {
         let mut pick = |values: &[usize]| *values.choose(rng).expect("some");
