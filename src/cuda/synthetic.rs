@@ -120,6 +120,10 @@ impl Routing {
                 for token in 0..num_tokens {
                     let row = (first + token) % masks.num_tokens();
                     masks.experts(row).for_each(|expert| mask.insert(token, expert));
+                    if mask.count(token) == 0 {
+                        // Selection by a threshold runs one at least.
+                        mask.insert(token, 0);
+                    }
                 }
             }
             Self::Random { density } => {
