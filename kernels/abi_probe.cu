@@ -16,7 +16,7 @@ extern "C" __global__ void moefy_abi_probe(const __grid_constant__ moefy_abi_pro
       LAYOUT(moefy_route_index_params, reserved),
       LAYOUT(moefy_neurons, reserved),
       LAYOUT(moefy_experts_params, num_arrivals),
-      LAYOUT(moefy_ffn_few_params, ring_bytes),
+      LAYOUT(moefy_ffn_few_params, inverse_width),
       LAYOUT(moefy_gates_params, reserved),
       LAYOUT(moefy_activate_params, reserved),
       LAYOUT(moefy_clear_invalid_params, num_tokens),

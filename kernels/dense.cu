@@ -16,7 +16,7 @@ __device__ __forceinline__ void activate_hidden(const moefy_activate_params& p) 
   const uint32_t expert = neuron < routed_neurons(n) ? neuron / n.expert_width : kNoExpert;
   for (uint32_t token = blockIdx.y; token < p.num_tokens; token += gridDim.y) {
     const T* pre = static_cast<const T*>(p.pre) + token * pre_stride;
-    float value = neuron_value(n, neuron, to_float(pre[low]), to_float(pre[high]));
+    float value = neuron_value<T>(n, neuron, to_float(pre[low]), to_float(pre[high]));
     if (p.mask != nullptr && expert != kNoExpert) {
       const bool runs = selects(p.mask, n.num_experts, token, expert);
       value = runs ? value * gate_of(p.gates, n.num_experts, token, expert) : 0.0f;

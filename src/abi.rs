@@ -7,9 +7,10 @@ pub const MOEFY_STATUS_TOO_MANY_PAIRS: u32 = 4;
 pub const MOEFY_MAX_EXPERTS: u32 = 4096;
 pub const MOEFY_ROUTE_INDEX_SMALL: u32 = 256;
 pub const MOEFY_FFN_FEW_EXPERTS: u32 = 512;
+pub const MOEFY_FFN_FEW_STAGES: u32 = 8;
 pub const MOEFY_FFN_FEW_TILE: u32 = 8;
 pub const MOEFY_FFN_FEW_THREADS: u32 = 256;
-pub const MOEFY_FFN_FEW_STAGES: u32 = 8;
+pub const MOEFY_FFN_FEW_ROUTER_ROWS: u32 = 8;
 pub const MOEFY_FFN_FEW_COLUMNS: u32 = 64;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
@@ -427,36 +428,45 @@ pub struct moefy_gate(pub u32);
 pub struct moefy_ffn_few_params {
     pub neurons: moefy_neurons,
     pub router: moefy_router_select_params,
+    pub w2: u64,
     pub scores: u64,
     pub y: u64,
     pub partials: u64,
     pub gate: moefy_gate,
+    pub num_w2: u32,
     pub num_blocks: u32,
     pub num_stages: u32,
     pub ring_bytes: u32,
+    pub inverse_width: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 248usize];
+    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 264usize];
     ["Alignment of moefy_ffn_few_params"][::std::mem::align_of::<moefy_ffn_few_params>() - 8usize];
     ["Offset of field: moefy_ffn_few_params::neurons"]
         [::std::mem::offset_of!(moefy_ffn_few_params, neurons) - 0usize];
     ["Offset of field: moefy_ffn_few_params::router"]
         [::std::mem::offset_of!(moefy_ffn_few_params, router) - 80usize];
+    ["Offset of field: moefy_ffn_few_params::w2"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, w2) - 208usize];
     ["Offset of field: moefy_ffn_few_params::scores"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, scores) - 208usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, scores) - 216usize];
     ["Offset of field: moefy_ffn_few_params::y"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, y) - 216usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, y) - 224usize];
     ["Offset of field: moefy_ffn_few_params::partials"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, partials) - 224usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, partials) - 232usize];
     ["Offset of field: moefy_ffn_few_params::gate"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, gate) - 232usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, gate) - 240usize];
+    ["Offset of field: moefy_ffn_few_params::num_w2"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_w2) - 244usize];
     ["Offset of field: moefy_ffn_few_params::num_blocks"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, num_blocks) - 236usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_blocks) - 248usize];
     ["Offset of field: moefy_ffn_few_params::num_stages"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, num_stages) - 240usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_stages) - 252usize];
     ["Offset of field: moefy_ffn_few_params::ring_bytes"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, ring_bytes) - 244usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, ring_bytes) - 256usize];
+    ["Offset of field: moefy_ffn_few_params::inverse_width"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, inverse_width) - 260usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

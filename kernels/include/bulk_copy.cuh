@@ -9,11 +9,11 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
 }
 
-/// Makes initialised barriers, and shared memory that threads have written or read, known to the copy engine.
-__device__ __forceinline__ void fence_for_copies() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+/// Makes initialised barriers known to the copy engine.
+__device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+/// Makes what the thread has written or read in shared memory known to the copy engine, which writes there next.
+__device__ __forceinline__ void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 /// Begins a phase of the barrier that ends when so many bytes have arrived.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {

@@ -55,17 +55,20 @@ __device__ __forceinline__ NeuronConstants neuron_constants(const moefy_neurons&
   return c;
 }
 
-/// Activation of a neuron above its mean, from its pre-activations without biases. `up` counts for a GLU only.
+/// Activation of a neuron above its mean, from its pre-activations without biases, for a result of type T. `up` counts
+/// for a GLU only.
+template <class T>
 __device__ __forceinline__ float neuron_value(const moefy_neurons& n, uint32_t neuron, const NeuronConstants& c,
                                               float pre, float up) {
   if (neuron >= n.d_ff) return pre;
-  float value = activate(n.activation, pre + c.bias);
+  float value = activate<T>(n.activation, pre + c.bias);
   if (n.glu) value *= up + c.bias_up;
   return value - c.mean;
 }
 
+template <class T>
 __device__ __forceinline__ float neuron_value(const moefy_neurons& n, uint32_t neuron, float pre, float up) {
-  return neuron_value(n, neuron, neuron_constants(n, neuron), pre, up);
+  return neuron_value<T>(n, neuron, neuron_constants(n, neuron), pre, up);
 }
 
 }  // namespace moefy

@@ -25,12 +25,13 @@
 /* Threads of moefy_route_index_small. */
 #define MOEFY_ROUTE_INDEX_SMALL 256u
 
-/* moefy_ffn_few: experts and stages at most, tokens of a tile, threads of a block. */
+/* ffn_few: experts and stages at most, tokens of a tile, threads of a block, outputs of a block of the first launch,
+ * columns of a block of the last. */
 #define MOEFY_FFN_FEW_EXPERTS 512u
+#define MOEFY_FFN_FEW_STAGES 8u
 #define MOEFY_FFN_FEW_TILE 8u
 #define MOEFY_FFN_FEW_THREADS 256u
-#define MOEFY_FFN_FEW_STAGES 8u
-/* moefy_ffn_few_combine: columns of a block. */
+#define MOEFY_FFN_FEW_ROUTER_ROWS 8u
 #define MOEFY_FFN_FEW_COLUMNS 64u
 
 /* moefy_route_index_transpose: token blocks of 32 per chunk and round, and chunks * words of experts at most. */
@@ -209,17 +210,21 @@ typedef enum moefy_gate {
   MOEFY_GATE_RENORMALISED = 3
 } moefy_gate;
 
-/* A whole layer for few tokens, once the first layer of the router is there. */
+/* A whole layer for few tokens. Of `router`, w2 is not read, and counts and scores are not written; with a second layer,
+ * `first` is bf16 [num_tokens, 3, hidden]: three numbers whose sum is the f32 that the first layer gave. */
 typedef struct moefy_ffn_few_params {
   moefy_neurons neurons;
-  moefy_router_select_params router;  /* with x and num_tokens; `counts` and `scores` are not written */
-  MOEFY_PTR(const float) scores;      /* [num_tokens, num_experts] or null: read instead of the router's */
-  MOEFY_PTR(void) y;                  /* [num_tokens, d_model] */
-  MOEFY_PTR(float) partials;          /* [num_blocks, num_tokens, d_model] */
+  moefy_router_select_params router;
+  MOEFY_PTR(const void) w2;      /* bf16 [num_w2, num_experts, hidden], whose sum is w2, or null */
+  MOEFY_PTR(const float) scores; /* [num_tokens, num_experts] or null: read instead of the router's */
+  MOEFY_PTR(void) y;             /* [num_tokens, d_model] */
+  MOEFY_PTR(float) partials;     /* [num_blocks, num_tokens, d_model] */
   moefy_gate gate;
+  uint32_t num_w2;
   uint32_t num_blocks; /* that share the neurons */
   uint32_t num_stages; /* of the ring of rows in shared memory */
   uint32_t ring_bytes;
+  float inverse_width; /* 1 / expert_width */
 } moefy_ffn_few_params;
 
 /* Scores -> gates of moefy_experts_params. */

@@ -1,32 +1,24 @@
-// The op `ffn_few`: a whole layer for few tokens, once the first layer of the router is there. Two launches.
+// The op `ffn_few`: a whole layer for few tokens in three launches, each of which begins while the one before it runs.
 //
+// moefy_ffn_few_router computes the first layer of the router.
 // moefy_ffn_few: every block finishes the router and selects by itself, which costs less than to wait for another
 // launch. The executed neurons of the tokens' union are dealt out one by one over the blocks, so that any width of
 // expert fills the chip. A block streams whole rows of its neurons through a ring in shared memory, multiplies them with
 // all tokens, and keeps its share of y in registers: a warp owns a slice of d_model in both products.
 // moefy_ffn_few_combine adds the shares in their order.
-#include "bulk_copy.cuh"
-#include "dependency.cuh"
-#include "experts.cuh"
-#include "mma.cuh"
+//
+// For one token of a small layer, what costs is the number of instructions that wait for each other: loads are
+// predicated and never branched around, and code that runs once stays in loops.
+#include "ffn_few.cuh"
 #include "router.cuh"
 #include "select.cuh"
 
 namespace moefy {
+namespace few {
 namespace {
 
-constexpr int kThreads = MOEFY_FFN_FEW_THREADS;
-constexpr int kWarps = kThreads / 32;
-constexpr int kTile = MOEFY_FFN_FEW_TILE;
-constexpr int kIssuer = kWarps - 1;  // the warp that asks for rows
+constexpr int kIssuer = kWarps - 1;  // the warp that asks for rows while others multiply
 constexpr uint32_t kMaskWords = MOEFY_FFN_FEW_EXPERTS / 32;
-constexpr uint32_t kStepColumns = 32;  // columns of d_model of one step of a warp
-
-/// Bytes from one row of w_in to the next in shared memory, 64 more than a multiple of 128: two rows' 64 bytes side by
-/// side meet different banks.
-__device__ __forceinline__ uint32_t in_row_stride(uint32_t row_bytes) { return (row_bytes + 63) / 128 * 128 + 64; }
-/// The same of w_out, 16 more: so do eight rows' 16 bytes.
-__device__ __forceinline__ uint32_t out_row_stride(uint32_t row_bytes) { return (row_bytes + 111) / 128 * 128 + 16; }
 
 /// What a neuron in the ring is: where its weights are, and whose tokens it gets.
 struct RingEntry {
@@ -39,147 +31,226 @@ template <int kTiles>
 struct Fixed {
   uint64_t barriers[2][MOEFY_FFN_FEW_STAGES];  // rows of w_in, rows of w_out
   uint64_t router_barrier;
+  uint32_t max_keys[kTiles * kTile];  // of each token
   uint32_t masks[kTiles * kTile][kMaskWords];
+  uint32_t warp_counts[kWarps];
   uint32_t union_ids[MOEFY_FFN_FEW_EXPERTS];
   uint32_t token_bits[MOEFY_FFN_FEW_EXPERTS];
   RingEntry entries[MOEFY_FFN_FEW_STAGES][16];
-  alignas(16) float sums[kWarps][kTiles][16][kTile];
+  alignas(16) Sums<kTiles> sums;
   alignas(16) uint16_t hidden[kTiles][kTile][16];
 };
 
+__host__ __device__ constexpr uint32_t round_up_128(uint32_t bytes) { return (bytes + 127) / 128 * 128; }
+
 /// The rest, one after the other, each at a multiple of 128 bytes: the host adds up the same sizes.
 struct Sized {
-  float* scores;        // [num_tokens, round_up_32(num_experts)], then as keys, later gates
-  float* first;         // [num_tokens, padded_first(first_width)]
-  unsigned char* ring;  // before there are neurons: the second layer of the router, then what selection sorts
+  uint32_t* keys;        // [num_tokens, round_up_32(num_experts)], later gates
+  unsigned char* parts;  // [kParts * num_tokens] rows of `hidden` numbers of bf16
+  // Before there are neurons: the second layer of the router, then its products, then what selection sorts.
+  unsigned char* ring;
 
   __device__ Sized(const moefy_router_select_params& r, unsigned char* memory) {
-    const auto round_up = [](uint32_t bytes) { return (bytes + 127) / 128 * 128; };
-    scores = reinterpret_cast<float*>(memory);
-    memory += round_up(4 * r.num_tokens * round_up_32(r.num_experts));
-    first = reinterpret_cast<float*>(memory);
-    ring = memory + round_up(4 * r.num_tokens * padded_first(first_width(r)));
+    keys = reinterpret_cast<uint32_t*>(memory);
+    parts = memory + round_up_128(4 * r.num_tokens * round_up_32(r.num_experts));
+    ring = parts + (r.hidden == 0 ? 0 : kParts * r.num_tokens * in_row_stride(2 * r.hidden));
+    ring += (128 - (ring - memory) % 128) % 128;
   }
 };
 
-__device__ __forceinline__ float warp_max(float v) {
+/// The second layer of the router on tensor cores: products [num_experts, columns] of its rows with the parts of the
+/// first layer, whose sum is exact. A column is a part of a token; columns come in eights.
+template <int kTiles>
+__device__ __forceinline__ void second_layer(const moefy_ffn_few_params& p, const Fixed<kTiles>& fixed,
+                                             const Sized& shared, float* products, uint32_t columns) {
+  const moefy_router_select_params& r = p.router;
+  const uint32_t g = lane_id() / 4, t = lane_id() % 4;
+  const uint32_t row_bytes = 2 * r.hidden, part_stride = in_row_stride(row_bytes);
+  const uint32_t num_parts = kParts * r.num_tokens;
+  // 16 bytes at a time from the rows of `first` to shared memory.
+  for (uint32_t i = threadIdx.x; i < num_parts * (r.hidden / 8); i += kThreads) {
+    const uint32_t row = i / (r.hidden / 8), chunk = i % (r.hidden / 8);
+    const uint4 v = load_fresh_vector_if(true, reinterpret_cast<const uint4*>(r.first) + i);
+    *reinterpret_cast<uint4*>(shared.parts + row * part_stride + chunk * 16) = v;
+  }
+  __syncthreads();
+  barrier_wait(shared_address(&fixed.router_barrier), 0);
+  const uint32_t rows = shared_address(shared.ring);
+#pragma unroll 1
+  for (uint32_t column0 = 0; column0 < columns; column0 += 8) {
+    const uint32_t part = shared_address(shared.parts) + min(column0 + g, num_parts - 1) * part_stride;
+#pragma unroll 1
+    for (uint32_t k0 = 0; k0 < r.hidden; k0 += 128) {
+      uint4 b[4];
+      uint32_t at[4];
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, step));
-  return v;
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t k = k0 + i * 32 + t * 8;
+        at[i] = k < r.hidden ? 2 * k : 0;
+        b[i] = load_shared_vector(part + at[i]);
+        if (k >= r.hidden || column0 + g >= num_parts) b[i] = uint4{};
+      }
+#pragma unroll 1
+      for (uint32_t row0 = threadIdx.x / 32 * 16; row0 < r.num_experts; row0 += kWarps * 16) {
+        float c[4] = {};
+        const uint32_t low = min(row0 + g, r.num_experts - 1), high = min(row0 + g + 8, r.num_experts - 1);
+#pragma unroll 1
+        for (uint32_t w2 = 0; w2 < p.num_w2; ++w2) {
+          const uint32_t from = rows + w2 * r.num_experts * row_bytes;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const uint4 a = load_shared_vector(from + low * row_bytes + at[i]);
+            const uint4 d = load_shared_vector(from + high * row_bytes + at[i]);
+            const uint32_t first[4] = {a.x, d.x, a.y, d.y}, second[4] = {a.z, d.z, a.w, d.w};
+            mma(c, first, b[i].x, b[i].y, __nv_bfloat16());
+            mma(c, second, b[i].z, b[i].w, __nv_bfloat16());
+          }
+        }
+        float* to = products + (row0 + g) * columns + column0 + 2 * t;
+#pragma unroll
+        for (int half = 0; half < 2; ++half, to += 8 * columns) {
+          if (k0 > 0) {
+            c[2 * half] += to[0];
+            c[2 * half + 1] += to[1];
+          }
+          *reinterpret_cast<float2*>(to) = make_float2(c[2 * half], c[2 * half + 1]);
+        }
+      }
+    }
+  }
+  __syncthreads();
 }
 
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(kFullWarp, v, step);
-  return v;
+/// Scores as keys, and the largest of each token.
+template <int kTiles>
+__device__ __forceinline__ void score(const moefy_ffn_few_params& p, Fixed<kTiles>& fixed, const Sized& shared) {
+  const moefy_router_select_params& r = p.router;
+  const uint32_t stride = round_up_32(r.num_experts);
+  const uint32_t columns = (kParts * r.num_tokens + 7) / 8 * 8;
+  float* products = reinterpret_cast<float*>(shared.ring + round_up_128(p.num_w2 * r.num_experts * r.hidden * 2));
+  if (p.w2 != nullptr) second_layer(p, fixed, shared, products, columns);
+  const uint32_t num_valid = valid_tokens(r);
+#pragma unroll 1
+  for (uint32_t e = threadIdx.x; e < stride; e += kThreads) {
+    const bool exists = e < r.num_experts;
+#pragma unroll 1
+    for (uint32_t token = 0; token < r.num_tokens; ++token) {
+      float s = 0.0f;
+      if (p.w2 != nullptr) {
+        const float* of_parts = products + e * columns + token * kParts;
+        if (exists) s = activate(second_activation(r.kind), (of_parts[2] + of_parts[1]) + of_parts[0]);
+      } else if (exists) {
+        s = __ldcg(r.first + token * r.num_experts + e);
+      }
+      if (p.scores != nullptr && exists) s = __ldcg(p.scores + token * r.num_experts + e);
+      const uint32_t key = exists && token < num_valid ? score_key(s) : 0;
+      shared.keys[token * stride + e] = key;
+      const uint32_t largest = __reduce_max_sync(kFullWarp, key);
+      if (lane_id() == 0) atomicMax(&fixed.max_keys[token], largest);
+    }
+  }
+  __syncthreads();
+}
+
+/// Whether the thresholds follow from the largest scores alone: dynamic-k without a cap, on rows without special values.
+template <int kTiles>
+__device__ __forceinline__ bool is_plain_threshold(const moefy_ffn_few_params& p, const Fixed<kTiles>& fixed) {
+  const moefy_router_select_params& r = p.router;
+  const moefy_selection& rule = r.selection;
+  if (rule.rule != MOEFY_RULE_DYNAMIC_K || rule.max_experts < r.num_experts || p.gate != MOEFY_GATE_ONE) return false;
+  const uint32_t key = lane_id() < r.num_tokens ? fixed.max_keys[lane_id()] : 0;
+  const bool plain = key < kInfinityKey && key_score(key) > 0;
+  return __all_sync(kFullWarp, plain || lane_id() >= valid_tokens(r)) && rule.threshold > 0;
 }
 
 /// A row of keys becomes a row of gates; a warp does it.
 __device__ __forceinline__ void keys_to_gates(moefy_gate gate, uint32_t num_experts, const uint32_t* mask,
-                                              float* row) {
-  if (gate == MOEFY_GATE_ONE) return;
+                                              uint32_t* keys) {
+  float* row = reinterpret_cast<float*>(keys);
   float max = -INFINITY;
 #pragma unroll 1
   for (uint32_t e = lane_id(); e < num_experts; e += 32) {
-    const uint32_t key = __float_as_uint(row[e]);
-    row[e] = key == 0 ? -INFINITY : key_score(key);  // NaN counts as -inf
+    row[e] = keys[e] == 0 ? -INFINITY : key_score(keys[e]);  // NaN counts as -inf
     max = fmaxf(max, row[e]);
   }
   if (gate == MOEFY_GATE_SCORE) return;
-  max = warp_max(max);
   float sum = 0.0f;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, step));
 #pragma unroll 1
   for (uint32_t e = lane_id(); e < num_experts; e += 32) {
     row[e] = expf(row[e] - max);
     if (gate == MOEFY_GATE_SOFTMAX || (mask[e / 32] >> (e % 32) & 1)) sum += row[e];
   }
-  sum = warp_sum(sum);
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
 #pragma unroll 1
   for (uint32_t e = lane_id(); e < num_experts; e += 32) row[e] /= sum;
 }
 
-/// Asks for the second layer of the router; one thread does it.
-__device__ __forceinline__ void ask_for_router(const moefy_router_select_params& r, uint32_t element_bytes,
-                                               uint32_t to, uint32_t barrier) {
-  const uint32_t bytes = r.num_experts * r.hidden * element_bytes;
-  barrier_expect(barrier, bytes);
-  copy_bulk(to, r.w2, bytes, barrier);
-}
-
-/// Scores, masks and gates of all tokens.
-template <class T, int kTiles>
-__device__ __forceinline__ void route(const moefy_ffn_few_params& p, Fixed<kTiles>& fixed, const Sized& shared) {
+/// Any rule on any scores, a warp for a token.
+template <int kTiles>
+__device__ __forceinline__ void select_rows(const moefy_ffn_few_params& p, Fixed<kTiles>& fixed, const Sized& shared) {
   const moefy_router_select_params& r = p.router;
-  const uint32_t warp = threadIdx.x / 32;
-  const uint32_t stride = round_up_32(r.num_experts);
-  load_first(r, 0, r.num_tokens, shared.first);
-  __syncthreads();
-  if (r.w2 != nullptr) {
-    barrier_wait(shared_address(&fixed.router_barrier), 0);
-    second_layer(r, reinterpret_cast<const T*>(shared.ring), shared.first, r.num_tokens, shared.scores, stride);
-  } else {
-    for (uint32_t i = threadIdx.x; i < r.num_tokens * r.num_experts; i += kThreads) {
-      const uint32_t token = i / r.num_experts, e = i % r.num_experts;
-      shared.scores[token * stride + e] = shared.first[token * padded_first(r.num_experts) + e];
-    }
-  }
-  __syncthreads();
-  if (p.scores != nullptr) {
-    for (uint32_t i = threadIdx.x; i < r.num_tokens * r.num_experts; i += kThreads) {
-      shared.scores[i / r.num_experts * stride + i % r.num_experts] = __ldcg(p.scores + i);
-    }
-    __syncthreads();
-  }
-
-  const uint32_t num_valid = valid_tokens(r);
-  const uint32_t row_words = ceil_div(r.num_experts, 32);
+  const uint32_t warp = threadIdx.x / 32, num_valid = valid_tokens(r);
 #pragma unroll 1
   for (uint32_t token = warp; token < r.num_tokens; token += kWarps) {
-    float* row = shared.scores + token * stride;
-    uint32_t* keys = reinterpret_cast<uint32_t*>(row);
-    uint32_t* words = fixed.masks[token];
-#pragma unroll 1
-    for (uint32_t e = lane_id(); e < stride; e += 32) {
-      keys[e] = token < num_valid && e < r.num_experts ? score_key(row[e]) : 0;
-    }
-    __syncwarp();
+    uint32_t* keys = shared.keys + token * round_up_32(r.num_experts);
     uint32_t* scratch = reinterpret_cast<uint32_t*>(shared.ring) + warp * MOEFY_FFN_FEW_EXPERTS;
-    const bool selected = RowSelection{keys, scratch, r.num_experts, words}.run(r.selection);
+    const bool selected = RowSelection{keys, scratch, r.num_experts, fixed.masks[token]}.run(r.selection);
     __syncwarp();
-    if (blockIdx.x == 0) {
-      if (r.mask != nullptr && lane_id() < row_words) r.mask[token * row_words + lane_id()] = words[lane_id()];
-      if (r.status != nullptr && token < num_valid && !selected && lane_id() == 0) {
-        atomicOr(r.status, MOEFY_STATUS_ROW_WITHOUT_SCORE);
-      }
-    }
-    keys_to_gates(p.gate, r.num_experts, words, row);
+    const bool lost = blockIdx.x == 0 && r.status != nullptr && token < num_valid && !selected;
+    if (lost && lane_id() == 0) atomicOr(r.status, MOEFY_STATUS_ROW_WITHOUT_SCORE);
+    if (p.gate != MOEFY_GATE_ONE) keys_to_gates(p.gate, r.num_experts, fixed.masks[token], keys);
   }
-  // The copy engine writes next where threads have sorted.
-  if (r.selection.rule == MOEFY_RULE_CUMULATIVE_SHARE) fence_for_copies();
   __syncthreads();
 }
 
 /// The union of the tokens' experts, with the tokens of each; returns its size.
 template <int kTiles>
-__device__ __forceinline__ uint32_t unite(const moefy_router_select_params& r, Fixed<kTiles>& fixed) {
+__device__ __forceinline__ uint32_t unite(const moefy_ffn_few_params& p, Fixed<kTiles>& fixed, const Sized& shared) {
+  const moefy_router_select_params& r = p.router;
+  const uint32_t stride = round_up_32(r.num_experts);
+  const bool plain = is_plain_threshold(p, fixed);
+  if (!plain) select_rows(p, fixed, shared);
+  const bool writes = blockIdx.x == 0 && r.mask != nullptr;
   uint32_t size = 0;
 #pragma unroll 1
   for (uint32_t first = 0; first < r.num_experts; first += kThreads) {
     const uint32_t expert = first + threadIdx.x;
     uint32_t bits = 0;
-    if (expert < r.num_experts) {
 #pragma unroll 1
-      for (uint32_t token = 0; token < r.num_tokens; ++token) {
-        bits |= (fixed.masks[token][expert / 32] >> (expert % 32) & 1) << token;
+    for (uint32_t token = 0; token < r.num_tokens; ++token) {
+      bool selects = false;
+      if (expert < r.num_experts) {
+        const uint32_t least = max(score_key(r.selection.threshold * key_score(fixed.max_keys[token])), 1u);
+        selects = plain ? shared.keys[token * stride + expert] >= least
+                        : fixed.masks[token][expert / 32] >> (expert % 32) & 1;
       }
-      fixed.token_bits[expert] = bits;
+      bits |= uint32_t(selects) << token;
+      if (writes) {
+        const uint32_t word = __ballot_sync(kFullWarp, selects);
+        if (lane_id() == 0 && expert < r.num_experts) r.mask[token * (stride / 32) + expert / 32] = word;
+      }
     }
     const uint32_t present = __ballot_sync(kFullWarp, bits != 0);
-    const Team<kWarps> team;
-    const uint2 sums = team.sum_before_and_all(__popc(present));
-    if (bits != 0) fixed.union_ids[size + sums.x + __popc(present & ((1u << lane_id()) - 1))] = expert;
-    size += sums.y;
+    if (first > 0) __syncthreads();  // the last counts have been read
+    if (lane_id() == 0) fixed.warp_counts[threadIdx.x / 32] = __popc(present);
+    __syncthreads();
+    uint32_t rank = size + __popc(present & ((1u << lane_id()) - 1));
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const uint32_t count = fixed.warp_counts[w];
+      rank += w < int(threadIdx.x / 32) ? count : 0;
+      size += count;
+    }
+    if (bits != 0) {
+      fixed.union_ids[rank] = expert;
+      fixed.token_bits[expert] = bits;
+    }
   }
+  // The copy engine writes next where threads have written.
+  fence_for_copies();
   __syncthreads();
   return size;
 }
@@ -207,35 +278,29 @@ __device__ __forceinline__ void load_two_transposed(uint32_t (&m)[2], uint32_t a
 /// kTiles: tiles of eight tokens. kSteps: steps of 32 columns of d_model that a warp owns, at most. kNeurons: neurons of
 /// a stage, 8 or 16; a GLU takes 8, whose gate rows and up rows make one fragment.
 template <class T, int kTiles, int kSteps, int kNeurons>
-struct FfnFew {
+struct Stream {
   static constexpr int kValues = (kTiles * kTile * kNeurons + kThreads - 1) / kThreads;
-  using X = uint4[kSteps][kTiles];
   using Y = float[kSteps * 2][kTiles][4];
 
   const moefy_ffn_few_params& p;
   Fixed<kTiles>& fixed;
   const Sized shared;
-  const uint32_t row_bytes, in_rows;
-  // This warp's columns.
-  const uint32_t first_step, num_steps;
+  const Slice<T, kTiles, kSteps> slice;
+  const uint32_t in_rows;
   uint32_t union_neurons = 0, my_neurons = 0;
 
-  __device__ FfnFew(const moefy_ffn_few_params& params, Fixed<kTiles>& fixed_memory, unsigned char* memory)
+  __device__ Stream(const moefy_ffn_few_params& params, Fixed<kTiles>& fixed_memory, unsigned char* memory)
       : p(params),
         fixed(fixed_memory),
         shared(params.router, memory),
-        row_bytes(params.neurons.d_model * sizeof(T)),
-        in_rows((params.neurons.glu + 1) * kNeurons),
-        first_step(threadIdx.x / 32 * steps_per_warp()),
-        num_steps(min(steps_per_warp(), all_steps() - min(first_step, all_steps()))) {}
+        slice(params.neurons.d_model),
+        in_rows((params.neurons.glu + 1) * kNeurons) {}
 
-  __device__ uint32_t all_steps() const { return ceil_div(p.neurons.d_model, kStepColumns); }
-  __device__ uint32_t steps_per_warp() const { return ceil_div(all_steps(), kWarps); }
   __device__ uint32_t in_stage(uint32_t stage) const {
-    return shared_address(shared.ring) + stage * in_rows * in_row_stride(row_bytes);
+    return shared_address(shared.ring) + stage * in_rows * in_row_stride(slice.row_bytes);
   }
   __device__ uint32_t out_stage(uint32_t stage) const {
-    return in_stage(p.num_stages) + stage * kNeurons * out_row_stride(row_bytes);
+    return in_stage(p.num_stages) + stage * kNeurons * out_row_stride(slice.row_bytes);
   }
   __device__ uint32_t in_barrier(uint32_t stage) const { return shared_address(&fixed.barriers[0][stage]); }
   __device__ uint32_t out_barrier(uint32_t stage) const { return shared_address(&fixed.barriers[1][stage]); }
@@ -243,86 +308,37 @@ struct FfnFew {
   /// Neurons of a block of them that exist.
   __device__ uint32_t count(uint32_t block) const { return min(my_neurons - block * kNeurons, uint32_t(kNeurons)); }
 
-  /// Asks for the rows of w_in of a block of neurons; one warp does it.
-  __device__ void issue_in(uint32_t block) const {
+  __device__ RingEntry find(uint32_t index) const {
     const moefy_neurons& n = p.neurons;
-    const uint32_t stage = block % p.num_stages;
+    if (index >= union_neurons) return {routed_neurons(n) + index - union_neurons, kNoExpert};
+    // Exact: indices are below 2^21, and half a step away from the next multiple.
+    const uint32_t rank = static_cast<uint32_t>((index + 0.5f) * p.inverse_width);
+    const uint32_t expert = fixed.union_ids[rank];
+    return {expert * n.expert_width + index - rank * n.expert_width, expert};
+  }
+
+  /// Asks for the rows of w_in of a block of neurons, of w_out, or of both; one warp does it. Lanes 0 to 15 take rows of
+  /// w_in, the others of w_out.
+  __device__ void issue(uint32_t block, bool in, bool out) const {
+    const moefy_neurons& n = p.neurons;
+    const uint32_t stage = block % p.num_stages, neurons = count(block);
+    const bool is_out = lane_id() >= 16;
     const uint32_t slot = lane_id() % kNeurons;
-    const bool runs = slot < count(block) && lane_id() < in_rows;
-    RingEntry entry = {0, kNoExpert};
-    const uint32_t index = blockIdx.x + (block * kNeurons + slot) * gridDim.x;
-    if (index < union_neurons) {
-      entry.expert = fixed.union_ids[index / n.expert_width];
-      entry.neuron = entry.expert * n.expert_width + index % n.expert_width;
-    } else {
-      entry.neuron = routed_neurons(n) + index - union_neurons;
-    }
-    if (runs && lane_id() < kNeurons) fixed.entries[stage][slot] = entry;
-    if (lane_id() == 0) barrier_expect(in_barrier(stage), count(block) * (n.glu + 1) * row_bytes);
+    const RingEntry entry = find(blockIdx.x + (block * kNeurons + min(slot, neurons - 1)) * gridDim.x);
+    const uint32_t lane_row = lane_id() % 16;
+    const bool runs = slot < neurons && (is_out ? out && lane_row < kNeurons : in && lane_row < in_rows);
+    if (in && lane_id() < neurons) fixed.entries[stage][slot] = entry;
+    if (in && lane_id() == 0) barrier_expect(in_barrier(stage), neurons * (n.glu + 1) * slice.row_bytes);
+    if (out && lane_id() == 16) barrier_expect(out_barrier(stage), neurons * slice.row_bytes);
     __syncwarp();
     if (!runs) return;
-    const uint64_t row = lane_id() < kNeurons ? input_row(n, entry.neuron) : up_row(n, entry.neuron);
-    copy_bulk(in_stage(stage) + lane_id() * in_row_stride(row_bytes),
-              static_cast<const char*>(n.w_in) + row * row_bytes, row_bytes, in_barrier(stage));
-  }
-
-  /// The same for w_out, after issue_in.
-  __device__ void issue_out(uint32_t block) const {
-    const uint32_t stage = block % p.num_stages;
-    if (lane_id() == 0) barrier_expect(out_barrier(stage), count(block) * row_bytes);
-    __syncwarp();
-    if (lane_id() >= count(block)) return;
-    const uint64_t row = fixed.entries[stage][lane_id()].neuron;
-    copy_bulk(out_stage(stage) + lane_id() * out_row_stride(row_bytes),
-              static_cast<const char*>(p.neurons.w_out) + row * row_bytes, row_bytes, out_barrier(stage));
-  }
-
-  /// Lane 4g + t takes 16 bytes of token g of every tile: the k of a step in an order in which w_in is read too.
-  __device__ void load_x(X& x) const {
-    const uint32_t g = lane_id() / 4;
-    const uint32_t column = first_step * kStepColumns + lane_id() % 4 * 8;
-    const T* from = static_cast<const T*>(p.router.x) + g * p.neurons.d_model + column;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const bool inside =
-            i < num_steps && tile * kTile + g < p.router.num_tokens && column + i * kStepColumns < p.neurons.d_model;
-        x[i][tile] = inside ? __ldcg(reinterpret_cast<const uint4*>(from + tile * kTile * p.neurons.d_model +
-                                                                    i * kStepColumns))
-                            : uint4{};
-      }
-    }
-  }
-
-  /// Products of a stage's rows of w_in with this warp's columns of the tokens.
-  __device__ void multiply_in(uint32_t stage, const X& x) const {
-    const uint32_t g = lane_id() / 4, t = lane_id() % 4;
-    float c[kTiles][4] = {};
-    // Beyond the last row, another one: nobody looks at its sums.
-    const uint32_t row_stride = in_row_stride(row_bytes);
-    const uint32_t low = in_stage(stage) + g * row_stride + first_step * (kStepColumns * sizeof(T)) + t * 16;
-    const uint32_t high = in_rows == 16 ? low + 8 * row_stride : low;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      if (i >= num_steps) break;
-      const uint4 a = load_shared_vector(low + i * (kStepColumns * sizeof(T)));
-      const uint4 b = load_shared_vector(high + i * (kStepColumns * sizeof(T)));
-      const uint32_t first[4] = {a.x, b.x, a.y, b.y}, second[4] = {a.z, b.z, a.w, b.w};
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        mma(c[tile], first, x[i][tile].x, x[i][tile].y, T());
-        mma(c[tile], second, x[i][tile].z, x[i][tile].w, T());
-      }
-    }
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        *reinterpret_cast<float2*>(&fixed.sums[threadIdx.x / 32][tile][g + half * 8][2 * t]) =
-            make_float2(c[tile][2 * half], c[tile][2 * half + 1]);
-      }
-    }
+    const uint64_t row = is_out                 ? entry.neuron
+                         : lane_row < kNeurons ? input_row(n, entry.neuron)
+                                                : up_row(n, entry.neuron);
+    const uint32_t to = is_out ? out_stage(stage) + lane_row * out_row_stride(slice.row_bytes)
+                               : in_stage(stage) + lane_row * in_row_stride(slice.row_bytes);
+    const char* from = static_cast<const char*>(is_out ? n.w_out : n.w_in) + row * slice.row_bytes;
+    copy_bulk(to, from, slice.row_bytes, is_out ? out_barrier(stage) : in_barrier(stage));
   }
 
   /// Adds a stage's rows of w_out, weighted by h, to this warp's columns of y.
@@ -337,11 +353,11 @@ struct FfnFew {
     }
     // Of neurons that do not exist, h is 0; their rows would be whatever was there before.
     const uint32_t row = min(lane_id() % 8 + (kNeurons == 16 ? lane_id() / 16 * 8 : 0), neurons - 1);
-    const uint32_t from = out_stage(stage) + row * out_row_stride(row_bytes) +
-                          (first_step * kStepColumns + lane_id() / 8 % 2 * 8) * sizeof(T);
+    const uint32_t from = out_stage(stage) + row * out_row_stride(slice.row_bytes) +
+                          (slice.first_step * kStepColumns + lane_id() / 8 % 2 * 8) * sizeof(T);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      if (i >= num_steps) break;
+      if (i >= slice.num_steps) break;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t at = from + (i * kStepColumns + half * 16) * sizeof(T);
@@ -387,9 +403,10 @@ struct FfnFew {
       pre += fixed.sums[w][v.tile][v.slot][v.token];
       if (kNeurons == 8) up += fixed.sums[w][v.tile][v.slot + 8][v.token];
     }
-    float value = neuron_value(p.neurons, v.entry.neuron, v.constants, pre, up);
+    float value = neuron_value<T>(p.neurons, v.entry.neuron, v.constants, pre, up);
     if (v.entry.expert != kNoExpert && p.gate != MOEFY_GATE_ONE) {
-      value *= shared.scores[(v.tile * kTile + v.token) * round_up_32(p.router.num_experts) + v.entry.expert];
+      const uint32_t token = v.tile * kTile + v.token;
+      value *= __uint_as_float(shared.keys[token * round_up_32(p.router.num_experts) + v.entry.expert]);
     }
     return value;
   }
@@ -403,34 +420,29 @@ struct FfnFew {
         barrier_init(out_barrier(stage));
       }
       barrier_init(shared_address(&fixed.router_barrier));
-      fence_for_copies();
-      if (p.router.w2 != nullptr) {
-        ask_for_router(p.router, sizeof(T), shared_address(shared.ring), shared_address(&fixed.router_barrier));
+      fence_barriers();
+      if (p.w2 != nullptr) {
+        const uint32_t bytes = p.num_w2 * p.router.num_experts * p.router.hidden * 2;
+        barrier_expect(shared_address(&fixed.router_barrier), bytes);
+        copy_bulk(shared_address(shared.ring), p.w2, bytes, shared_address(&fixed.router_barrier));
       }
     }
+    touch(p);
     launch_dependents();
+    if (threadIdx.x < kTiles * kTile) fixed.max_keys[threadIdx.x] = 0;
+    __syncthreads();
     wait_for_dependencies();
-    X x;
-    load_x(x);
-    route<T>(p, fixed, shared);
-    union_neurons = unite(p.router, fixed) * n.expert_width;
+    typename Slice<T, kTiles, kSteps>::X x;
+    slice.load(p.router.x, p.router.num_tokens, x);
+    score(p, fixed, shared);
+    union_neurons = unite(p, fixed, shared) * n.expert_width;
     const uint32_t all = union_neurons + n.shared + n.rank;
     my_neurons = all > blockIdx.x ? (all - blockIdx.x - 1) / gridDim.x + 1 : 0;
     const uint32_t num_blocks = ceil_div(my_neurons, kNeurons);
-    // Where d_model is no multiple of 32, the last step reads beyond a row: x is 0 there, so w_in must be a number.
+    for (uint32_t block = warp; block < min(num_blocks, p.num_stages); block += kWarps) issue(block, true, true);
     if (n.d_model % kStepColumns != 0) {
-      const uint32_t end = ceil_div(row_bytes, 64) * 64;
       for (uint32_t i = threadIdx.x; i < p.num_stages * in_rows; i += kThreads) {
-        unsigned char* row = shared.ring + i * in_row_stride(row_bytes);
-        for (uint32_t k = row_bytes; k < end; k += 16) *reinterpret_cast<uint4*>(row + k) = uint4{};
-      }
-      __syncthreads();
-    }
-    if (warp == kIssuer) {
-#pragma unroll 1
-      for (uint32_t block = 0; block < min(num_blocks, p.num_stages); ++block) {
-        issue_in(block);
-        issue_out(block);
+        slice.clear_row_end(shared.ring + i * in_row_stride(slice.row_bytes));
       }
     }
     __syncthreads();
@@ -445,9 +457,11 @@ struct FfnFew {
 #pragma unroll
       for (int i = 0; i < kValues; ++i) values[i] = find_value(threadIdx.x + i * kThreads, stage, neurons);
       barrier_wait(in_barrier(stage), parity);
-      multiply_in(stage, x);
+      // Beyond the last row, another one: nobody looks at its sums.
+      const uint32_t low = in_stage(stage);
+      slice.multiply(low, in_rows == 16 ? low + 8 * in_row_stride(slice.row_bytes) : low, x, fixed.sums);
       __syncthreads();
-      if (warp == kIssuer && block + p.num_stages < num_blocks) issue_in(block + p.num_stages);
+      if (warp == kIssuer && block + p.num_stages < num_blocks) issue(block + p.num_stages, true, false);
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
         const Value& v = values[i];
@@ -459,7 +473,7 @@ struct FfnFew {
       multiply_out(y, stage, neurons);
       if (block + p.num_stages < num_blocks) {
         __syncthreads();
-        if (warp == kIssuer) issue_out(block + p.num_stages);
+        if (warp == kIssuer) issue(block + p.num_stages, false, true);
       }
     }
     store(y);
@@ -468,7 +482,7 @@ struct FfnFew {
   __device__ void store(const Y& y) const {
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
     const uint64_t d_model = p.neurons.d_model;
-    const uint32_t column = first_step * kStepColumns + g;
+    const uint32_t column = slice.first_step * kStepColumns + g;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -478,7 +492,7 @@ struct FfnFew {
         float* to = p.partials + (static_cast<uint64_t>(blockIdx.x) * p.router.num_tokens + token) * d_model + column;
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
-          if (i >= num_steps) break;
+          if (i >= slice.num_steps) break;
 #pragma unroll
           for (int eight = 0; eight < 4; ++eight) {
             if (column + i * kStepColumns + eight * 8 < d_model) {
@@ -504,27 +518,27 @@ __device__ __forceinline__ void combine(const moefy_ffn_few_params& p) {
   const uint32_t column = threadIdx.x % (kColumns / 4) * 4;
   const uint32_t column0 = blockIdx.x * kColumns;
   const uint32_t own = column0 + threadIdx.x;
+  touch(p);
   launch_dependents();
   float sum = 0.0f;
   if (threadIdx.x < kColumns && own < d_model && p.neurons.b_out != nullptr) sum = p.neurons.b_out[own];
+  const float* from =
+      p.partials + (static_cast<uint64_t>(group) * p.router.num_tokens + token) * d_model + column0 + column;
+  const uint64_t step = static_cast<uint64_t>(kGroups) * p.router.num_tokens * d_model;
+  const uint32_t num_shares = column0 + column < d_model ? p.num_blocks : 0;
   wait_for_dependencies();
   float4 v = {};
-  if (column0 + column < d_model) {
-    const float* from = p.partials + (static_cast<uint64_t>(group) * p.router.num_tokens + token) * d_model + column0 +
-                        column;
-    const uint64_t step = static_cast<uint64_t>(kGroups) * p.router.num_tokens * d_model;
 #pragma unroll 1
-    for (uint32_t first = group; first < p.num_blocks; first += kBatch * kGroups, from += kBatch * step) {
-      float4 shares[kBatch];
+  for (uint32_t first = group; first < num_shares; first += kBatch * kGroups, from += kBatch * step) {
+    uint4 shares[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const bool exists = first + i * kGroups < p.num_blocks;
-        shares[i] = exists ? __ldcg(reinterpret_cast<const float4*>(from + i * step)) : float4{};
-      }
+    for (int i = 0; i < kBatch; ++i) {
+      shares[i] = load_fresh_vector_if(first + i * kGroups < num_shares, from + i * step);
+    }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        v = make_float4(v.x + shares[i].x, v.y + shares[i].y, v.z + shares[i].z, v.w + shares[i].w);
-      }
+    for (int i = 0; i < kBatch; ++i) {
+      const float4 share = as_float4(shares[i]);
+      v = make_float4(v.x + share.x, v.y + share.y, v.z + share.z, v.w + share.w);
     }
   }
   *reinterpret_cast<float4*>(&sums[group][column]) = v;
@@ -536,6 +550,7 @@ __device__ __forceinline__ void combine(const moefy_ffn_few_params& p) {
 }
 
 }  // namespace
+}  // namespace few
 }  // namespace moefy
 
 // Dynamic shared memory: Sized, with a ring of ring_bytes.
@@ -543,8 +558,8 @@ __device__ __forceinline__ void combine(const moefy_ffn_few_params& p) {
   extern "C" __global__ void __launch_bounds__(MOEFY_FFN_FEW_THREADS, per_sm)                                 \
       moefy_ffn_few_##name##_##tiles##_##steps##_##neurons(const __grid_constant__ moefy_ffn_few_params p) { \
     extern __shared__ __align__(128) unsigned char memory[];                                                  \
-    __shared__ moefy::Fixed<tiles> fixed;                                                                     \
-    moefy::FfnFew<type, tiles, steps, neurons>(p, fixed, memory).run();                                       \
+    __shared__ moefy::few::Fixed<tiles> fixed;                                                                \
+    moefy::few::Stream<type, tiles, steps, neurons>(p, fixed, memory).run();                                  \
   }
 #define MOEFY_FFN_FEW_OF(name, type)                                                 \
   MOEFY_FFN_FEW(name, type, 1, 4, 8, 2)                                              \
@@ -557,7 +572,7 @@ __device__ __forceinline__ void combine(const moefy_ffn_few_params& p) {
   MOEFY_FFN_FEW(name, type, 4, 4, 16, 1)                                             \
   extern "C" __global__ void __launch_bounds__(256)                                  \
       moefy_ffn_few_combine_##name(const __grid_constant__ moefy_ffn_few_params p) { \
-    moefy::combine<type>(p);                                                         \
+    moefy::few::combine<type>(p);                                                    \
   }
 
 MOEFY_FFN_FEW_OF(f16, __half)

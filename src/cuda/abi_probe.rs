@@ -35,7 +35,7 @@ pub fn host_abi() -> Vec<u32> {
         moefy_route_index_params.reserved,
         moefy_neurons.reserved,
         moefy_experts_params.num_arrivals,
-        moefy_ffn_few_params.ring_bytes,
+        moefy_ffn_few_params.inverse_width,
         moefy_gates_params.reserved,
         moefy_activate_params.reserved,
         moefy_clear_invalid_params.num_tokens,

@@ -86,6 +86,8 @@ pub struct FfnInputs {
     /// f32 \[num_tokens, num_experts\]: selection reads these scores instead of the router's, which
     /// runs all the same. For measurements under imposed routing.
     pub scores: Option<View>,
+    /// Receives S(t), u32 \[num_tokens, ⌈num_experts/32⌉\], on every path but `dense-exact`.
+    pub mask: Option<View>,
     /// One word that gains status bits; see [`SelectOutputs`](super::SelectOutputs) and
     /// [`RouteIndexOutputs`](super::RouteIndexOutputs).
     pub status: Option<View>,
@@ -94,7 +96,7 @@ pub struct FfnInputs {
 impl FfnInputs {
     /// Nothing but tokens.
     pub fn new(x: View) -> Self {
-        Self { x, num_valid_tokens: None, scores: None, status: None }
+        Self { x, num_valid_tokens: None, scores: None, mask: None, status: None }
     }
 }
 

@@ -10,8 +10,8 @@ use super::statistics::Counters;
 use super::view::{Arguments, Format, View, Workspace};
 use super::{
     Buffer, ExpertsInputs, FfnInputs, MoeFfn, Path, PlanOptions, RouteIndexOutputs,
-    RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, gates, padding, route_index,
-    router_select, select,
+    RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, ffn_few, gates, padding,
+    route_index, router_select, select,
 };
 use crate::abi::{
     moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_split_valid_params,
@@ -174,6 +174,10 @@ impl FfnPlan {
         if let Some(scores) = inputs.scores {
             check.dense("scores", scores, Format::F32, [num_tokens, neurons.num_experts])?;
         }
+        if let Some(mask) = inputs.mask {
+            let shape = [num_tokens, neurons.num_experts.div_ceil(32)];
+            check.dense("mask", mask, Format::Word, shape)?;
+        }
         let num_valid = check.optional_words("num_valid_tokens", inputs.num_valid_tokens, 1)?;
         let base = check.workspace(workspace, self.workspace_bytes())?;
         if num_tokens == 0 {
@@ -207,6 +211,7 @@ impl FfnPlan {
                 let inputs = FfnInputs {
                     x: rows(inputs.x),
                     scores: inputs.scores.map(rows),
+                    mask: inputs.mask.map(rows),
                     num_valid_tokens: valid,
                     ..*inputs
                 };
@@ -287,7 +292,8 @@ impl FfnPlan {
         let num_experts = ffn.neurons().num_experts;
         let num_tokens = inputs.x.shape[0];
         let row_words = num_experts.div_ceil(32);
-        let mask = View::matrix(base + self.places.mask, Format::Word, [num_tokens, row_words]);
+        let own = View::matrix(base + self.places.mask, Format::Word, [num_tokens, row_words]);
+        let mask = inputs.mask.unwrap_or(own);
         let scores =
             View::matrix(base + self.places.scores, Format::F32, [num_tokens, num_experts]);
         let selected = SelectOutputs { mask, counts: None, status: inputs.status };
@@ -336,12 +342,16 @@ impl FfnPlan {
         let valid = inputs.num_valid_tokens;
         let (mut router, _) = check_router(&check, inputs.x, valid, &view, &selection)?;
         router.status = check.optional_words("status", inputs.status, 1)?;
-        if self.counters.is_some() {
-            router.mask = base + self.places.mask;
+        let mask = inputs.mask.map_or(base + self.places.mask, |mask| mask.address);
+        if self.counters.is_some() || inputs.mask.is_some() {
+            router.mask = mask;
         }
         let params = moefy_ffn_few_params {
             neurons,
             router,
+            w2: ffn.few_w2,
+            num_w2: ffn_few::num_w2(ffn.dtype()) as u32,
+            inverse_width: 1.0 / neurons.expert_width as f32,
             scores: inputs.scores.map_or(0, |scores| scores.address),
             y: y.address,
             gate: match ffn.gate() {
@@ -354,10 +364,10 @@ impl FfnPlan {
         };
         // SAFETY: the caller's promise.
         unsafe {
-            shape.launch(device, stream, &params, op.address)?;
+            shape.launch(stream, &params, op.address)?;
             if let Some(counters) = &self.counters {
                 let valid = valid.map_or(0, |valid| valid.address);
-                counters.add(device, stream, router.mask, num_tokens, valid)?;
+                counters.add(device, stream, mask, num_tokens, valid)?;
             }
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! Scores and selection of a router.
 
 use super::driver::{Function, RawStream};
+use super::ffn_few::FirstLayer;
 use super::kernels::{Modules, PerDType};
 use super::select::{
     SelectOutputs, abi_selection, check_num_experts, launch_select, selection_words,
@@ -8,8 +9,8 @@ use super::select::{
 use super::view::{Arguments, Format, View, Workspace};
 use super::{Buffer, Device};
 use crate::abi::{
-    MOEFY_ROUTER_TILE, moefy_router_activation, moefy_router_kind, moefy_router_layer_params,
-    moefy_router_select_params, moefy_select_params, moefy_selection,
+    MOEFY_ROUTER_TILE, moefy_ffn_few_params, moefy_router_activation, moefy_router_kind,
+    moefy_router_layer_params, moefy_router_select_params, moefy_select_params, moefy_selection,
 };
 use crate::dtype::DType;
 use crate::error::Result;
@@ -207,7 +208,7 @@ fn few_shared_bytes(
 }
 
 /// Words that the outputs of the first layer take of shared memory.
-pub(super) fn first_row_words(router: &RouterView) -> Option<usize> {
+fn first_row_words(router: &RouterView) -> Option<usize> {
     let width = if router.hidden() == 0 { router.num_experts() } else { router.hidden() };
     width.checked_next_multiple_of(128)
 }
@@ -331,18 +332,27 @@ pub(super) fn check_router(
     Ok((params, dtype))
 }
 
-/// The first layer for few tokens.
+/// The first layer for few tokens, by the fastest kernel that can.
 ///
 /// # Safety
 /// The addresses must lead to what the parameters say, of at least one token, and the context must be
 /// bound.
-pub(super) unsafe fn launch_first(
+unsafe fn launch_first(
     device: &Device,
     stream: RawStream,
     params: &moefy_router_select_params,
     dtype: DType,
 ) -> Result<()> {
     let width = if params.w2 == 0 { params.num_experts } else { params.hidden };
+    let [tokens, d_model, outputs] = [params.num_tokens, params.d_model, width].map(|n| n as usize);
+    // That kernel takes rows without gaps.
+    if params.x_stride == u64::from(params.d_model)
+        && let Some(layer) = FirstLayer::new(device, dtype, tokens, d_model, outputs)
+    {
+        let params = moefy_ffn_few_params { router: *params, ..bytemuck::Zeroable::zeroed() };
+        // SAFETY: the caller's promise.
+        return unsafe { layer.launch(stream, &params) };
+    }
     let size = usize::from(params.num_tokens > 1);
     let grid = [width.div_ceil(FIRST_ROWS), params.num_tokens.div_ceil(FIRST_TOKENS[size]), 1];
     let kernel = device.router_select.first[size].get(dtype);

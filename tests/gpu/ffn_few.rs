@@ -2,19 +2,16 @@
 
 use std::sync::Arc;
 
-use moefy::cuda::{
-    FfnInputs, Format, MoeFfn, Path, PlanOptions, RouterSelectOutputs, SelectOutputs, View,
-    Workspace, router_select, router_select_workspace_bytes,
-};
-use moefy::ffn::{self, ExpertMask, Gate, Selection};
-use moefy::{DType, TensorRef};
+use moefy::cuda::{FfnInputs, Format, MoeFfn, Path, PlanOptions, View, Workspace};
+use moefy::ffn::{self, ExpertMask, Gate, Selection, SelectionRule};
+use moefy::{DType, TensorRef, reference};
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 
 use crate::emulation;
 use crate::experts::{Shape, expected, random_layer, tokens, tolerance};
 use crate::harness::{Gpu, Output, is_small, relative_error, sizes};
-use crate::router_select::routers;
+use crate::router_select::{assert_outside_band, routers};
 
 pub fn tests() -> crate::Tests {
     vec![
@@ -46,38 +43,31 @@ fn check(
     let valid_device = gpu.input(&[valid as u32]);
     let num_valid_tokens = Some(View::words(valid_device.address(), 1));
 
-    // The same router, layer by layer: the bits of the masks must be the same.
-    let router = on_device.router().view();
     let row_words = num_experts.div_ceil(32);
-    let (mask, scores) =
-        (Output::words(gpu, num_tokens * row_words), Output::words(gpu, num_tokens * num_experts));
-    let outputs = RouterSelectOutputs {
-        selected: SelectOutputs {
-            mask: View::matrix(mask.address(), Format::Word, [num_tokens, row_words]),
-            counts: None,
-            status: None,
-        },
-        scores: Some(View::matrix(scores.address(), Format::F32, [num_tokens, num_experts])),
-    };
-    let bytes = router_select_workspace_bytes(num_tokens, &router);
-    let scratch = Output::new(gpu, bytes);
-    let workspace = Workspace { address: scratch.address(), bytes };
-    unsafe {
-        let (device, stream, rule) = (&gpu.device, gpu.raw_stream(), layer.selection());
-        let valid = num_valid_tokens;
-        router_select(device, stream, &outputs, x_view, valid, &router, &rule, workspace).unwrap();
-    }
-    let mask = ExpertMask::from_words(num_tokens, num_experts, mask.read()).expect("a mask");
-    let scores: Vec<f32> = scores.read();
-
+    let mut mask = Output::words(gpu, num_tokens * row_words);
     let mut y = Output::new(gpu, num_tokens * d_model * dtype.bytes());
     let y_view = View::matrix(y.address(), float, [num_tokens, d_model]);
     let bytes = plan.workspace_bytes();
     let scratch = Output::new(gpu, bytes);
     let workspace = Workspace { address: scratch.address(), bytes };
-    let inputs = FfnInputs { num_valid_tokens, ..FfnInputs::new(x_view) };
-    gpu.run(&mut [&mut y], |stream| unsafe { plan.run(stream, y_view, &inputs, workspace) });
+    let mask_view = View::matrix(mask.address(), Format::Word, [num_tokens, row_words]);
+    let inputs = FfnInputs { num_valid_tokens, mask: Some(mask_view), ..FfnInputs::new(x_view) };
+    gpu.run(&mut [&mut y, &mut mask], |stream| unsafe {
+        plan.run(stream, y_view, &inputs, workspace)
+    });
     scratch.check_guards();
+    // `from_words` refuses bits beyond the experts.
+    let mask = ExpertMask::from_words(num_tokens, num_experts, mask.read()).expect("a mask");
+    let valid_x = &x.to_f64()[..valid.min(num_tokens) * d_model];
+    let scores = reference::router_scores(layer.router(), valid_x, d_model);
+    let case = format!("T {num_tokens} ({valid} valid), d {d_model}, E {num_experts}, {dtype}");
+    if let SelectionRule::DynamicK { rel_threshold } = layer.selection().rule
+        && layer.selection().max_experts.is_none()
+    {
+        assert_outside_band(&scores, &mask, f64::from(rel_threshold), &case);
+    }
+    let mut scores: Vec<f32> = scores.into_iter().map(|score| score as f32).collect();
+    scores.resize(num_tokens * num_experts, 0.0);
 
     let bytes = y.read::<u8>();
     let y = TensorRef::from_bytes(dtype, &bytes, [num_tokens, d_model]).unwrap();
@@ -91,8 +81,8 @@ fn check(
     let bar = tolerance(layer, dtype).min(emulation::bar(emulated));
     assert!(
         error <= bar,
-        "{dtype}: error {error:.3e} > {bar:.3e}; T {num_tokens} ({valid} valid), d {d_model}, E \
-         {num_experts}, s {}, shared {}, glu {}, {:?}, {:?}, {:?}, compensation {}",
+        "error {error:.3e} > {bar:.3e}; {case}, s {}, shared {}, glu {}, {:?}, {:?}, {:?}, \
+         compensation {}",
         layer.expert_width(),
         layer.shared(),
         layer.neurons().is_glu(),

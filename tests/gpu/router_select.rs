@@ -145,7 +145,12 @@ impl Case {
 
 /// Where exact scores are further than 1e-4 of the row's largest from the threshold, the expert is
 /// in exactly when its score is above.
-fn assert_outside_band(scores: &[f64], mask: &moefy::ffn::ExpertMask, threshold: f64, case: &str) {
+pub fn assert_outside_band(
+    scores: &[f64],
+    mask: &moefy::ffn::ExpertMask,
+    threshold: f64,
+    case: &str,
+) {
     for (token, row) in scores.chunks_exact(mask.num_experts()).enumerate() {
         let max = row.iter().copied().fold(0.0, f64::max);
         for (expert, &score) in row.iter().enumerate() {
