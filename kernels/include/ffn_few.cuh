@@ -73,21 +73,37 @@ struct Slice {
     }
   }
 
+  /// First byte of a step in a row. A step that this warp does not have gets one that exists: x is 0 there, and a branch
+  /// would keep the steps from overlapping.
+  __device__ uint32_t step_offset(int i) const {
+    return i < num_steps ? (first_step + i) * (kStepColumns * sizeof(T)) : 0;
+  }
+
   /// Products of rows with this warp's columns of the tokens: rows 0 to 7 begin at `low`, 8 to 15 at `high`.
   __device__ void multiply(uint32_t low, uint32_t high, const X& x, Sums<kTiles>& sums) const {
+    constexpr int kChains = 4 / kTiles;  // sums that do not wait for each other
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
-    const uint32_t offset = g * in_row_stride(row_bytes) + first_step * (kStepColumns * sizeof(T)) + t * 16;
-    float c[kTiles][4] = {};
+    const uint32_t offset = g * in_row_stride(row_bytes) + t * 16;
+    float chains[kTiles][kChains][4] = {};
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      if (i >= num_steps) break;
-      const uint4 a = load_shared_vector(low + offset + i * (kStepColumns * sizeof(T)));
-      const uint4 b = load_shared_vector(high + offset + i * (kStepColumns * sizeof(T)));
+      const uint4 a = load_shared_vector(low + offset + step_offset(i));
+      const uint4 b = load_shared_vector(high + offset + step_offset(i));
       const uint32_t first[4] = {a.x, b.x, a.y, b.y}, second[4] = {a.z, b.z, a.w, b.w};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        mma(c[tile], first, x[i][tile].x, x[i][tile].y, T());
-        mma(c[tile], second, x[i][tile].z, x[i][tile].w, T());
+        mma(chains[tile][2 * i % kChains], first, x[i][tile].x, x[i][tile].y, T());
+        mma(chains[tile][(2 * i + 1) % kChains], second, x[i][tile].z, x[i][tile].w, T());
+      }
+    }
+    float c[kTiles][4];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        c[tile][j] = chains[tile][0][j];
+#pragma unroll
+        for (int chain = 1; chain < kChains; ++chain) c[tile][j] += chains[tile][chain][j];
       }
     }
 #pragma unroll

@@ -211,7 +211,8 @@ typedef enum moefy_gate {
 } moefy_gate;
 
 /* A whole layer for few tokens. Of `router`, w2 is not read, and counts and scores are not written; with a second layer,
- * `first` is bf16 [num_tokens, 3, hidden]: three numbers whose sum is the f32 that the first layer gave. */
+ * `first` is bf16 [num_tokens, 3, hidden]: three numbers whose sum is the f32 that the first layer gave. Its rows are as
+ * far apart as in shared memory, see in_row_stride. */
 typedef struct moefy_ffn_few_params {
   moefy_neurons neurons;
   moefy_router_select_params router;

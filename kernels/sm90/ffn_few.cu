@@ -31,6 +31,7 @@ template <int kTiles>
 struct Fixed {
   uint64_t barriers[2][MOEFY_FFN_FEW_STAGES];  // rows of w_in, rows of w_out
   uint64_t router_barrier;
+  uint64_t parts_barrier;
   uint32_t max_keys[kTiles * kTile];  // of each token
   uint32_t masks[kTiles * kTile][kMaskWords];
   uint32_t warp_counts[kWarps];
@@ -67,53 +68,49 @@ __device__ __forceinline__ void second_layer(const moefy_ffn_few_params& p, cons
   const uint32_t g = lane_id() / 4, t = lane_id() % 4;
   const uint32_t row_bytes = 2 * r.hidden, part_stride = in_row_stride(row_bytes);
   const uint32_t num_parts = kParts * r.num_tokens;
-  // 16 bytes at a time from the rows of `first` to shared memory.
-  for (uint32_t i = threadIdx.x; i < num_parts * (r.hidden / 8); i += kThreads) {
-    const uint32_t row = i / (r.hidden / 8), chunk = i % (r.hidden / 8);
-    const uint4 v = load_fresh_vector_if(true, reinterpret_cast<const uint4*>(r.first) + i);
-    *reinterpret_cast<uint4*>(shared.parts + row * part_stride + chunk * 16) = v;
-  }
-  __syncthreads();
   barrier_wait(shared_address(&fixed.router_barrier), 0);
-  const uint32_t rows = shared_address(shared.ring);
+  barrier_wait(shared_address(&fixed.parts_barrier), 0);
 #pragma unroll 1
-  for (uint32_t column0 = 0; column0 < columns; column0 += 8) {
-    const uint32_t part = shared_address(shared.parts) + min(column0 + g, num_parts - 1) * part_stride;
+  for (uint32_t row0 = threadIdx.x / 32 * 16; row0 < r.num_experts; row0 += kWarps * 16) {
+    const uint32_t low = min(row0 + g, r.num_experts - 1), high = min(row0 + g + 8, r.num_experts - 1);
+    // 128 inputs of one matrix at a time.
+    const uint32_t steps = ceil_div(r.hidden, 128);
 #pragma unroll 1
-    for (uint32_t k0 = 0; k0 < r.hidden; k0 += 128) {
-      uint4 b[4];
+    for (uint32_t step = 0; step < steps * p.num_w2; ++step) {
+      const uint32_t rows = shared_address(shared.ring) + step / steps * r.num_experts * row_bytes;
       uint32_t at[4];
+      uint4 a[4], d[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t k = k0 + i * 32 + t * 8;
-        at[i] = k < r.hidden ? 2 * k : 0;
-        b[i] = load_shared_vector(part + at[i]);
-        if (k >= r.hidden || column0 + g >= num_parts) b[i] = uint4{};
+        const uint32_t k = step % steps * 128 + i * 32 + t * 8;
+        at[i] = k < r.hidden ? 2 * k : 0xffffffffu;
+        const uint32_t offset = k < r.hidden ? 2 * k : 0;
+        a[i] = load_shared_vector(rows + low * row_bytes + offset);
+        d[i] = load_shared_vector(rows + high * row_bytes + offset);
       }
 #pragma unroll 1
-      for (uint32_t row0 = threadIdx.x / 32 * 16; row0 < r.num_experts; row0 += kWarps * 16) {
-        float c[4] = {};
-        const uint32_t low = min(row0 + g, r.num_experts - 1), high = min(row0 + g + 8, r.num_experts - 1);
-#pragma unroll 1
-        for (uint32_t w2 = 0; w2 < p.num_w2; ++w2) {
-          const uint32_t from = rows + w2 * r.num_experts * row_bytes;
+      for (uint32_t column0 = 0; column0 < columns; column0 += 8) {
+        const bool exists = column0 + g < num_parts;
+        const uint32_t part = shared_address(shared.parts) + (exists ? column0 + g : 0) * part_stride;
+        float c[4][4] = {};
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const uint4 a = load_shared_vector(from + low * row_bytes + at[i]);
-            const uint4 d = load_shared_vector(from + high * row_bytes + at[i]);
-            const uint32_t first[4] = {a.x, d.x, a.y, d.y}, second[4] = {a.z, d.z, a.w, d.w};
-            mma(c, first, b[i].x, b[i].y, __nv_bfloat16());
-            mma(c, second, b[i].z, b[i].w, __nv_bfloat16());
-          }
+        for (int i = 0; i < 4; ++i) {
+          uint4 b = load_shared_vector(part + (at[i] == 0xffffffffu ? 0 : at[i]));
+          if (at[i] == 0xffffffffu || !exists) b = uint4{};
+          const uint32_t first[4] = {a[i].x, d[i].x, a[i].y, d[i].y}, second[4] = {a[i].z, d[i].z, a[i].w, d[i].w};
+          mma(c[i], first, b.x, b.y, __nv_bfloat16());
+          mma(c[i], second, b.z, b.w, __nv_bfloat16());
         }
         float* to = products + (row0 + g) * columns + column0 + 2 * t;
 #pragma unroll
         for (int half = 0; half < 2; ++half, to += 8 * columns) {
-          if (k0 > 0) {
-            c[2 * half] += to[0];
-            c[2 * half + 1] += to[1];
+          float2 sum = step > 0 ? *reinterpret_cast<float2*>(to) : float2{};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            sum.x += c[i][2 * half];
+            sum.y += c[i][2 * half + 1];
           }
-          *reinterpret_cast<float2*>(to) = make_float2(c[2 * half], c[2 * half + 1]);
+          *reinterpret_cast<float2*>(to) = sum;
         }
       }
     }
@@ -121,7 +118,7 @@ __device__ __forceinline__ void second_layer(const moefy_ffn_few_params& p, cons
   __syncthreads();
 }
 
-/// Scores as keys, and the largest of each token.
+/// Scores as keys, and the largest of each token. Scores to be read instead are on their way to where the keys go.
 template <int kTiles>
 __device__ __forceinline__ void score(const moefy_ffn_few_params& p, Fixed<kTiles>& fixed, const Sized& shared) {
   const moefy_router_select_params& r = p.router;
@@ -129,25 +126,28 @@ __device__ __forceinline__ void score(const moefy_ffn_few_params& p, Fixed<kTile
   const uint32_t columns = (kParts * r.num_tokens + 7) / 8 * 8;
   float* products = reinterpret_cast<float*>(shared.ring + round_up_128(p.num_w2 * r.num_experts * r.hidden * 2));
   if (p.w2 != nullptr) second_layer(p, fixed, shared, products, columns);
+  if (p.scores != nullptr) {
+    copy_async_wait<0>();
+    __syncthreads();
+  }
   const uint32_t num_valid = valid_tokens(r);
 #pragma unroll 1
-  for (uint32_t e = threadIdx.x; e < stride; e += kThreads) {
+  for (uint32_t word = threadIdx.x / 32; word < r.num_tokens * (stride / 32); word += kWarps) {
+    const uint32_t token = word / (stride / 32), e = word % (stride / 32) * 32 + lane_id();
+    uint32_t* key = shared.keys + token * stride + e;
     const bool exists = e < r.num_experts;
-#pragma unroll 1
-    for (uint32_t token = 0; token < r.num_tokens; ++token) {
-      float s = 0.0f;
-      if (p.w2 != nullptr) {
-        const float* of_parts = products + e * columns + token * kParts;
-        if (exists) s = activate(second_activation(r.kind), (of_parts[2] + of_parts[1]) + of_parts[0]);
-      } else if (exists) {
-        s = __ldcg(r.first + token * r.num_experts + e);
-      }
-      if (p.scores != nullptr && exists) s = __ldcg(p.scores + token * r.num_experts + e);
-      const uint32_t key = exists && token < num_valid ? score_key(s) : 0;
-      shared.keys[token * stride + e] = key;
-      const uint32_t largest = __reduce_max_sync(kFullWarp, key);
-      if (lane_id() == 0) atomicMax(&fixed.max_keys[token], largest);
+    float s = 0.0f;
+    if (p.w2 != nullptr) {
+      const float* of_parts = products + (exists ? e : 0) * columns + token * kParts;
+      s = activate(second_activation(r.kind), (of_parts[2] + of_parts[1]) + of_parts[0]);
+    } else if (exists) {
+      s = __ldcg(r.first + token * r.num_experts + e);
     }
+    if (p.scores != nullptr) s = __uint_as_float(*key);
+    const uint32_t own = exists && token < num_valid ? score_key(s) : 0;
+    *key = own;
+    const uint32_t largest = __reduce_max_sync(kFullWarp, own);
+    if (lane_id() == 0) atomicMax(&fixed.max_keys[token], largest);
   }
   __syncthreads();
 }
@@ -213,23 +213,27 @@ __device__ __forceinline__ uint32_t unite(const moefy_ffn_few_params& p, Fixed<k
   const uint32_t stride = round_up_32(r.num_experts);
   const bool plain = is_plain_threshold(p, fixed);
   if (!plain) select_rows(p, fixed, shared);
+  // Lane t has the threshold of token t.
+  const float largest = key_score(fixed.max_keys[min(lane_id(), r.num_tokens - 1)]);
+  const uint32_t own_least = max(score_key(r.selection.threshold * largest), 1u);
   const bool writes = blockIdx.x == 0 && r.mask != nullptr;
   uint32_t size = 0;
 #pragma unroll 1
   for (uint32_t first = 0; first < r.num_experts; first += kThreads) {
     const uint32_t expert = first + threadIdx.x;
+    const uint32_t existing = min(expert, r.num_experts - 1);
     uint32_t bits = 0;
-#pragma unroll 1
+#pragma unroll 2
     for (uint32_t token = 0; token < r.num_tokens; ++token) {
-      bool selects = false;
-      if (expert < r.num_experts) {
-        const uint32_t least = max(score_key(r.selection.threshold * key_score(fixed.max_keys[token])), 1u);
-        selects = plain ? shared.keys[token * stride + expert] >= least
-                        : fixed.masks[token][expert / 32] >> (expert % 32) & 1;
-      }
-      bits |= uint32_t(selects) << token;
-      if (writes) {
-        const uint32_t word = __ballot_sync(kFullWarp, selects);
+      const uint32_t least = __shfl_sync(kFullWarp, own_least, token);
+      const bool selects = plain ? shared.keys[token * stride + existing] >= least
+                                 : fixed.masks[token][existing / 32] >> (existing % 32) & 1;
+      bits |= uint32_t(selects && expert < r.num_experts) << token;
+    }
+    if (writes) {
+#pragma unroll 1
+      for (uint32_t token = 0; token < r.num_tokens; ++token) {
+        const uint32_t word = __ballot_sync(kFullWarp, bits >> token & 1);
         if (lane_id() == 0 && expert < r.num_experts) r.mask[token * (stride / 32) + expert / 32] = word;
       }
     }
@@ -267,14 +271,6 @@ __device__ __forceinline__ void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, 
       : "r"(a0), "r"(a1), "r"(b));
 }
 
-/// Two 8x8 matrices, each transposed; lane 8i + r, i < 2, gives the address of row r of matrix i.
-__device__ __forceinline__ void load_two_transposed(uint32_t (&m)[2], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(m[0]), "=r"(m[1])
-               : "r"(address)
-               : "memory");
-}
-
 /// kTiles: tiles of eight tokens. kSteps: steps of 32 columns of d_model that a warp owns, at most. kNeurons: neurons of
 /// a stage, 8 or 16; a GLU takes 8, whose gate rows and up rows make one fragment.
 template <class T, int kTiles, int kSteps, int kNeurons>
@@ -304,6 +300,17 @@ struct Stream {
   }
   __device__ uint32_t in_barrier(uint32_t stage) const { return shared_address(&fixed.barriers[0][stage]); }
   __device__ uint32_t out_barrier(uint32_t stage) const { return shared_address(&fixed.barriers[1][stage]); }
+
+  /// Scores to be read instead of the router's, to where the keys will be.
+  __device__ void ask_for_scores() const {
+    const uint32_t num_experts = p.router.num_experts;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < p.router.num_tokens * num_experts; i += kThreads) {
+      const uint32_t at = i / num_experts * round_up_32(num_experts) + i % num_experts;
+      copy_async_word(shared_address(shared.keys + at), p.scores + i);
+    }
+    copy_async_commit();
+  }
 
   /// Neurons of a block of them that exist.
   __device__ uint32_t count(uint32_t block) const { return min(my_neurons - block * kNeurons, uint32_t(kNeurons)); }
@@ -353,24 +360,24 @@ struct Stream {
     }
     // Of neurons that do not exist, h is 0; their rows would be whatever was there before.
     const uint32_t row = min(lane_id() % 8 + (kNeurons == 16 ? lane_id() / 16 * 8 : 0), neurons - 1);
-    const uint32_t from = out_stage(stage) + row * out_row_stride(slice.row_bytes) +
-                          (slice.first_step * kStepColumns + lane_id() / 8 % 2 * 8) * sizeof(T);
+    const uint32_t from = out_stage(stage) + row * out_row_stride(slice.row_bytes);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      if (i >= slice.num_steps) break;
+      if constexpr (kNeurons == 16) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t at = from + (i * kStepColumns + half * 16) * sizeof(T);
-        if constexpr (kNeurons == 16) {
+        for (int half = 0; half < 2; ++half) {
           uint32_t w[4];
-          load_matrices_transposed(w, at);
+          load_matrices_transposed(w, from + slice.step_offset(i) + (half * 2 + lane_id() / 8 % 2) * 16);
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) mma(y[2 * i + half][tile], w, h[tile][0], h[tile][1], T());
-        } else {
-          uint32_t w[2];
-          load_two_transposed(w, at);
+        }
+      } else {
+        uint32_t w[4];
+        load_matrices_transposed(w, from + slice.step_offset(i) + lane_id() / 8 * 16);
 #pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) mma_k8(y[2 * i + half][tile], w[0], w[1], h[tile][0], T());
+        for (int tile = 0; tile < kTiles; ++tile) {
+          mma_k8(y[2 * i][tile], w[0], w[1], h[tile][0], T());
+          mma_k8(y[2 * i + 1][tile], w[2], w[3], h[tile][0], T());
         }
       }
     }
@@ -420,6 +427,7 @@ struct Stream {
         barrier_init(out_barrier(stage));
       }
       barrier_init(shared_address(&fixed.router_barrier));
+      barrier_init(shared_address(&fixed.parts_barrier));
       fence_barriers();
       if (p.w2 != nullptr) {
         const uint32_t bytes = p.num_w2 * p.router.num_experts * p.router.hidden * 2;
@@ -432,6 +440,12 @@ struct Stream {
     if (threadIdx.x < kTiles * kTile) fixed.max_keys[threadIdx.x] = 0;
     __syncthreads();
     wait_for_dependencies();
+    if (threadIdx.x == 0 && p.w2 != nullptr) {
+      const uint32_t bytes = kParts * p.router.num_tokens * in_row_stride(2 * p.router.hidden);
+      barrier_expect(shared_address(&fixed.parts_barrier), bytes);
+      copy_bulk(shared_address(shared.parts), p.router.first, bytes, shared_address(&fixed.parts_barrier));
+    }
+    if (p.scores != nullptr) ask_for_scores();
     typename Slice<T, kTiles, kSteps>::X x;
     slice.load(p.router.x, p.router.num_tokens, x);
     score(p, fixed, shared);

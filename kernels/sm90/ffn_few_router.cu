@@ -86,11 +86,12 @@ __device__ __forceinline__ void first_layer(const moefy_ffn_few_params& p, unsig
     r.first[token * width + n] = value;
     return;
   }
-  __nv_bfloat16* parts = reinterpret_cast<__nv_bfloat16*>(r.first) + token * kParts * width + n;
+  const uint32_t part_stride = in_row_stride(2 * width) / 2;
+  __nv_bfloat16* parts = reinterpret_cast<__nv_bfloat16*>(r.first) + token * kParts * part_stride + n;
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     const __nv_bfloat16 rounded = __float2bfloat16_rn(value);
-    parts[part * width] = rounded;
+    parts[part * part_stride] = rounded;
     value -= __bfloat162float(rounded);
   }
 }

@@ -245,8 +245,8 @@ impl Shape {
         let (stream_kernel, num_stages, ring_bytes) = sizes.rev().find_map(ring)?;
 
         let mut layout = Layout::default();
-        // The parts of a number take 6 bytes.
-        let first = layout.place(num_tokens.checked_mul(width)?, 6)?;
+        let first =
+            layout.place(if hidden == 0 { 4 * num_tokens * num_experts } else { of_parts }, 1)?;
         let rows = num_blocks.checked_mul(num_tokens)?;
         let partials = layout.place(rows.checked_mul(d_model)?, 4)?;
         Some(Self {
