@@ -118,7 +118,7 @@ impl MoeFfn {
 
     /// The same layer in memory of its own, copied on the device. `router` is the one it was made of.
     #[cfg(feature = "cuda")]
-    pub(super) fn copy(&self, router: &ffn::Router) -> Result<Self> {
+    pub(super) fn copy(&self, router: &Router) -> Result<Self> {
         let buffers = self._buffers.iter().map(Buffer::copy).collect::<Result<Vec<_>>>()?;
         let moved = |address: u64| {
             let pairs = self._buffers.iter().zip(&buffers);
@@ -133,11 +133,21 @@ impl MoeFfn {
             mean: self.neurons.mean.map(view),
             ..self.neurons
         };
+        let router = DeviceRouter::new(&self.device, router, self.dtype)?;
+        let few_w2 = match (self.router.view(), router.view()) {
+            (RouterView::Mlp { w2: old, .. }, RouterView::Mlp { w2, .. })
+                if old.address == self.few_w2 =>
+            {
+                w2.address
+            }
+            _ => moved(self.few_w2),
+        };
         Ok(Self {
             dtype: self.dtype,
             neurons,
             biases: self.biases.map(moved),
-            router: DeviceRouter::new(&self.device, router, self.dtype)?,
+            router,
+            few_w2,
             selection: self.selection,
             gate: self.gate,
             device: self.device.clone(),

@@ -15,9 +15,9 @@ const BATCH: usize = 7;
 /// Pairs at most.
 const MAX_PAIRS: usize = 9 * BATCH;
 /// No more pairs after so long.
-const MAX_TIME: Duration = Duration::from_millis(400);
+const MAX_TIME: Duration = Duration::from_millis(300);
 /// Standard error of the median ratio that is good enough.
-const SETTLED: f64 = 0.002;
+const SETTLED: f64 = 0.003;
 
 /// A captured graph of several equal parts, one after another.
 pub struct TimedGraph {
