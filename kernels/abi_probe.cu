@@ -22,6 +22,7 @@ extern "C" __global__ void moefy_abi_probe(const __grid_constant__ moefy_abi_pro
       LAYOUT(moefy_clear_invalid_params, num_tokens),
       LAYOUT(moefy_split_valid_params, num_chunks),
       LAYOUT(moefy_statistics_params, num_experts),
+      LAYOUT(moefy_read_bandwidth_params, data_bytes),
   };
   constexpr uint64_t kWords = sizeof(kLayout) / sizeof(kLayout[0]);
 #pragma unroll

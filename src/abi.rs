@@ -603,3 +603,23 @@ const _: () = {
     ["Offset of field: moefy_statistics_params::num_experts"]
         [::std::mem::offset_of!(moefy_statistics_params, num_experts) - 36usize];
 };
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_read_bandwidth_params {
+    pub data: u64,
+    pub folded: u64,
+    pub data_bytes: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_read_bandwidth_params"]
+        [::std::mem::size_of::<moefy_read_bandwidth_params>() - 24usize];
+    ["Alignment of moefy_read_bandwidth_params"]
+        [::std::mem::align_of::<moefy_read_bandwidth_params>() - 8usize];
+    ["Offset of field: moefy_read_bandwidth_params::data"]
+        [::std::mem::offset_of!(moefy_read_bandwidth_params, data) - 0usize];
+    ["Offset of field: moefy_read_bandwidth_params::folded"]
+        [::std::mem::offset_of!(moefy_read_bandwidth_params, folded) - 8usize];
+    ["Offset of field: moefy_read_bandwidth_params::data_bytes"]
+        [::std::mem::offset_of!(moefy_read_bandwidth_params, data_bytes) - 16usize];
+};

@@ -278,4 +278,11 @@ typedef struct moefy_statistics_params {
   uint32_t num_experts;
 } moefy_statistics_params;
 
+/* Reads `data` once. */
+typedef struct moefy_read_bandwidth_params {
+  MOEFY_PTR(const void) data; /* a multiple of 16 bytes */
+  MOEFY_PTR(uint32_t) folded; /* [threads of the grid]: exclusive or of what each thread read */
+  uint64_t data_bytes;
+} moefy_read_bandwidth_params;
+
 #endif

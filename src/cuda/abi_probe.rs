@@ -41,6 +41,7 @@ pub fn host_abi() -> Vec<u32> {
         moefy_clear_invalid_params.num_tokens,
         moefy_split_valid_params.num_chunks,
         moefy_statistics_params.num_experts,
+        moefy_read_bandwidth_params.data_bytes,
     ]
 }
 

@@ -35,6 +35,19 @@ impl Buffer {
         Ok(buffer)
     }
 
+    /// The same content in memory of its own.
+    #[cfg(feature = "cuda")]
+    pub(super) fn copy(&self) -> Result<Self> {
+        let copy = Self {
+            context: self.context.clone(),
+            address: self.context.allocate(self.bytes.max(1))?,
+            bytes: self.bytes,
+        };
+        // SAFETY: the sizes are equal.
+        unsafe { self.context.copy_within(copy.address, self.address, self.bytes)? };
+        Ok(copy)
+    }
+
     /// Where it begins, aligned to 256 bytes.
     pub fn address(&self) -> u64 {
         self.address

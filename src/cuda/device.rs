@@ -2,6 +2,8 @@
 
 use super::driver::Context;
 use super::kernels::{Modules, build_info};
+#[cfg(feature = "cuda")]
+use super::read_bandwidth;
 use super::{
     abi_probe, dense, experts, ffn_few, gates, padding, route_index, router_select, select,
     statistics,
@@ -38,6 +40,8 @@ pub struct Device {
     pub(super) ffn_few: Option<ffn_few::Kernels>,
     pub(super) gates: gates::Kernels,
     pub(super) padding: padding::Kernels,
+    #[cfg(feature = "cuda")]
+    pub(super) read_bandwidth: read_bandwidth::Kernels,
     pub(super) route_index: route_index::Kernels,
     pub(super) router_select: router_select::Kernels,
     pub(super) select: select::Kernels,
@@ -63,6 +67,8 @@ impl Device {
             ffn_few: ffn_few::Kernels::load(&modules, properties.max_shared_bytes)?,
             gates: gates::Kernels::load(&modules)?,
             padding: padding::Kernels::load(&modules)?,
+            #[cfg(feature = "cuda")]
+            read_bandwidth: read_bandwidth::Kernels::load(&modules)?,
             route_index: route_index::Kernels::load(&modules)?,
             router_select: router_select::Kernels::load(&modules)?,
             select: select::Kernels::load(&modules)?,

@@ -135,6 +135,16 @@ impl Context {
     }
 
     /// # Safety
+    /// Both addresses must lead to as many bytes, to be read and to be written.
+    pub(super) unsafe fn copy_within(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        self.synchronize()?;
+        unsafe { result::memcpy_dtod_sync(to, from, bytes) }
+            .map_err(cannot("copy on the device"))?;
+        // The copy itself does not wait.
+        self.synchronize()
+    }
+
+    /// # Safety
     /// `address` must lead to as many readable bytes.
     pub(super) unsafe fn copy_to_host(&self, bytes: &mut [u8], address: u64) -> Result<()> {
         self.synchronize()?;

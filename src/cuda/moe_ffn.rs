@@ -116,6 +116,45 @@ impl MoeFfn {
         })
     }
 
+    /// The same layer in memory of its own, copied on the device. `router` is the one it was made of.
+    #[cfg(feature = "cuda")]
+    pub(super) fn copy(&self, router: &Router) -> Result<Self> {
+        let buffers = self._buffers.iter().map(Buffer::copy).collect::<Result<Vec<_>>>()?;
+        let moved = |address: u64| {
+            let pairs = self._buffers.iter().zip(&buffers);
+            pairs.filter(|(old, _)| old.address() == address).map(|(_, new)| new.address()).sum()
+        };
+        let view = |view: View| View { address: moved(view.address), ..view };
+        let neurons = Neurons {
+            w_in: view(self.neurons.w_in),
+            w_out: view(self.neurons.w_out),
+            b_in: self.neurons.b_in.map(view),
+            b_out: self.neurons.b_out.map(view),
+            mean: self.neurons.mean.map(view),
+            ..self.neurons
+        };
+        let router = DeviceRouter::new(&self.device, router, self.dtype)?;
+        let few_w2 = match (self.router.view(), router.view()) {
+            (RouterView::Mlp { w2: old, .. }, RouterView::Mlp { w2, .. })
+                if old.address == self.few_w2 =>
+            {
+                w2.address
+            }
+            _ => moved(self.few_w2),
+        };
+        Ok(Self {
+            dtype: self.dtype,
+            neurons,
+            biases: self.biases.map(moved),
+            router,
+            few_w2,
+            selection: self.selection,
+            gate: self.gate,
+            device: self.device.clone(),
+            _buffers: buffers,
+        })
+    }
+
     /// Where the weights are.
     pub fn device(&self) -> &Arc<Device> {
         &self.device

@@ -1,6 +1,8 @@
 //! Which way a layer is computed.
 
 use super::dense::DenseLayer;
+#[cfg(feature = "cuda")]
+use super::plan::Stage;
 use super::view::View;
 use super::{MoeFfn, ffn_few};
 use crate::error::Result;
@@ -38,6 +40,16 @@ impl Path {
             Self::ExpertMajor => "expert-major",
             Self::DenseExact => "dense-exact",
             Self::DenseMasked => "dense-masked",
+        }
+    }
+
+    /// Where a run can be stopped to see what each part costs; a path of one piece has no such place.
+    #[cfg(feature = "cuda")]
+    pub(super) fn stages(self) -> &'static [Stage] {
+        match self {
+            Self::Few | Self::ExpertMajor => &[Stage::Route, Stage::Index],
+            Self::DenseMasked => &[Stage::Route],
+            _ => &[],
         }
     }
 }

@@ -45,6 +45,20 @@ impl MoeFfn {
     /// When the sizes overflow, cuBLASLt is needed and missing, or the device has too little memory
     /// to time products.
     pub fn plan(self: &Arc<Self>, max_tokens: usize, options: PlanOptions) -> Result<FfnPlan> {
+        self.plan_with(max_tokens, options, |plan, layer| {
+            let chunk = plan.places.chunk;
+            let smaller = (0..).map(|power| 1 << power).take_while(|&size| size < chunk);
+            plan.tune(layer, &smaller.chain([chunk]).collect::<Vec<_>>())
+        })
+    }
+
+    /// The same with dense products from `dense`, if they may run.
+    pub(super) fn plan_with(
+        self: &Arc<Self>,
+        max_tokens: usize,
+        options: PlanOptions,
+        dense: impl FnOnce(&FfnPlan, DenseLayer) -> Result<Dense>,
+    ) -> Result<FfnPlan> {
         if options.path == Some(Path::FewFused) && self.few_fused(max_tokens).is_none() {
             let check = Arguments { device: self.device(), op: "plan" };
             let expected = "one that can do these sizes (few-fused is for f16 and bf16 on Hopper, \
@@ -64,7 +78,7 @@ impl MoeFfn {
             plan.counters = Some(Counters::new(self.device(), self.neurons().num_experts)?);
         }
         if let Some(layer) = self.dense_layer_of(max_tokens, &options)? {
-            plan.dense = Some(plan.tune(layer)?);
+            plan.dense = Some(dense(&plan, layer)?);
         }
         Ok(plan)
     }
@@ -394,8 +408,16 @@ impl FfnPlan {
         Ok(())
     }
 
-    /// Times dense products for powers of two and the largest chunk.
-    fn tune(&self, layer: DenseLayer) -> Result<Dense> {
+    /// Times dense products for full batches alone.
+    #[cfg(feature = "cuda")]
+    pub(super) fn tune_full(&self, layer: DenseLayer) -> Result<Dense> {
+        let chunk = self.places.chunk;
+        let sizes = [self.max_tokens % chunk, chunk];
+        self.tune(layer, if sizes[0] == 0 { &sizes[1..] } else { &sizes })
+    }
+
+    /// Times dense products for so many tokens, ascending.
+    fn tune(&self, layer: DenseLayer, sizes: &[usize]) -> Result<Dense> {
         let device = self.ffn.device();
         let chunk = self.places.chunk;
         let d_model = self.ffn.neurons().d_model();
@@ -416,12 +438,9 @@ impl FfnPlan {
             num_tokens: chunk,
             workspace: workspace.address(),
         };
-        let mut sizes: Vec<usize> =
-            (0..).map(|power| 1 << power).take_while(|&size| size < chunk).collect();
-        sizes.push(chunk);
         device.context.bind()?;
         // SAFETY: the buffers have the sizes of a chunk, and live until everything has run.
-        let dense = unsafe { Dense::new(device, layer, &sizes, &run) };
+        let dense = unsafe { Dense::new(device, layer, sizes, &run) };
         device.context.synchronize()?;
         dense
     }

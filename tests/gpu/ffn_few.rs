@@ -8,6 +8,7 @@ use moefy::{DType, TensorRef, reference};
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 
+use crate::emulation;
 use crate::experts::{Shape, expected, random_layer, tokens, tolerance};
 use crate::harness::{Gpu, Output, is_small, relative_error, sizes};
 use crate::router_select::{assert_outside_band, routers};
@@ -74,7 +75,10 @@ fn check(
     let all = expected(layer, &x, &mask, Some(&scores));
     let end = valid.min(num_tokens) * d_model;
     let error = relative_error(&y[..end], &all[..end]);
-    let bar = tolerance(layer, dtype);
+    let gates = emulation::gates(layer.gate(), &scores, &mask);
+    let emulated = emulation::emulate(layer, &x, &mask, gates.as_deref());
+    let emulated = relative_error(&emulated[..end], &all[..end]);
+    let bar = tolerance(layer, dtype).min(emulation::bar(emulated));
     assert!(
         error <= bar,
         "error {error:.3e} > {bar:.3e}; {case}, s {}, shared {}, glu {}, {:?}, {:?}, {:?}, \

@@ -1,7 +1,8 @@
 //! What every test of a kernel needs: outputs that show what was not written and what was written
 //! beside them, launches that are repeated in a graph, and random inputs.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bytemuck::Pod;
 use moefy::cuda::interop::cudarc::driver::{CudaGraph, CudaStream, sys};
@@ -58,6 +59,36 @@ impl Gpu {
         for (index, (output, eager)) in outputs.iter().zip(eager).enumerate() {
             assert!(output.read::<u8>() == eager, "output {index} differs from a graph");
         }
+    }
+
+    /// Prepares cases on all cores, and takes each to the GPU when it is its turn: what takes long is the
+    /// reference.
+    pub fn check_all<C: Sync, P>(
+        &self,
+        cases: &[C],
+        prepare: impl Fn(&C, &mut ChaCha8Rng) -> P + Sync,
+        check: impl Fn(&Self, P) + Sync,
+    ) {
+        let (next, turn) = (AtomicUsize::new(0), Mutex::new(()));
+        let work = || {
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                let Some(case) = cases.get(index) else { return };
+                let mut rng = self.rng();
+                rng.set_stream(index as u64 + 1);
+                let prepared = prepare(case, &mut rng);
+                // Nobody goes on after a failure.
+                let Ok(_turn) = turn.lock() else { return };
+                check(self, prepared);
+            }
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..cores).map(|_| scope.spawn(work)).collect();
+            for thread in threads {
+                thread.join().unwrap_or_else(|failure| std::panic::resume_unwind(failure));
+            }
+        });
     }
 
     /// What `launch` puts on the stream.

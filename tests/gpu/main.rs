@@ -5,10 +5,12 @@
 
 mod abi;
 mod bad_input;
+mod emulation;
 mod experts;
 mod ffn_few;
 mod harness;
 mod interop;
+mod layers;
 mod plan;
 mod route_index;
 mod router_select;
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
         bad_input::tests(),
         experts::tests(),
         ffn_few::tests(),
+        layers::tests(),
         plan::tests(),
         interop::tests(),
         route_index::tests(),

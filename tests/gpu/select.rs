@@ -12,6 +12,7 @@ use crate::harness::{Gpu, Output, sizes, uniform};
 pub fn tests() -> crate::Tests {
     vec![
         ("select::every_rule_and_size", every_rule_and_size),
+        ("select::many_tokens", many_tokens),
         ("select::ties_and_special_values", ties_and_special_values),
         ("select::rows_apart_and_padding", rows_apart_and_padding),
     ]
@@ -78,6 +79,20 @@ fn every_rule_and_size(gpu: &Gpu) {
             let scores: Vec<f32> =
                 uniform(rng, num_tokens * num_experts).into_iter().map(f32::abs).collect();
             check(gpu, &scores, num_experts, selection, num_tokens);
+        }
+    }
+}
+
+fn many_tokens(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    for num_tokens in sizes(&[512, 989, 4096], 512) {
+        for num_experts in sizes(&[12, 48, 448], 48) {
+            let scores = uniform(rng, num_tokens * num_experts);
+            for selection in
+                [Selection::top_k(5), Selection::dynamic_k(0.3), Selection::cumulative_share(0.5)]
+            {
+                check(gpu, &scores, num_experts, &selection, num_tokens);
+            }
         }
     }
 }
