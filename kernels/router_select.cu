@@ -82,38 +82,85 @@ __device__ __forceinline__ void first_layer(const moefy_router_select_params& p)
   }
 }
 
+// Selects by a block, from the keys of a row and the largest of them. `selection` is the same row for one warp.
+__device__ __forceinline__ void select_by_block(const moefy_router_select_params& p, uint32_t token, bool valid,
+                                                const RowSelection& selection, uint32_t max_key, uint32_t* count) {
+  const moefy_selection& rule = p.selection;
+  const bool plain = rule.rule == MOEFY_RULE_DYNAMIC_K && rule.threshold > 0 && rule.max_experts >= p.num_experts &&
+                     max_key < kInfinityKey && key_score(max_key) > 0;
+  if (plain) {
+    const uint32_t least = ::max(score_key(rule.threshold * key_score(max_key)), 1u);
+    for (uint32_t e = threadIdx.x; e < round_up_32(p.num_experts); e += kSelectThreads) {
+      const uint32_t word = __ballot_sync(kFullWarp, selection.keys[e] >= least);
+      if (lane_id() == 0) {
+        selection.mask[e / 32] = word;
+        atomicAdd(count, __popc(word));
+      }
+    }
+  } else if (threadIdx.x < 32) {
+    const bool selected = selection.run(rule);
+    __syncwarp();
+    uint32_t own = 0;
+    for (uint32_t w = lane_id(); w < round_up_32(p.num_experts) / 32; w += 32) own += __popc(selection.mask[w]);
+    own = __reduce_add_sync(kFullWarp, own);
+    if (lane_id() == 0) {
+      *count = own;
+      if (!selected && valid && p.status != nullptr) atomicOr(p.status, MOEFY_STATUS_ROW_WITHOUT_SCORE);
+    }
+  }
+  if (p.counts == nullptr) return;
+  __syncthreads();
+  if (threadIdx.x == 0) p.counts[token] = *count;
+}
+
 // The rest, a block for each token; hidden % 8 == 0.
 template <class T>
 __device__ __forceinline__ void select_from_first(const moefy_router_select_params& p) {
   extern __shared__ __align__(16) float shared[];
-  const uint32_t width = first_width(p);
+  __shared__ uint32_t max_key, count;
+  const uint32_t width = first_width(p), row = round_up_32(p.num_experts);
   float* const in = shared;
   float* const scores = p.w2 == nullptr ? in : in + padded_first(width);
-  uint32_t* const memory = reinterpret_cast<uint32_t*>(in + padded_first(width) + round_up_32(p.num_experts));
+  uint32_t* const keys = reinterpret_cast<uint32_t*>(in + padded_first(width) + row);
   const uint32_t token = blockIdx.x;
 
   launch_dependents();
-  const T* const w2 = static_cast<const T*>(p.w2);
-  for (uint32_t k = threadIdx.x * (128 / sizeof(T)); k < p.num_experts * p.hidden;
-       k += kSelectThreads * (128 / sizeof(T))) {
-    prefetch(w2 + k);
+  const T* w2 = static_cast<const T*>(p.w2);
+  // Before the tokens are there: w2 nearer, and best of all here.
+  uint32_t* const scratch = keys + row;
+  const uint32_t sorted = p.selection.rule == MOEFY_RULE_CUMULATIVE_SHARE ? next_power_of_two(p.num_experts) : 0;
+  if (p.w2_in_shared) {
+    T* const copy = reinterpret_cast<T*>(scratch + round_up_32(sorted));
+    for (uint32_t i = threadIdx.x * 16; i < p.num_experts * p.hidden * sizeof(T); i += kSelectThreads * 16) {
+      copy_async(shared_address(copy) + i, reinterpret_cast<const char*>(w2) + i, true);
+    }
+    copy_async_commit();
+    w2 = copy;
+  } else {
+    constexpr uint32_t kLine = 128 / sizeof(T);
+    for (uint32_t k = threadIdx.x * kLine; k < p.num_experts * p.hidden; k += kSelectThreads * kLine) prefetch(w2 + k);
   }
+  if (threadIdx.x == 0) max_key = count = 0;
   wait_for_dependencies();
   load_first(p, token, 1, in);
+  copy_async_wait<0>();
   __syncthreads();
-  if (w2 != nullptr) {
+  if (p.w2 != nullptr) {
     second_layer(p, w2, in, 1, scores, p.num_experts);
     __syncthreads();
   }
   const bool valid = p.num_valid_tokens == nullptr || token < __ldcg(p.num_valid_tokens);
-  if (p.scores != nullptr) {
-    for (uint32_t e = threadIdx.x; e < p.num_experts; e += kSelectThreads) {
-      p.scores[static_cast<uint64_t>(token) * p.num_experts + e] = valid ? scores[e] : 0.0f;
-    }
+  for (uint32_t e = threadIdx.x; e < row; e += kSelectThreads) {
+    const bool exists = e < p.num_experts && valid;
+    const float score = exists ? scores[e] : 0.0f;
+    if (e < p.num_experts && p.scores != nullptr) p.scores[static_cast<uint64_t>(token) * p.num_experts + e] = score;
+    keys[e] = exists ? score_key(score) : 0;
+    const uint32_t largest = __reduce_max_sync(kFullWarp, keys[e]);
+    if (lane_id() == 0) atomicMax(&max_key, largest);
   }
-  if (threadIdx.x >= 32) return;
-  const SelectOutputs outputs{p.mask, p.counts, p.status};
-  select_row(scores, token, valid, p.num_experts, p.selection, outputs, memory);
+  __syncthreads();
+  uint32_t* const mask = p.mask + static_cast<uint64_t>(token) * (row / 32);
+  select_by_block(p, token, valid, RowSelection{keys, scratch, p.num_experts, mask}, max_key, &count);
 }
 
 // ---- many tokens ----
@@ -191,8 +238,8 @@ __device__ __forceinline__ void router_layer(const moefy_router_layer_params& p)
       const __grid_constant__ moefy_router_select_params p) {                               \
     moefy::first_layer<type, tokens>(p);                                                    \
   }
-// Dynamic shared memory: the outputs of the first layer up to a multiple of 128, num_experts up to a multiple of 32, and
-// what select_row takes.
+// Dynamic shared memory: the outputs of the first layer up to a multiple of 128, twice num_experts up to a multiple of
+// 32, the next power of two where the rule sorts, and w2 where there is room.
 #define ROUTER_SELECT(suffix, type)                                               \
   extern "C" __global__ void __launch_bounds__(512) moefy_router_select_##suffix( \
       const __grid_constant__ moefy_router_select_params p) {                     \

@@ -130,7 +130,7 @@ pub struct moefy_router_select_params {
     pub hidden: u32,
     pub num_experts: u32,
     pub num_tokens: u32,
-    pub reserved: u32,
+    pub w2_in_shared: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -172,8 +172,8 @@ const _: () = {
         [::std::mem::offset_of!(moefy_router_select_params, num_experts) - 116usize];
     ["Offset of field: moefy_router_select_params::num_tokens"]
         [::std::mem::offset_of!(moefy_router_select_params, num_tokens) - 120usize];
-    ["Offset of field: moefy_router_select_params::reserved"]
-        [::std::mem::offset_of!(moefy_router_select_params, reserved) - 124usize];
+    ["Offset of field: moefy_router_select_params::w2_in_shared"]
+        [::std::mem::offset_of!(moefy_router_select_params, w2_in_shared) - 124usize];
 };
 impl moefy_router_activation {
     pub const MOEFY_ROUTER_ACTIVATION_ABS: moefy_router_activation = moefy_router_activation(0);
@@ -437,7 +437,7 @@ pub struct moefy_ffn_few_params {
     pub num_blocks: u32,
     pub num_stages: u32,
     pub inverse_width: f32,
-    pub resident_bytes: u32,
+    pub stage_neurons: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -465,8 +465,8 @@ const _: () = {
         [::std::mem::offset_of!(moefy_ffn_few_params, num_stages) - 252usize];
     ["Offset of field: moefy_ffn_few_params::inverse_width"]
         [::std::mem::offset_of!(moefy_ffn_few_params, inverse_width) - 256usize];
-    ["Offset of field: moefy_ffn_few_params::resident_bytes"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, resident_bytes) - 260usize];
+    ["Offset of field: moefy_ffn_few_params::stage_neurons"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, stage_neurons) - 260usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

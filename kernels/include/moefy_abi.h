@@ -101,7 +101,7 @@ typedef struct moefy_router_select_params {
   uint32_t hidden; /* 0 where there is no w2 */
   uint32_t num_experts;
   uint32_t num_tokens;
-  uint32_t reserved;
+  uint32_t w2_in_shared; /* 1: there is room for w2 in shared memory */
 } moefy_router_select_params;
 
 typedef enum moefy_router_activation {
@@ -224,10 +224,8 @@ typedef struct moefy_ffn_few_params {
   uint32_t num_w2;
   uint32_t num_blocks; /* that share the neurons */
   uint32_t num_stages; /* of the ring of rows in shared memory */
-  float inverse_width; /* 1 / expert_width */
-  /* 0: neurons are asked for once they are selected. Else all are asked for at once, and the second layer of the router
-   * takes this much shared memory beside them. */
-  uint32_t resident_bytes;
+  float inverse_width;     /* 1 / expert_width */
+  uint32_t stage_neurons; /* of a stage: at most what the kernel multiplies at once */
 } moefy_ffn_few_params;
 
 /* Scores -> gates of moefy_experts_params. */

@@ -24,6 +24,12 @@ __device__ __forceinline__ float key_score(uint32_t key) {
 
 __host__ __device__ constexpr uint32_t round_up_32(uint32_t v) { return (v + 31) / 32 * 32; }
 
+__host__ __device__ constexpr uint32_t next_power_of_two(uint32_t v) {
+  uint32_t power = 1;
+  while (power < v) power *= 2;
+  return power;
+}
+
 struct RowSelection {
   uint32_t* keys;        // [round_up_32(num_experts)], 0 beyond the last expert
   uint32_t* scratch;     // where the rule is CUMULATIVE_SHARE: the next power of two of num_experts words
@@ -66,7 +72,7 @@ struct RowSelection {
   // Size of the smallest prefix in descending order whose sum reaches `share` of the row's sum. Both sums are taken one
   // by one in that order.
   __device__ __forceinline__ uint32_t count_of_share(float share, uint32_t num_keys) const {
-    const uint32_t size = num_experts <= 1 ? 1 : 1u << (32 - __clz(num_experts - 1));
+    const uint32_t size = next_power_of_two(num_experts);
     for (uint32_t i = lane_id(); i < size; i += 32) scratch[i] = i < num_experts ? keys[i] : 0;
     __syncwarp();
     sort_descending(scratch, size);

@@ -4,9 +4,7 @@
 // moefy_ffn_few: every block finishes the router and selects by itself, which costs less than to wait for another
 // launch. The executed neurons of the tokens' union are dealt out one by one over the blocks, so that any width of
 // expert fills the chip. A block streams whole rows of its neurons through a ring in shared memory, multiplies them with
-// all tokens, and keeps its share of y in registers: a warp owns a slice of d_model in both products. Of a small layer
-// all neurons are dealt out and asked for before the router has run, because to read them takes less time than to wait
-// for the selection first.
+// all tokens, and keeps its share of y in registers: a warp owns a slice of d_model in both products.
 // moefy_ffn_few_combine adds the shares in their order.
 //
 // For one token of a small layer, what costs is the number of instructions that wait for each other: loads are
@@ -28,8 +26,8 @@ struct RingEntry {
   uint32_t expert;  // kNoExpert: all tokens
 };
 
-/// What has a fixed size in shared memory. kBatch: stages that are multiplied together.
-template <int kTiles, int kBatch>
+/// What has a fixed size in shared memory.
+template <int kTiles>
 struct Fixed {
   uint64_t barriers[2][MOEFY_FFN_FEW_STAGES];  // rows of w_in, rows of w_out
   uint64_t router_barrier;
@@ -40,32 +38,31 @@ struct Fixed {
   uint32_t union_ids[MOEFY_FFN_FEW_EXPERTS];
   uint32_t token_bits[MOEFY_FFN_FEW_EXPERTS];
   RingEntry entries[MOEFY_FFN_FEW_STAGES][16];
-  alignas(16) Sums<kTiles> sums[kBatch];
-  alignas(16) uint16_t hidden[kBatch][kTiles][kTile][16];
+  alignas(16) Sums<kTiles> sums;
+  alignas(16) uint16_t hidden[kTiles][kTile][16];
 };
 
 __host__ __device__ constexpr uint32_t round_up_128(uint32_t bytes) { return (bytes + 127) / 128 * 128; }
 
 /// The rest, one after the other, each at a multiple of 128 bytes: the host adds up the same sizes.
 struct Sized {
-  uint32_t* keys;         // [num_tokens, round_up_32(num_experts)], later gates
-  unsigned char* parts;   // [kParts * num_tokens] rows of `hidden` numbers of bf16
-  unsigned char* router;  // its second layer, then its products, then what selection sorts
-  unsigned char* ring;    // the same place where there are no neurons before there is a selection
+  uint32_t* keys;        // [num_tokens, round_up_32(num_experts)], later gates
+  unsigned char* parts;  // [kParts * num_tokens] rows of `hidden` numbers of bf16
+  // Before there are neurons: the second layer of the router, then its products, then what selection sorts.
+  unsigned char* ring;
 
-  __device__ Sized(const moefy_ffn_few_params& p, unsigned char* memory) {
-    const moefy_router_select_params& r = p.router;
+  __device__ Sized(const moefy_router_select_params& r, unsigned char* memory) {
     keys = reinterpret_cast<uint32_t*>(memory);
     parts = memory + round_up_128(4 * r.num_tokens * round_up_32(r.num_experts));
-    router = parts + (r.hidden == 0 ? 0 : round_up_128(kParts * r.num_tokens * in_row_stride(2 * r.hidden)));
-    ring = router + p.resident_bytes;
+    ring = parts + (r.hidden == 0 ? 0 : kParts * r.num_tokens * in_row_stride(2 * r.hidden));
+    ring += (128 - (ring - memory) % 128) % 128;
   }
 };
 
 /// The second layer of the router on tensor cores: products [num_experts, columns] of its rows with the parts of the
 /// first layer, whose sum is exact. A column is a part of a token; columns come in eights.
-template <int kTiles, int kBatch>
-__device__ __forceinline__ void second_layer(const moefy_ffn_few_params& p, const Fixed<kTiles, kBatch>& fixed,
+template <int kTiles>
+__device__ __forceinline__ void second_layer(const moefy_ffn_few_params& p, const Fixed<kTiles>& fixed,
                                              const Sized& shared, float* products, uint32_t columns) {
   const moefy_router_select_params& r = p.router;
   const uint32_t g = lane_id() / 4, t = lane_id() % 4;
@@ -80,7 +77,7 @@ __device__ __forceinline__ void second_layer(const moefy_ffn_few_params& p, cons
     const uint32_t steps = ceil_div(r.hidden, 128);
 #pragma unroll 1
     for (uint32_t step = 0; step < steps * p.num_w2; ++step) {
-      const uint32_t rows = shared_address(shared.router) + step / steps * r.num_experts * row_bytes;
+      const uint32_t rows = shared_address(shared.ring) + step / steps * r.num_experts * row_bytes;
       uint32_t at[4];
       uint4 a[4], d[4];
 #pragma unroll
@@ -122,12 +119,12 @@ __device__ __forceinline__ void second_layer(const moefy_ffn_few_params& p, cons
 }
 
 /// Scores as keys, and the largest of each token. Scores to be read instead are on their way to where the keys go.
-template <int kTiles, int kBatch>
-__device__ __forceinline__ void score(const moefy_ffn_few_params& p, Fixed<kTiles, kBatch>& fixed, const Sized& shared) {
+template <int kTiles>
+__device__ __forceinline__ void score(const moefy_ffn_few_params& p, Fixed<kTiles>& fixed, const Sized& shared) {
   const moefy_router_select_params& r = p.router;
   const uint32_t stride = round_up_32(r.num_experts);
   const uint32_t columns = (kParts * r.num_tokens + 7) / 8 * 8;
-  float* products = reinterpret_cast<float*>(shared.router + round_up_128(p.num_w2 * r.num_experts * r.hidden * 2));
+  float* products = reinterpret_cast<float*>(shared.ring + round_up_128(p.num_w2 * r.num_experts * r.hidden * 2));
   if (p.w2 != nullptr) second_layer(p, fixed, shared, products, columns);
   if (p.scores != nullptr) {
     copy_async_wait<0>();
@@ -156,8 +153,8 @@ __device__ __forceinline__ void score(const moefy_ffn_few_params& p, Fixed<kTile
 }
 
 /// Whether the thresholds follow from the largest scores alone: dynamic-k without a cap, on rows without special values.
-template <int kTiles, int kBatch>
-__device__ __forceinline__ bool is_plain_threshold(const moefy_ffn_few_params& p, const Fixed<kTiles, kBatch>& fixed) {
+template <int kTiles>
+__device__ __forceinline__ bool is_plain_threshold(const moefy_ffn_few_params& p, const Fixed<kTiles>& fixed) {
   const moefy_router_select_params& r = p.router;
   const moefy_selection& rule = r.selection;
   if (rule.rule != MOEFY_RULE_DYNAMIC_K || rule.max_experts < r.num_experts || p.gate != MOEFY_GATE_ONE) return false;
@@ -192,14 +189,14 @@ __device__ __forceinline__ void keys_to_gates(moefy_gate gate, uint32_t num_expe
 }
 
 /// Any rule on any scores, a warp for a token.
-template <int kTiles, int kBatch>
-__device__ __forceinline__ void select_rows(const moefy_ffn_few_params& p, Fixed<kTiles, kBatch>& fixed, const Sized& shared) {
+template <int kTiles>
+__device__ __forceinline__ void select_rows(const moefy_ffn_few_params& p, Fixed<kTiles>& fixed, const Sized& shared) {
   const moefy_router_select_params& r = p.router;
   const uint32_t warp = threadIdx.x / 32, num_valid = valid_tokens(r);
 #pragma unroll 1
   for (uint32_t token = warp; token < r.num_tokens; token += kWarps) {
     uint32_t* keys = shared.keys + token * round_up_32(r.num_experts);
-    uint32_t* scratch = reinterpret_cast<uint32_t*>(shared.router) + warp * MOEFY_FFN_FEW_EXPERTS;
+    uint32_t* scratch = reinterpret_cast<uint32_t*>(shared.ring) + warp * MOEFY_FFN_FEW_EXPERTS;
     const bool selected = RowSelection{keys, scratch, r.num_experts, fixed.masks[token]}.run(r.selection);
     __syncwarp();
     const bool lost = blockIdx.x == 0 && r.status != nullptr && token < num_valid && !selected;
@@ -209,11 +206,9 @@ __device__ __forceinline__ void select_rows(const moefy_ffn_few_params& p, Fixed
   __syncthreads();
 }
 
-/// Selects: the tokens of each expert, and where the neurons wait for it the union of all tokens' experts. Returns the
-/// size of the union.
-template <int kTiles, int kBatch>
-__device__ __forceinline__ uint32_t unite(const moefy_ffn_few_params& p, Fixed<kTiles, kBatch>& fixed,
-                                          const Sized& shared) {
+/// The union of the tokens' experts, with the tokens of each; returns its size.
+template <int kTiles>
+__device__ __forceinline__ uint32_t unite(const moefy_ffn_few_params& p, Fixed<kTiles>& fixed, const Sized& shared) {
   const moefy_router_select_params& r = p.router;
   const uint32_t stride = round_up_32(r.num_experts);
   const bool plain = is_plain_threshold(p, fixed);
@@ -242,8 +237,6 @@ __device__ __forceinline__ uint32_t unite(const moefy_ffn_few_params& p, Fixed<k
         if (lane_id() == 0 && expert < r.num_experts) r.mask[token * (stride / 32) + expert / 32] = word;
       }
     }
-    if (expert < r.num_experts) fixed.token_bits[expert] = bits;
-    if (p.resident_bytes != 0) continue;
     const uint32_t present = __ballot_sync(kFullWarp, bits != 0);
     if (first > 0) __syncthreads();  // the last counts have been read
     if (lane_id() == 0) fixed.warp_counts[threadIdx.x / 32] = __popc(present);
@@ -255,10 +248,13 @@ __device__ __forceinline__ uint32_t unite(const moefy_ffn_few_params& p, Fixed<k
       rank += w < int(threadIdx.x / 32) ? count : 0;
       size += count;
     }
-    if (bits != 0) fixed.union_ids[rank] = expert;
+    if (bits != 0) {
+      fixed.union_ids[rank] = expert;
+      fixed.token_bits[expert] = bits;
+    }
   }
   // The copy engine writes next where threads have written.
-  if (p.resident_bytes == 0) fence_for_copies();
+  fence_for_copies();
   __syncthreads();
   return size;
 }
@@ -277,32 +273,30 @@ __device__ __forceinline__ void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, 
 
 /// kTiles: tiles of eight tokens. kSteps: steps of 32 columns of d_model that a warp owns, at most. kNeurons: neurons of
 /// a stage, 8 or 16; a GLU takes 8, whose gate rows and up rows make one fragment.
-template <class T, int kTiles, int kSteps, int kNeurons, int kBatch>
+template <class T, int kTiles, int kSteps, int kNeurons>
 struct Stream {
-  static constexpr int kValues = (kBatch * kTiles * kTile * kNeurons + kThreads - 1) / kThreads;
+  static constexpr int kValues = (kTiles * kTile * kNeurons + kThreads - 1) / kThreads;
   using Y = float[kSteps * 2][kTiles][4];
 
   const moefy_ffn_few_params& p;
-  Fixed<kTiles, kBatch>& fixed;
+  Fixed<kTiles>& fixed;
   const Sized shared;
   const Slice<T, kTiles, kSteps> slice;
   const uint32_t in_rows;
-  const bool is_resident;
   uint32_t union_neurons = 0, my_neurons = 0;
 
-  __device__ Stream(const moefy_ffn_few_params& params, Fixed<kTiles, kBatch>& fixed_memory, unsigned char* memory)
+  __device__ Stream(const moefy_ffn_few_params& params, Fixed<kTiles>& fixed_memory, unsigned char* memory)
       : p(params),
         fixed(fixed_memory),
-        shared(params, memory),
+        shared(params.router, memory),
         slice(params.neurons.d_model),
-        in_rows((params.neurons.glu + 1) * kNeurons),
-        is_resident(params.resident_bytes != 0) {}
+        in_rows((params.neurons.glu + 1) * params.stage_neurons) {}
 
   __device__ uint32_t in_stage(uint32_t stage) const {
     return shared_address(shared.ring) + stage * in_rows * in_row_stride(slice.row_bytes);
   }
   __device__ uint32_t out_stage(uint32_t stage) const {
-    return in_stage(p.num_stages) + stage * kNeurons * out_row_stride(slice.row_bytes);
+    return in_stage(p.num_stages) + stage * p.stage_neurons * out_row_stride(slice.row_bytes);
   }
   __device__ uint32_t in_barrier(uint32_t stage) const { return shared_address(&fixed.barriers[0][stage]); }
   __device__ uint32_t out_barrier(uint32_t stage) const { return shared_address(&fixed.barriers[1][stage]); }
@@ -319,14 +313,16 @@ struct Stream {
   }
 
   /// Neurons of a block of them that exist.
-  __device__ uint32_t count(uint32_t block) const { return min(my_neurons - block * kNeurons, uint32_t(kNeurons)); }
+  __device__ uint32_t count(uint32_t block) const {
+    return min(my_neurons - block * p.stage_neurons, p.stage_neurons);
+  }
 
   __device__ RingEntry find(uint32_t index) const {
     const moefy_neurons& n = p.neurons;
     if (index >= union_neurons) return {routed_neurons(n) + index - union_neurons, kNoExpert};
     // Exact: indices are below 2^21, and half a step away from the next multiple.
     const uint32_t rank = static_cast<uint32_t>((index + 0.5f) * p.inverse_width);
-    const uint32_t expert = is_resident ? rank : fixed.union_ids[rank];
+    const uint32_t expert = fixed.union_ids[rank];
     return {expert * n.expert_width + index - rank * n.expert_width, expert};
   }
 
@@ -336,56 +332,30 @@ struct Stream {
     const moefy_neurons& n = p.neurons;
     const uint32_t stage = block % p.num_stages, neurons = count(block);
     const bool is_out = lane_id() >= 16;
-    const uint32_t slot = lane_id() % kNeurons;
-    const RingEntry entry = find(blockIdx.x + (block * kNeurons + min(slot, neurons - 1)) * gridDim.x);
     const uint32_t lane_row = lane_id() % 16;
-    const bool runs = slot < neurons && (is_out ? out && lane_row < kNeurons : in && lane_row < in_rows);
+    const bool is_up = lane_row >= p.stage_neurons;  // of a GLU
+    const uint32_t slot = is_up ? lane_row - p.stage_neurons : lane_row;
+    const RingEntry entry = find(blockIdx.x + (block * p.stage_neurons + min(slot, neurons - 1)) * gridDim.x);
+    const bool runs = slot < neurons && (is_out ? out && !is_up : in && lane_row < in_rows);
     if (in && lane_id() < neurons) fixed.entries[stage][slot] = entry;
     if (in && lane_id() == 0) barrier_expect(in_barrier(stage), neurons * (n.glu + 1) * slice.row_bytes);
     if (out && lane_id() == 16) barrier_expect(out_barrier(stage), neurons * slice.row_bytes);
     __syncwarp();
     if (!runs) return;
-    const uint64_t row = is_out                 ? entry.neuron
-                         : lane_row < kNeurons ? input_row(n, entry.neuron)
-                                                : up_row(n, entry.neuron);
+    const uint64_t row = is_out ? entry.neuron : is_up ? up_row(n, entry.neuron) : input_row(n, entry.neuron);
     const uint32_t to = is_out ? out_stage(stage) + lane_row * out_row_stride(slice.row_bytes)
                                : in_stage(stage) + lane_row * in_row_stride(slice.row_bytes);
     const char* from = static_cast<const char*>(is_out ? n.w_out : n.w_in) + row * slice.row_bytes;
     copy_bulk(to, from, slice.row_bytes, is_out ? out_barrier(stage) : in_barrier(stage));
   }
 
-  /// Brings all rows of a block of neurons nearer, whose stage is not free yet.
-  __device__ void prefetch(uint32_t block) const {
-    const moefy_neurons& n = p.neurons;
-    const uint32_t slot = lane_id() % 8, which = lane_id() / 8;
-#pragma unroll 1
-    for (uint32_t first = 0; first < kNeurons; first += 8) {
-      if (which > 2 || first + slot >= count(block) || (which == 1 && n.glu == 0)) continue;
-      const uint32_t neuron = find(blockIdx.x + (block * kNeurons + first + slot) * gridDim.x).neuron;
-      const uint64_t row = which == 0 ? input_row(n, neuron) : which == 1 ? up_row(n, neuron) : neuron;
-      prefetch_bulk(static_cast<const char*>(which == 2 ? n.w_out : n.w_in) + row * slice.row_bytes, slice.row_bytes);
-    }
-  }
-
-  /// Neurons of this block of threads, out of so many.
-  __device__ void deal(uint32_t all) { my_neurons = all > blockIdx.x ? (all - blockIdx.x - 1) / gridDim.x + 1 : 0; }
-
-  __device__ uint32_t num_blocks() const { return ceil_div(my_neurons, kNeurons); }
-
-  /// Fills the ring, the warps by turns.
-  __device__ void fill() const {
-    for (uint32_t block = threadIdx.x / 32; block < min(num_blocks(), p.num_stages); block += kWarps) {
-      issue(block, true, true);
-    }
-  }
-
   /// Adds a stage's rows of w_out, weighted by h, to this warp's columns of y.
-  __device__ void multiply_out(Y& y, uint32_t stage, uint32_t neurons, const uint16_t (&hidden)[kTiles][kTile][16]) const {
+  __device__ void multiply_out(Y& y, uint32_t stage, uint32_t neurons) const {
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
     uint32_t h[kTiles][2];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const uint32_t* of_token = reinterpret_cast<const uint32_t*>(hidden[tile][g]);
+      const uint32_t* of_token = reinterpret_cast<const uint32_t*>(fixed.hidden[tile][g]);
       h[tile][0] = of_token[t];
       h[tile][1] = of_token[t + 4];
     }
@@ -415,15 +385,12 @@ struct Stream {
     }
   }
 
-  /// Which h a thread computes, by number among those of the blocks that are multiplied together.
+  /// Which h a thread computes, by number.
   struct Place {
-    uint32_t batch, tile, token, slot;
+    uint32_t tile, token, slot;
 
     __device__ explicit Place(uint32_t index)
-        : batch(index / (kTiles * kTile * kNeurons)),
-          tile(index / (kTile * kNeurons) % kTiles),
-          token(index % kTile),
-          slot(index / kTile % kNeurons) {}
+        : tile(index / (kTile * kNeurons)), token(index % kTile), slot(index / kTile % kNeurons) {}
   };
 
   /// What it needs beside the sums.
@@ -432,11 +399,10 @@ struct Stream {
     NeuronConstants constants;
   };
 
-  __device__ Value find_value(const Place& at, uint32_t first) const {
+  __device__ Value find_value(const Place& at, uint32_t stage, uint32_t neurons) const {
     Value v = {{kNoExpert, kNoExpert}, {}};
-    const uint32_t block = first + at.batch;
-    if (at.batch >= kBatch || block >= num_blocks() || at.slot >= count(block)) return v;
-    const RingEntry entry = fixed.entries[block % p.num_stages][at.slot];
+    if (at.tile >= kTiles || at.slot >= neurons) return v;
+    const RingEntry entry = fixed.entries[stage][at.slot];
     if (entry.expert != kNoExpert && !(fixed.token_bits[entry.expert] >> (at.tile * kTile + at.token) & 1)) return v;
     return {entry, neuron_constants(p.neurons, entry.neuron)};
   }
@@ -447,8 +413,8 @@ struct Stream {
     float pre = 0.0f, up = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      pre += fixed.sums[at.batch][w][at.tile][at.slot][at.token];
-      if (kNeurons == 8) up += fixed.sums[at.batch][w][at.tile][at.slot + 8][at.token];
+      pre += fixed.sums[w][at.tile][at.slot][at.token];
+      if (kNeurons == 8) up += fixed.sums[w][at.tile][at.slot + 8][at.token];
     }
     float value = neuron_value<T>(p.neurons, v.entry.neuron, v.constants, pre, up);
     if (v.entry.expert != kNoExpert && p.gate != MOEFY_GATE_ONE) {
@@ -458,9 +424,9 @@ struct Stream {
     return value;
   }
 
-  /// Everything that does not depend on the kernels before this one.
-  __device__ void prepare() {
-    const moefy_router_select_params& r = p.router;
+  __device__ void run() {
+    const moefy_neurons& n = p.neurons;
+    const uint32_t warp = threadIdx.x / 32;
     if (threadIdx.x == 0) {
       for (uint32_t stage = 0; stage < p.num_stages; ++stage) {
         barrier_init(in_barrier(stage));
@@ -470,39 +436,19 @@ struct Stream {
       barrier_init(shared_address(&fixed.parts_barrier));
       fence_barriers();
       if (p.w2 != nullptr) {
-        const uint32_t bytes = p.num_w2 * r.num_experts * r.hidden * 2;
+        const uint32_t bytes = p.num_w2 * p.router.num_experts * p.router.hidden * 2;
         barrier_expect(shared_address(&fixed.router_barrier), bytes);
-        copy_bulk(shared_address(shared.router), p.w2, bytes, shared_address(&fixed.router_barrier));
+        copy_bulk(shared_address(shared.ring), p.w2, bytes, shared_address(&fixed.router_barrier));
       }
     }
     touch(p);
     launch_dependents();
     if (threadIdx.x < kTiles * kTile) fixed.max_keys[threadIdx.x] = 0;
-    __syncthreads();
-    if (is_resident) {
-      union_neurons = routed_neurons(p.neurons);
-      deal(num_neurons(p.neurons));
-      fill();
-    }
     if (p.scores != nullptr) {
-      for (uint32_t i = threadIdx.x * 32; i < r.num_tokens * r.num_experts; i += kThreads * 32) {
-        moefy::prefetch(p.scores + i);
-      }
+      const uint32_t all = p.router.num_tokens * p.router.num_experts;
+      for (uint32_t i = threadIdx.x * 32; i < all; i += kThreads * 32) prefetch(p.scores + i);
     }
-  }
-
-  /// Where d_model is no multiple of 32, the last step reads beyond a row.
-  __device__ void clear_row_ends() const {
-    if (p.neurons.d_model % kStepColumns == 0) return;
-    for (uint32_t i = threadIdx.x; i < p.num_stages * in_rows; i += kThreads) {
-      slice.clear_row_end(shared.ring + i * in_row_stride(slice.row_bytes));
-    }
-  }
-
-  __device__ void run() {
-    const moefy_neurons& n = p.neurons;
-    const uint32_t warp = threadIdx.x / 32;
-    prepare();
+    __syncthreads();
     wait_for_dependencies();
     if (threadIdx.x == 0 && p.w2 != nullptr) {
       const uint32_t bytes = kParts * p.router.num_tokens * in_row_stride(2 * p.router.hidden);
@@ -513,61 +459,47 @@ struct Stream {
     typename Slice<T, kTiles, kSteps>::X x;
     slice.load(p.router.x, p.router.num_tokens, x);
     score(p, fixed, shared);
-    const uint32_t size = unite(p, fixed, shared);
-    if (!is_resident) {
-      union_neurons = size * n.expert_width;
-      deal(union_neurons + n.shared + n.rank);
-      fill();
-      if (warp == kIssuer && p.num_stages < num_blocks()) prefetch(p.num_stages);
+    union_neurons = unite(p, fixed, shared) * n.expert_width;
+    const uint32_t all = union_neurons + n.shared + n.rank;
+    my_neurons = all > blockIdx.x ? (all - blockIdx.x - 1) / gridDim.x + 1 : 0;
+    const uint32_t num_blocks = ceil_div(my_neurons, p.stage_neurons);
+    for (uint32_t block = warp; block < min(num_blocks, p.num_stages); block += kWarps) issue(block, true, true);
+    if (n.d_model % kStepColumns != 0) {
+      for (uint32_t i = threadIdx.x; i < p.num_stages * in_rows; i += kThreads) {
+        slice.clear_row_end(shared.ring + i * in_row_stride(slice.row_bytes));
+      }
     }
-    clear_row_ends();
     __syncthreads();
 
     Y y = {};
 #pragma unroll 1
-    for (uint32_t first = 0; first < num_blocks(); first += kBatch) {
+    for (uint32_t block = 0; block < num_blocks; ++block) {
+      const uint32_t stage = block % p.num_stages, parity = block / p.num_stages & 1;
+      const uint32_t neurons = count(block);
       // What a thread needs beside the sums is asked for early.
       Value values[kValues];
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) values[i] = find_value(Place(threadIdx.x + i * kThreads), first);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (first + i >= num_blocks()) break;
-        const uint32_t stage = (first + i) % p.num_stages;
-        barrier_wait(in_barrier(stage), (first + i) / p.num_stages & 1);
-        // Beyond the last row, another one: nobody looks at its sums.
-        const uint32_t low = in_stage(stage);
-        const uint32_t high = in_rows == 16 ? low + 8 * in_row_stride(slice.row_bytes) : low;
-        slice.multiply(low, high, x, fixed.sums[i]);
-      }
+      for (int i = 0; i < kValues; ++i) values[i] = find_value(Place(threadIdx.x + i * kThreads), stage, neurons);
+      barrier_wait(in_barrier(stage), parity);
+      // The second half of a fragment holds up rows, or neurons 8 to 15. Where there are fewer rows than a fragment has,
+      // whatever comes next is multiplied too: nobody looks at those sums.
+      const uint32_t low = in_stage(stage);
+      const uint32_t half = n.glu ? p.stage_neurons : kNeurons == 16 ? 8 : 0;
+      slice.multiply(low, low + half * in_row_stride(slice.row_bytes), x, fixed.sums);
       __syncthreads();
-      if (warp == kIssuer) {
-        for (uint32_t block = first + p.num_stages; block < min(first + kBatch + p.num_stages, num_blocks()); ++block) {
-          issue(block, true, false);
-        }
-      }
+      if (warp == kIssuer && block + p.num_stages < num_blocks) issue(block + p.num_stages, true, false);
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
         const Place at(threadIdx.x + i * kThreads);
-        if (at.batch >= kBatch) continue;
-        reinterpret_cast<T&>(fixed.hidden[at.batch][at.tile][at.token][at.slot]) =
-            from_float<T>(hidden_value(at, values[i]));
+        if (at.tile >= kTiles) continue;
+        reinterpret_cast<T&>(fixed.hidden[at.tile][at.token][at.slot]) = from_float<T>(hidden_value(at, values[i]));
       }
       __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (first + i >= num_blocks()) break;
-        const uint32_t stage = (first + i) % p.num_stages;
-        barrier_wait(out_barrier(stage), (first + i) / p.num_stages & 1);
-        multiply_out(y, stage, count(first + i), fixed.hidden[i]);
-      }
-      if (first + p.num_stages >= num_blocks()) continue;
-      __syncthreads();
-      if (warp == kIssuer) {
-        for (uint32_t block = first + p.num_stages; block < min(first + kBatch + p.num_stages, num_blocks()); ++block) {
-          issue(block, false, true);
-          if (block + 1 < num_blocks()) prefetch(block + 1);
-        }
+      barrier_wait(out_barrier(stage), parity);
+      multiply_out(y, stage, neurons);
+      if (block + p.num_stages < num_blocks) {
+        __syncthreads();
+        if (warp == kIssuer) issue(block + p.num_stages, false, true);
       }
     }
     store(y);
@@ -647,23 +579,23 @@ __device__ __forceinline__ void combine(const moefy_ffn_few_params& p) {
 }  // namespace few
 }  // namespace moefy
 
-// Dynamic shared memory: Sized.
-#define MOEFY_FFN_FEW(name, type, tiles, steps, neurons, batch, per_sm)                                       \
+// Dynamic shared memory: Sized, with a ring of ring_bytes.
+#define MOEFY_FFN_FEW(name, type, tiles, steps, neurons, per_sm)                                              \
   extern "C" __global__ void __launch_bounds__(MOEFY_FFN_FEW_THREADS, per_sm)                                 \
       moefy_ffn_few_##name##_##tiles##_##steps##_##neurons(const __grid_constant__ moefy_ffn_few_params p) { \
     extern __shared__ __align__(128) unsigned char memory[];                                                  \
-    __shared__ moefy::few::Fixed<tiles, batch> fixed;                                                         \
-    moefy::few::Stream<type, tiles, steps, neurons, batch>(p, fixed, memory).run();                           \
+    __shared__ moefy::few::Fixed<tiles> fixed;                                                                \
+    moefy::few::Stream<type, tiles, steps, neurons>(p, fixed, memory).run();                                  \
   }
 #define MOEFY_FFN_FEW_OF(name, type)                                                 \
-  MOEFY_FFN_FEW(name, type, 1, 4, 8, 2, 2)                                           \
-  MOEFY_FFN_FEW(name, type, 1, 4, 16, 2, 2)                                          \
-  MOEFY_FFN_FEW(name, type, 1, 16, 8, 1, 1)                                          \
-  MOEFY_FFN_FEW(name, type, 1, 16, 16, 1, 1)                                         \
-  MOEFY_FFN_FEW(name, type, 2, 8, 8, 1, 1)                                           \
-  MOEFY_FFN_FEW(name, type, 2, 8, 16, 1, 1)                                          \
-  MOEFY_FFN_FEW(name, type, 4, 4, 8, 1, 1)                                           \
-  MOEFY_FFN_FEW(name, type, 4, 4, 16, 1, 1)                                          \
+  MOEFY_FFN_FEW(name, type, 1, 4, 8, 2)                                              \
+  MOEFY_FFN_FEW(name, type, 1, 4, 16, 2)                                             \
+  MOEFY_FFN_FEW(name, type, 1, 16, 8, 1)                                             \
+  MOEFY_FFN_FEW(name, type, 1, 16, 16, 1)                                            \
+  MOEFY_FFN_FEW(name, type, 2, 8, 8, 1)                                              \
+  MOEFY_FFN_FEW(name, type, 2, 8, 16, 1)                                             \
+  MOEFY_FFN_FEW(name, type, 4, 4, 8, 1)                                              \
+  MOEFY_FFN_FEW(name, type, 4, 4, 16, 1)                                             \
   extern "C" __global__ void __launch_bounds__(256)                                  \
       moefy_ffn_few_combine_##name(const __grid_constant__ moefy_ffn_few_params p) { \
     moefy::few::combine<type>(p);                                                    \

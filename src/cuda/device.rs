@@ -70,7 +70,7 @@ impl Device {
             #[cfg(feature = "cuda")]
             read_bandwidth: read_bandwidth::Kernels::load(&modules)?,
             route_index: route_index::Kernels::load(&modules)?,
-            router_select: router_select::Kernels::load(&modules)?,
+            router_select: router_select::Kernels::load(&modules, properties.max_shared_bytes)?,
             select: select::Kernels::load(&modules)?,
             statistics: statistics::Kernels::load(&modules)?,
             context,

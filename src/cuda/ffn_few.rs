@@ -16,14 +16,8 @@ use crate::error::Result;
 
 /// Tiles of tokens and steps of 32 columns that a warp can own, of the variants, the better first.
 const VARIANTS: [(usize, usize); 4] = [(1, 4), (1, 16), (2, 8), (4, 4)];
-/// The variant that multiplies two stages together.
-const BATCHED: (usize, usize) = VARIANTS[0];
-const BATCH: usize = 2;
-/// Weights that are read as a whole, before the selection is known, because that takes less time than
-/// to wait for it (kernels/NOTES.md).
-const MAX_RESIDENT_BYTES: usize = 20 << 20;
-/// Neurons of a stage of each.
-const NEURONS: [usize; 2] = [8, 16];
+/// Neurons of a stage, the better first: index of the kernel that multiplies 8 or 16 at once, and how many.
+const STAGES: [(usize, usize); 3] = [(1, 16), (0, 8), (0, 4)];
 /// The most tokens.
 pub(super) const MAX_TOKENS: usize = 4 * MOEFY_FFN_FEW_TILE as usize;
 const WARPS: usize = MOEFY_FFN_FEW_THREADS as usize / 32;
@@ -188,7 +182,7 @@ pub(super) struct Shape {
     stream_kernel: Function,
     combine: Function,
     shared_bytes: usize,
-    resident_bytes: usize,
+    stage_neurons: usize,
     num_stages: usize,
     num_blocks: usize,
     combine_blocks: [usize; 2],
@@ -235,31 +229,24 @@ impl Shape {
         let products = 4 * num_experts.next_multiple_of(16) * parts.next_multiple_of(8);
         let of_router = round_up(w2_bytes) + if hidden == 0 { 0 } else { products };
         let scratch = if sorts { SCRATCH_BYTES } else { 0 };
-        let of_router = of_router.max(scratch);
-        let weights = (neurons.halves() + 1) * neurons_in_all * row_bytes;
-        // As many neurons a stage as fit; a GLU's take two rows of a fragment each.
-        let sizes = if neurons.glu { 0..1 } else { 0..2 };
-        let ring = |which: usize| {
+        let least_bytes = of_router.max(scratch);
+        // As many neurons a stage as leave two stages; a GLU's take two rows of a fragment each.
+        let sizes = if neurons.glu { &STAGES[1..] } else { &STAGES[..] };
+        let ring = |&(which, stage_neurons): &(usize, usize), enough: usize| {
             let (function, available) = kernels.stream[size][which];
-            let stage_neurons = NEURONS[which];
-            let stage_bytes =
-                stage_neurons * (neurons.halves() * in_stride(row_bytes) + out_stride);
+            let in_bytes = neurons.halves() * in_stride(row_bytes);
+            let stage_bytes = stage_neurons * (in_bytes + out_stride);
             let left = available.checked_sub(fixed)?.checked_sub(SLACK_BYTES)?;
-            // No more than a block has neurons for, but what it multiplies together.
+            // No more than a block has neurons for.
             let useful = neurons_in_all.div_ceil(num_blocks * stage_neurons);
-            let most = useful.clamp(BATCH, MOEFY_FFN_FEW_STAGES as usize);
+            let most = useful.clamp(1, MOEFY_FFN_FEW_STAGES as usize);
             let num_stages = (left / stage_bytes).min(most);
-            let resident = weights <= MAX_RESIDENT_BYTES
-                && num_stages >= useful
-                && of_router + num_stages * stage_bytes <= left;
-            let resident_bytes = if resident { round_up(of_router).max(128) } else { 0 };
-            let ring_bytes = (num_stages * stage_bytes).max(if resident { 0 } else { of_router });
-            let bytes = resident_bytes + ring_bytes + SLACK_BYTES;
-            let enough = if VARIANTS[size] == BATCHED { BATCH } else { 1 };
-            let fits = num_stages >= enough && ring_bytes <= left;
-            fits.then_some((function, num_stages, resident_bytes, bytes))
+            let ring_bytes = (num_stages * stage_bytes).max(least_bytes);
+            let fits = num_stages >= enough.min(useful) && ring_bytes <= left;
+            fits.then_some((function, stage_neurons, num_stages, ring_bytes + SLACK_BYTES))
         };
-        let (stream_kernel, num_stages, resident_bytes, ring_bytes) = sizes.rev().find_map(ring)?;
+        let find = |enough| sizes.iter().find_map(|stage| ring(stage, enough));
+        let (stream_kernel, stage_neurons, num_stages, ring_bytes) = find(2).or_else(|| find(1))?;
 
         let mut layout = Layout::default();
         let first =
@@ -271,7 +258,7 @@ impl Shape {
             stream_kernel,
             combine: kernels.combine,
             shared_bytes: fixed + ring_bytes,
-            resident_bytes,
+            stage_neurons,
             num_stages,
             num_blocks,
             combine_blocks: [d_model.div_ceil(MOEFY_FFN_FEW_COLUMNS as usize), num_tokens],
@@ -295,7 +282,7 @@ impl Shape {
         params.partials = workspace + self.partials;
         params.num_blocks = self.num_blocks as u32;
         params.num_stages = self.num_stages as u32;
-        params.resident_bytes = self.resident_bytes as u32;
+        params.stage_neurons = self.stage_neurons as u32;
         let [across, tokens] = self.combine_blocks.map(|blocks| blocks as u32);
         // SAFETY: the caller's promise.
         unsafe {

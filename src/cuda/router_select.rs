@@ -32,13 +32,16 @@ const SELECT_THREADS: u32 = 512;
 pub(super) struct Kernels {
     first: [PerDType; 2],
     select: PerDType,
+    select_shared_bytes: usize,
     layer: PerDType,
     hidden_f16: Function,
     hidden_bf16: Function,
 }
 
 impl Kernels {
-    pub(super) fn load(modules: &Modules) -> Result<Self> {
+    pub(super) fn load(modules: &Modules, max_shared_bytes: usize) -> Result<Self> {
+        // Some of it is the kernel's own.
+        let select_shared_bytes = max_shared_bytes.saturating_sub(1 << 10);
         let module = "router_select";
         let load = |names, shared_bytes| modules.per_dtype(module, names, shared_bytes);
         let one =
@@ -50,7 +53,8 @@ impl Kernels {
         let layer = ["moefy_router_layer_f32", "moefy_router_layer_f16", "moefy_router_layer_bf16"];
         Ok(Self {
             first: [load(one, 0)?, load(eight, 0)?],
-            select: load(select, MAX_FEW_SHARED_BYTES)?,
+            select: load(select, select_shared_bytes)?,
+            select_shared_bytes,
             layer: load(layer, 0)?,
             hidden_f16: modules.function(module, "moefy_router_layer_hidden_f16", 0)?,
             hidden_bf16: modules.function(module, "moefy_router_layer_hidden_bf16", 0)?,
@@ -188,13 +192,15 @@ pub fn router_select_workspace_bytes(num_tokens: usize, router: &RouterView) -> 
     num_tokens.saturating_mul(hidden.saturating_add(num_experts)).saturating_mul(4)
 }
 
-/// Shared memory of the second kernel for few tokens, if they are few and their rows aligned.
+/// Shared memory of the second kernel for few tokens, without and with its weights, if they are few and
+/// their rows aligned.
 fn few_shared_bytes(
     num_tokens: usize,
     d_model: usize,
+    dtype: DType,
     router: &RouterView,
     selection: &moefy_selection,
-) -> Option<usize> {
+) -> Option<[usize; 2]> {
     let (num_experts, hidden) = (router.num_experts(), router.hidden());
     if num_tokens > MAX_FEW_TOKENS || num_experts > MAX_FEW_EXPERTS {
         return None;
@@ -203,8 +209,9 @@ fn few_shared_bytes(
         * (first_row_words(router)?
             + num_experts.next_multiple_of(32)
             + selection_words(selection, num_experts));
+    let weights = num_experts.checked_mul(hidden)?.checked_mul(dtype.bytes())?;
     let is_aligned = d_model.is_multiple_of(8) && hidden.is_multiple_of(8);
-    (is_aligned && bytes <= MAX_FEW_SHARED_BYTES).then_some(bytes)
+    (is_aligned && bytes <= MAX_FEW_SHARED_BYTES).then_some([bytes, bytes.checked_add(weights)?])
 }
 
 /// Words that the outputs of the first layer take of shared memory.
@@ -258,11 +265,17 @@ pub unsafe fn router_select(
     device.context.bind()?;
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe {
-        match few_shared_bytes(num_tokens, x.shape[1], router, &params.selection) {
-            Some(shared_bytes) => {
+        match few_shared_bytes(num_tokens, x.shape[1], dtype, router, &params.selection) {
+            Some([without, with]) => {
+                let kernels = &device.router_select;
                 launch_first(device, stream, &params, dtype)?;
-                let kernel = device.router_select.select.get(dtype);
-                let grid = [params.num_tokens, 1, 1];
+                let has_room = with <= kernels.select_shared_bytes;
+                let shared_bytes = if has_room { with } else { without };
+                let params = moefy_router_select_params {
+                    w2_in_shared: (has_room && params.w2 != 0).into(),
+                    ..params
+                };
+                let (kernel, grid) = (kernels.select.get(dtype), [params.num_tokens, 1, 1]);
                 kernel.launch_early(stream, grid, SELECT_THREADS, shared_bytes, &params)
             }
             None => launch_many(device, stream, &params, dtype),
