@@ -44,6 +44,12 @@ struct Eight {
     }
   }
 
+  // Eight elements at a multiple of 16 bytes of global or shared memory.
+  __device__ __forceinline__ void load_anywhere(const T* from) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) vectors[i] = reinterpret_cast<const uint4*>(from)[i];
+  }
+
   __device__ __forceinline__ void to_floats(float (&out)[8]) const {
     T elements[8];
     static_assert(sizeof(elements) == sizeof(vectors), "");

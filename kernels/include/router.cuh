@@ -82,8 +82,9 @@ __device__ __forceinline__ void second_layer(const moefy_router_select_params& p
       float w[4][8];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        rows[i].template load<true>(w2 + static_cast<uint64_t>(e) * p.hidden, first + (threadIdx.x % 4 + i * 4) * 8,
-                                    p.hidden);
+        // Beyond the end of a row `in` is 0: any number will do.
+        const uint32_t k = first + (threadIdx.x % 4 + i * 4) * 8;
+        rows[i].load_anywhere(w2 + static_cast<uint64_t>(e) * p.hidden + (k < p.hidden ? k : 0));
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) rows[i].to_floats(w[i]);
