@@ -140,6 +140,8 @@ __device__ __forceinline__ void select_from_first(const moefy_router_select_para
     constexpr uint32_t kLine = 128 / sizeof(T);
     for (uint32_t k = threadIdx.x * kLine; k < p.num_experts * p.hidden; k += kSelectThreads * kLine) prefetch(w2 + k);
   }
+  const float* imposed = p.imposed == nullptr ? nullptr : p.imposed + static_cast<uint64_t>(token) * p.num_experts;
+  if (imposed != nullptr && threadIdx.x * 32 < p.num_experts) prefetch(imposed + threadIdx.x * 32);
   if (threadIdx.x == 0) max_key = count = 0;
   wait_for_dependencies();
   load_first(p, token, 1, in);
@@ -154,7 +156,8 @@ __device__ __forceinline__ void select_from_first(const moefy_router_select_para
     const bool exists = e < p.num_experts && valid;
     const float score = exists ? scores[e] : 0.0f;
     if (e < p.num_experts && p.scores != nullptr) p.scores[static_cast<uint64_t>(token) * p.num_experts + e] = score;
-    keys[e] = exists ? score_key(score) : 0;
+    const float selected_by = exists && imposed != nullptr ? imposed[e] : score;
+    keys[e] = exists ? score_key(selected_by) : 0;
     const uint32_t largest = __reduce_max_sync(kFullWarp, keys[e]);
     if (lane_id() == 0) atomicMax(&max_key, largest);
   }

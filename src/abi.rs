@@ -11,7 +11,7 @@ pub const MOEFY_FFN_FEW_STAGES: u32 = 8;
 pub const MOEFY_FFN_FEW_TILE: u32 = 8;
 pub const MOEFY_FFN_FEW_THREADS: u32 = 256;
 pub const MOEFY_FFN_FEW_ROUTER_ROWS: u32 = 8;
-pub const MOEFY_FFN_FEW_COLUMNS: u32 = 64;
+pub const MOEFY_FFN_FEW_COLUMNS: u32 = 32;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
 pub const MOEFY_ROUTER_TILE: u32 = 64;
@@ -119,6 +119,7 @@ pub struct moefy_router_select_params {
     pub w1_scale: u64,
     pub first: u64,
     pub scores: u64,
+    pub imposed: u64,
     pub mask: u64,
     pub counts: u64,
     pub status: u64,
@@ -135,7 +136,7 @@ pub struct moefy_router_select_params {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of moefy_router_select_params"]
-        [::std::mem::size_of::<moefy_router_select_params>() - 128usize];
+        [::std::mem::size_of::<moefy_router_select_params>() - 136usize];
     ["Alignment of moefy_router_select_params"]
         [::std::mem::align_of::<moefy_router_select_params>() - 8usize];
     ["Offset of field: moefy_router_select_params::x"]
@@ -150,30 +151,32 @@ const _: () = {
         [::std::mem::offset_of!(moefy_router_select_params, first) - 32usize];
     ["Offset of field: moefy_router_select_params::scores"]
         [::std::mem::offset_of!(moefy_router_select_params, scores) - 40usize];
+    ["Offset of field: moefy_router_select_params::imposed"]
+        [::std::mem::offset_of!(moefy_router_select_params, imposed) - 48usize];
     ["Offset of field: moefy_router_select_params::mask"]
-        [::std::mem::offset_of!(moefy_router_select_params, mask) - 48usize];
+        [::std::mem::offset_of!(moefy_router_select_params, mask) - 56usize];
     ["Offset of field: moefy_router_select_params::counts"]
-        [::std::mem::offset_of!(moefy_router_select_params, counts) - 56usize];
+        [::std::mem::offset_of!(moefy_router_select_params, counts) - 64usize];
     ["Offset of field: moefy_router_select_params::status"]
-        [::std::mem::offset_of!(moefy_router_select_params, status) - 64usize];
+        [::std::mem::offset_of!(moefy_router_select_params, status) - 72usize];
     ["Offset of field: moefy_router_select_params::num_valid_tokens"]
-        [::std::mem::offset_of!(moefy_router_select_params, num_valid_tokens) - 72usize];
+        [::std::mem::offset_of!(moefy_router_select_params, num_valid_tokens) - 80usize];
     ["Offset of field: moefy_router_select_params::x_stride"]
-        [::std::mem::offset_of!(moefy_router_select_params, x_stride) - 80usize];
+        [::std::mem::offset_of!(moefy_router_select_params, x_stride) - 88usize];
     ["Offset of field: moefy_router_select_params::selection"]
-        [::std::mem::offset_of!(moefy_router_select_params, selection) - 88usize];
+        [::std::mem::offset_of!(moefy_router_select_params, selection) - 96usize];
     ["Offset of field: moefy_router_select_params::kind"]
-        [::std::mem::offset_of!(moefy_router_select_params, kind) - 104usize];
+        [::std::mem::offset_of!(moefy_router_select_params, kind) - 112usize];
     ["Offset of field: moefy_router_select_params::d_model"]
-        [::std::mem::offset_of!(moefy_router_select_params, d_model) - 108usize];
+        [::std::mem::offset_of!(moefy_router_select_params, d_model) - 116usize];
     ["Offset of field: moefy_router_select_params::hidden"]
-        [::std::mem::offset_of!(moefy_router_select_params, hidden) - 112usize];
+        [::std::mem::offset_of!(moefy_router_select_params, hidden) - 120usize];
     ["Offset of field: moefy_router_select_params::num_experts"]
-        [::std::mem::offset_of!(moefy_router_select_params, num_experts) - 116usize];
+        [::std::mem::offset_of!(moefy_router_select_params, num_experts) - 124usize];
     ["Offset of field: moefy_router_select_params::num_tokens"]
-        [::std::mem::offset_of!(moefy_router_select_params, num_tokens) - 120usize];
+        [::std::mem::offset_of!(moefy_router_select_params, num_tokens) - 128usize];
     ["Offset of field: moefy_router_select_params::w2_in_shared"]
-        [::std::mem::offset_of!(moefy_router_select_params, w2_in_shared) - 124usize];
+        [::std::mem::offset_of!(moefy_router_select_params, w2_in_shared) - 132usize];
 };
 impl moefy_router_activation {
     pub const MOEFY_ROUTER_ACTIVATION_ABS: moefy_router_activation = moefy_router_activation(0);
@@ -429,7 +432,6 @@ pub struct moefy_ffn_few_params {
     pub neurons: moefy_neurons,
     pub router: moefy_router_select_params,
     pub w2: u64,
-    pub scores: u64,
     pub y: u64,
     pub partials: u64,
     pub gate: moefy_gate,
@@ -448,9 +450,7 @@ const _: () = {
     ["Offset of field: moefy_ffn_few_params::router"]
         [::std::mem::offset_of!(moefy_ffn_few_params, router) - 80usize];
     ["Offset of field: moefy_ffn_few_params::w2"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, w2) - 208usize];
-    ["Offset of field: moefy_ffn_few_params::scores"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, scores) - 216usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, w2) - 216usize];
     ["Offset of field: moefy_ffn_few_params::y"]
         [::std::mem::offset_of!(moefy_ffn_few_params, y) - 224usize];
     ["Offset of field: moefy_ffn_few_params::partials"]

@@ -32,7 +32,7 @@
 #define MOEFY_FFN_FEW_TILE 8u
 #define MOEFY_FFN_FEW_THREADS 256u
 #define MOEFY_FFN_FEW_ROUTER_ROWS 8u
-#define MOEFY_FFN_FEW_COLUMNS 64u
+#define MOEFY_FFN_FEW_COLUMNS 32u
 
 /* moefy_route_index_transpose: token blocks of 32 per chunk and round, and chunks * words of experts at most. */
 #define MOEFY_ROUTE_INDEX_CHUNK 8u
@@ -90,6 +90,7 @@ typedef struct moefy_router_select_params {
   MOEFY_PTR(const float) w1_scale;            /* [num_experts] of CENTROID, else null */
   MOEFY_PTR(float) first;                     /* [num_tokens, hidden]; [num_tokens, num_experts] where there is no w2 */
   MOEFY_PTR(float) scores;                    /* [num_tokens, num_experts] or null */
+  MOEFY_PTR(const float) imposed;             /* [num_tokens, num_experts] or null: selected by instead of the scores */
   MOEFY_PTR(uint32_t) mask;                   /* [num_tokens, ceil(num_experts/32)] or null */
   MOEFY_PTR(uint32_t) counts;                 /* [num_tokens] or null */
   MOEFY_PTR(uint32_t) status;                 /* [1] or null */
@@ -217,7 +218,6 @@ typedef struct moefy_ffn_few_params {
   moefy_neurons neurons;
   moefy_router_select_params router;
   MOEFY_PTR(const void) w2;      /* bf16 [num_w2, num_experts, hidden], whose sum is w2, or null */
-  MOEFY_PTR(const float) scores; /* [num_tokens, num_experts] or null: read instead of the router's */
   MOEFY_PTR(void) y;             /* [num_tokens, d_model] */
   MOEFY_PTR(float) partials;     /* [num_blocks, num_tokens, d_model] */
   moefy_gate gate;

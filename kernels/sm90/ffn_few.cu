@@ -17,7 +17,6 @@ namespace moefy {
 namespace few {
 namespace {
 
-constexpr int kIssuer = kWarps - 1;  // the warp that asks for rows while others multiply
 constexpr uint32_t kMaskWords = MOEFY_FFN_FEW_EXPERTS / 32;
 
 /// What a neuron in the ring is: where its weights are, and whose tokens it gets.
@@ -61,62 +60,68 @@ struct Sized {
 
 /// The second layer of the router on tensor cores: products [num_experts, columns] of its rows with the parts of the
 /// first layer, whose sum is exact. A column is a part of a token; columns come in eights.
-template <int kTiles>
-__device__ __forceinline__ void second_layer(const moefy_ffn_few_params& p, const Fixed<kTiles>& fixed,
-                                             const Sized& shared, float* products, uint32_t columns) {
-  const moefy_router_select_params& r = p.router;
-  const uint32_t g = lane_id() / 4, t = lane_id() % 4;
-  const uint32_t row_bytes = 2 * r.hidden, part_stride = in_row_stride(row_bytes);
-  const uint32_t num_parts = kParts * r.num_tokens;
-  barrier_wait(shared_address(&fixed.router_barrier), 0);
-  barrier_wait(shared_address(&fixed.parts_barrier), 0);
-#pragma unroll 1
-  for (uint32_t row0 = threadIdx.x / 32 * 16; row0 < r.num_experts; row0 += kWarps * 16) {
+struct SecondLayer {
+  const moefy_ffn_few_params& p;
+  const Sized& shared;
+  float* products;
+  uint32_t columns;
+
+  /// Adds the products of 16 rows of a matrix, from `row0` on, with 128 inputs from `k0` on.
+  __device__ __forceinline__ void multiply(uint32_t row0, uint32_t w2, uint32_t k0) const {
+    const moefy_router_select_params& r = p.router;
+    const uint32_t g = lane_id() / 4, t = lane_id() % 4;
+    const uint32_t row_bytes = 2 * r.hidden, part_stride = in_row_stride(row_bytes);
+    const uint32_t num_parts = kParts * r.num_tokens;
     const uint32_t low = min(row0 + g, r.num_experts - 1), high = min(row0 + g + 8, r.num_experts - 1);
-    // 128 inputs of one matrix at a time.
-    const uint32_t steps = ceil_div(r.hidden, 128);
+    const uint32_t rows = shared_address(shared.ring) + w2 * r.num_experts * row_bytes;
+    uint32_t at[4];
+    uint4 a[4], d[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t k = k0 + i * 32 + t * 8;
+      at[i] = k < r.hidden ? 2 * k : kNoExpert;
+      const uint32_t offset = k < r.hidden ? 2 * k : 0;
+      a[i] = load_shared_vector(rows + low * row_bytes + offset);
+      d[i] = load_shared_vector(rows + high * row_bytes + offset);
+    }
 #pragma unroll 1
-    for (uint32_t step = 0; step < steps * p.num_w2; ++step) {
-      const uint32_t rows = shared_address(shared.ring) + step / steps * r.num_experts * row_bytes;
-      uint32_t at[4];
-      uint4 a[4], d[4];
+    for (uint32_t column0 = 0; column0 < columns; column0 += 8) {
+      const bool exists = column0 + g < num_parts;
+      const uint32_t part = shared_address(shared.parts) + (exists ? column0 + g : 0) * part_stride;
+      float c[4][4] = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t k = step % steps * 128 + i * 32 + t * 8;
-        at[i] = k < r.hidden ? 2 * k : 0xffffffffu;
-        const uint32_t offset = k < r.hidden ? 2 * k : 0;
-        a[i] = load_shared_vector(rows + low * row_bytes + offset);
-        d[i] = load_shared_vector(rows + high * row_bytes + offset);
+        uint4 b = load_shared_vector(part + (at[i] == kNoExpert ? 0 : at[i]));
+        if (at[i] == kNoExpert || !exists) b = uint4{};
+        const uint32_t first[4] = {a[i].x, d[i].x, a[i].y, d[i].y}, second[4] = {a[i].z, d[i].z, a[i].w, d[i].w};
+        mma(c[i], first, b.x, b.y, __nv_bfloat16());
+        mma(c[i], second, b.z, b.w, __nv_bfloat16());
       }
-#pragma unroll 1
-      for (uint32_t column0 = 0; column0 < columns; column0 += 8) {
-        const bool exists = column0 + g < num_parts;
-        const uint32_t part = shared_address(shared.parts) + (exists ? column0 + g : 0) * part_stride;
-        float c[4][4] = {};
+      float* to = products + (row0 + g) * columns + column0 + 2 * t;
+#pragma unroll
+      for (int half = 0; half < 2; ++half, to += 8 * columns) {
+        float2 sum = w2 + k0 == 0 ? float2{} : *reinterpret_cast<float2*>(to);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          uint4 b = load_shared_vector(part + (at[i] == 0xffffffffu ? 0 : at[i]));
-          if (at[i] == 0xffffffffu || !exists) b = uint4{};
-          const uint32_t first[4] = {a[i].x, d[i].x, a[i].y, d[i].y}, second[4] = {a[i].z, d[i].z, a[i].w, d[i].w};
-          mma(c[i], first, b.x, b.y, __nv_bfloat16());
-          mma(c[i], second, b.z, b.w, __nv_bfloat16());
+          sum.x += c[i][2 * half];
+          sum.y += c[i][2 * half + 1];
         }
-        float* to = products + (row0 + g) * columns + column0 + 2 * t;
-#pragma unroll
-        for (int half = 0; half < 2; ++half, to += 8 * columns) {
-          float2 sum = step > 0 ? *reinterpret_cast<float2*>(to) : float2{};
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            sum.x += c[i][2 * half];
-            sum.y += c[i][2 * half + 1];
-          }
-          *reinterpret_cast<float2*>(to) = sum;
-        }
+        *reinterpret_cast<float2*>(to) = sum;
       }
     }
   }
-  __syncthreads();
-}
+
+  __device__ __forceinline__ void run() const {
+#pragma unroll 1
+    for (uint32_t row0 = threadIdx.x / 32 * 16; row0 < p.router.num_experts; row0 += kWarps * 16) {
+#pragma unroll 1
+      for (uint32_t w2 = 0; w2 < p.num_w2; ++w2) {
+#pragma unroll 1
+        for (uint32_t k0 = 0; k0 < p.router.hidden; k0 += 128) multiply(row0, w2, k0);
+      }
+    }
+  }
+};
 
 /// Scores as keys, and the largest of each token. Scores to be read instead are on their way to where the keys go.
 template <int kTiles>
@@ -125,8 +130,13 @@ __device__ __forceinline__ void score(const moefy_ffn_few_params& p, Fixed<kTile
   const uint32_t stride = round_up_32(r.num_experts);
   const uint32_t columns = (kParts * r.num_tokens + 7) / 8 * 8;
   float* products = reinterpret_cast<float*>(shared.ring + round_up_128(p.num_w2 * r.num_experts * r.hidden * 2));
-  if (p.w2 != nullptr) second_layer(p, fixed, shared, products, columns);
-  if (p.scores != nullptr) {
+  if (p.w2 != nullptr) {
+    barrier_wait(shared_address(&fixed.router_barrier), 0);
+    barrier_wait(shared_address(&fixed.parts_barrier), 0);
+    SecondLayer{p, shared, products, columns}.run();
+    __syncthreads();
+  }
+  if (r.imposed != nullptr) {
     copy_async_wait<0>();
     __syncthreads();
   }
@@ -143,7 +153,7 @@ __device__ __forceinline__ void score(const moefy_ffn_few_params& p, Fixed<kTile
     } else if (exists) {
       s = __ldcg(r.first + token * r.num_experts + e);
     }
-    if (p.scores != nullptr) s = __uint_as_float(*key);
+    if (r.imposed != nullptr) s = __uint_as_float(*key);
     const uint32_t own = exists && token < num_valid ? score_key(s) : 0;
     *key = own;
     const uint32_t largest = __reduce_max_sync(kFullWarp, own);
@@ -307,7 +317,7 @@ struct Stream {
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < p.router.num_tokens * num_experts; i += kThreads) {
       const uint32_t at = i / num_experts * round_up_32(num_experts) + i % num_experts;
-      copy_async_word(shared_address(shared.keys + at), p.scores + i);
+      copy_async_word(shared_address(shared.keys + at), p.router.imposed + i);
     }
     copy_async_commit();
   }
@@ -326,25 +336,27 @@ struct Stream {
     return {expert * n.expert_width + index - rank * n.expert_width, expert};
   }
 
-  /// Asks for the rows of w_in of a block of neurons, of w_out, or of both; one warp does it. Lanes 0 to 15 take rows of
-  /// w_in, the others of w_out.
+  /// Asks for the rows of w_in of a block of neurons, of w_out, or of both. All warps do it together, a lane for a row:
+  /// to ask takes long enough to be shared.
   __device__ void issue(uint32_t block, bool in, bool out) const {
     const moefy_neurons& n = p.neurons;
     const uint32_t stage = block % p.num_stages, neurons = count(block);
-    const bool is_out = lane_id() >= 16;
-    const uint32_t lane_row = lane_id() % 16;
-    const bool is_up = lane_row >= p.stage_neurons;  // of a GLU
-    const uint32_t slot = is_up ? lane_row - p.stage_neurons : lane_row;
-    const RingEntry entry = find(blockIdx.x + (block * p.stage_neurons + min(slot, neurons - 1)) * gridDim.x);
-    const bool runs = slot < neurons && (is_out ? out && !is_up : in && lane_row < in_rows);
-    if (in && lane_id() < neurons) fixed.entries[stage][slot] = entry;
-    if (in && lane_id() == 0) barrier_expect(in_barrier(stage), neurons * (n.glu + 1) * slice.row_bytes);
-    if (out && lane_id() == 16) barrier_expect(out_barrier(stage), neurons * slice.row_bytes);
-    __syncwarp();
-    if (!runs) return;
-    const uint64_t row = is_out ? entry.neuron : is_up ? up_row(n, entry.neuron) : input_row(n, entry.neuron);
-    const uint32_t to = is_out ? out_stage(stage) + lane_row * out_row_stride(slice.row_bytes)
-                               : in_stage(stage) + lane_row * in_row_stride(slice.row_bytes);
+    if (threadIdx.x == 0) {
+      if (in) barrier_expect(in_barrier(stage), neurons * (n.glu + 1) * slice.row_bytes);
+      if (out) barrier_expect(out_barrier(stage), neurons * slice.row_bytes);
+    }
+    // First the rows of w_in, then those of w_out.
+    const uint32_t place = threadIdx.x / 32 + lane_id() * kWarps;
+    const bool is_out = place >= in_rows;
+    const uint32_t row_of_kind = is_out ? place - in_rows : place;
+    const bool is_up = row_of_kind >= p.stage_neurons;  // of a GLU
+    const uint32_t slot = is_up ? row_of_kind - p.stage_neurons : row_of_kind;
+    if (slot >= neurons || (is_out ? !out || is_up : !in)) return;
+    const RingEntry entry = find(blockIdx.x + (block * p.stage_neurons + slot) * gridDim.x);
+    if (!is_out && !is_up) fixed.entries[stage][slot] = entry;
+    const uint64_t row = is_up ? up_row(n, entry.neuron) : is_out ? entry.neuron : input_row(n, entry.neuron);
+    const uint32_t to = is_out ? out_stage(stage) + slot * out_row_stride(slice.row_bytes)
+                               : in_stage(stage) + place * in_row_stride(slice.row_bytes);
     const char* from = static_cast<const char*>(is_out ? n.w_out : n.w_in) + row * slice.row_bytes;
     copy_bulk(to, from, slice.row_bytes, is_out ? out_barrier(stage) : in_barrier(stage));
   }
@@ -426,7 +438,6 @@ struct Stream {
 
   __device__ void run() {
     const moefy_neurons& n = p.neurons;
-    const uint32_t warp = threadIdx.x / 32;
     if (threadIdx.x == 0) {
       for (uint32_t stage = 0; stage < p.num_stages; ++stage) {
         barrier_init(in_barrier(stage));
@@ -444,9 +455,9 @@ struct Stream {
     touch(p);
     launch_dependents();
     if (threadIdx.x < kTiles * kTile) fixed.max_keys[threadIdx.x] = 0;
-    if (p.scores != nullptr) {
+    if (p.router.imposed != nullptr) {
       const uint32_t all = p.router.num_tokens * p.router.num_experts;
-      for (uint32_t i = threadIdx.x * 32; i < all; i += kThreads * 32) prefetch(p.scores + i);
+      for (uint32_t i = threadIdx.x * 32; i < all; i += kThreads * 32) prefetch(p.router.imposed + i);
     }
     __syncthreads();
     wait_for_dependencies();
@@ -455,7 +466,7 @@ struct Stream {
       barrier_expect(shared_address(&fixed.parts_barrier), bytes);
       copy_bulk(shared_address(shared.parts), p.router.first, bytes, shared_address(&fixed.parts_barrier));
     }
-    if (p.scores != nullptr) ask_for_scores();
+    if (p.router.imposed != nullptr) ask_for_scores();
     typename Slice<T, kTiles, kSteps>::X x;
     slice.load(p.router.x, p.router.num_tokens, x);
     score(p, fixed, shared);
@@ -463,7 +474,8 @@ struct Stream {
     const uint32_t all = union_neurons + n.shared + n.rank;
     my_neurons = all > blockIdx.x ? (all - blockIdx.x - 1) / gridDim.x + 1 : 0;
     const uint32_t num_blocks = ceil_div(my_neurons, p.stage_neurons);
-    for (uint32_t block = warp; block < min(num_blocks, p.num_stages); block += kWarps) issue(block, true, true);
+#pragma unroll 1
+    for (uint32_t block = 0; block < min(num_blocks, p.num_stages); ++block) issue(block, true, true);
     if (n.d_model % kStepColumns != 0) {
       for (uint32_t i = threadIdx.x; i < p.num_stages * in_rows; i += kThreads) {
         slice.clear_row_end(shared.ring + i * in_row_stride(slice.row_bytes));
@@ -487,7 +499,7 @@ struct Stream {
       const uint32_t half = n.glu ? p.stage_neurons : kNeurons == 16 ? 8 : 0;
       slice.multiply(low, low + half * in_row_stride(slice.row_bytes), x, fixed.sums);
       __syncthreads();
-      if (warp == kIssuer && block + p.num_stages < num_blocks) issue(block + p.num_stages, true, false);
+      if (block + p.num_stages < num_blocks) issue(block + p.num_stages, true, false);
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
         const Place at(threadIdx.x + i * kThreads);
@@ -499,7 +511,7 @@ struct Stream {
       multiply_out(y, stage, neurons);
       if (block + p.num_stages < num_blocks) {
         __syncthreads();
-        if (warp == kIssuer) issue(block + p.num_stages, false, true);
+        issue(block + p.num_stages, false, true);
       }
     }
     store(y);
@@ -531,12 +543,12 @@ struct Stream {
   }
 };
 
-/// y of MOEFY_FFN_FEW_COLUMNS columns of one token: groups of 16 threads take turns at the shares, then add up.
+/// y of MOEFY_FFN_FEW_COLUMNS columns of one token: groups of threads take turns at the shares, then add up.
 template <class T>
 __device__ __forceinline__ void combine(const moefy_ffn_few_params& p) {
   constexpr uint32_t kColumns = MOEFY_FFN_FEW_COLUMNS;
   constexpr uint32_t kGroups = 256 * 4 / kColumns;
-  constexpr int kBatch = 9;  // shares of 132 multiprocessors at once
+  constexpr int kBatch = 5;  // shares of 132 multiprocessors at once
   __shared__ __align__(16) float sums[kGroups][kColumns];
   const uint64_t d_model = p.neurons.d_model;
   const uint32_t token = blockIdx.y;

@@ -1,5 +1,5 @@
 // The op `ffn_few`, first launch: the first layer of the router. A block takes eight outputs, whose rows it asks for
-// before the tokens are there.
+// before the tokens are there, and as many tokens as fit its tiles (blockIdx.y).
 #include "ffn_few.cuh"
 #include "router.cuh"
 
@@ -45,13 +45,15 @@ __device__ __forceinline__ void first_layer(const moefy_ffn_few_params& p, unsig
   const uint32_t n = row0 + threadIdx.x / kTile % kRows;
   const uint32_t tile = threadIdx.x / (kTile * kRows);
   const uint32_t token = tile * kTile + threadIdx.x % kTile;
-  const bool writes = tile < kTiles && n < width && token < r.num_tokens;
+  const uint32_t token0 = blockIdx.y * kTiles * kTile;
+  const uint32_t num_tokens = r.num_tokens - token0;
+  const bool writes = tile < kTiles && n < width && token < num_tokens;
   const float scale = writes && r.w1_scale != nullptr ? r.w1_scale[n] : 1.0f;
   __syncthreads();
   wait_for_dependencies();
 
   typename Slice<T, kTiles, kSteps>::X x;
-  slice.load(r.x, r.num_tokens, x);
+  slice.load(static_cast<const T*>(r.x) + static_cast<uint64_t>(token0) * r.d_model, num_tokens, x);
   barrier_wait(shared_address(&barrier), 0);
   slice.multiply(shared_address(rows), shared_address(rows), x, sums);
   if (has_unit_norm(r.kind)) {
@@ -83,11 +85,11 @@ __device__ __forceinline__ void first_layer(const moefy_ffn_few_params& p, unsig
   }
   float value = activate(first_activation(r.kind), sum);
   if (p.w2 == nullptr) {
-    r.first[token * width + n] = value;
+    r.first[static_cast<uint64_t>(token0 + token) * width + n] = value;
     return;
   }
   const uint32_t part_stride = in_row_stride(2 * width) / 2;
-  __nv_bfloat16* parts = reinterpret_cast<__nv_bfloat16*>(r.first) + token * kParts * part_stride + n;
+  __nv_bfloat16* parts = reinterpret_cast<__nv_bfloat16*>(r.first) + (token0 + token) * kParts * part_stride + n;
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     const __nv_bfloat16 rounded = __float2bfloat16_rn(value);

@@ -16,14 +16,24 @@ use crate::ffn::Activation;
 const MAX_BLOCKS_DOWN: u32 = 4096;
 
 pub(super) struct Kernels {
-    activate: PerDType,
+    /// A neuron a thread, and eight.
+    activate: [PerDType; 2],
 }
 
 impl Kernels {
     pub(super) fn load(modules: &Modules) -> Result<Self> {
-        let names =
-            ["moefy_dense_activate_f32", "moefy_dense_activate_f16", "moefy_dense_activate_bf16"];
-        Ok(Self { activate: modules.per_dtype("dense", names, 0)? })
+        let one = [
+            "moefy_dense_activate_f32_1",
+            "moefy_dense_activate_f16_1",
+            "moefy_dense_activate_bf16_1",
+        ];
+        let eight = [
+            "moefy_dense_activate_f32_8",
+            "moefy_dense_activate_f16_8",
+            "moefy_dense_activate_bf16_8",
+        ];
+        let load = |names| modules.per_dtype("dense", names, 0);
+        Ok(Self { activate: [load(one)?, load(eight)?] })
     }
 }
 
@@ -261,8 +271,11 @@ pub(super) unsafe fn launch_activate(
     dtype: DType,
     params: &moefy_activate_params,
 ) -> Result<()> {
-    let across = (params.neurons.d_ff + params.neurons.rank).div_ceil(256);
-    let grid = [across, params.num_tokens.min(MAX_BLOCKS_DOWN), 1];
+    let [d_ff, rank] = [params.neurons.d_ff, params.neurons.rank];
+    let by_eight = d_ff % 8 == 0 && rank % 8 == 0;
+    let per_block = if by_eight { 256 * 8 } else { 256 };
+    let grid = [(d_ff + rank).div_ceil(per_block), params.num_tokens.min(MAX_BLOCKS_DOWN), 1];
+    let kernel = device.dense.activate[usize::from(by_eight)].get(dtype);
     // SAFETY: the caller's promise.
-    unsafe { device.dense.activate.get(dtype).launch(stream, grid, 256, 0, params) }
+    unsafe { kernel.launch_early(stream, grid, 256, 0, params) }
 }

@@ -117,11 +117,11 @@ fn in_stride(row_bytes: usize) -> usize {
     (row_bytes + 63) / 128 * 128 + 64
 }
 
-/// The first layer of a router, for up to [`MAX_TOKENS`] tokens.
+/// The first layer of a router.
 #[derive(Clone, Copy)]
 pub(super) struct FirstLayer {
     kernel: Function,
-    num_blocks: u32,
+    blocks: [u32; 2],
     shared_bytes: usize,
 }
 
@@ -137,9 +137,14 @@ impl FirstLayer {
     ) -> Option<Self> {
         let kernels = device.ffn_few.as_ref()?.of(dtype)?;
         let rows = MOEFY_FFN_FEW_ROUTER_ROWS as usize;
+        // The widest variant that there are tokens for.
+        let tile = MOEFY_FFN_FEW_TILE as usize;
+        let most = (0..3).rev().map(|power| tile << power).find(|&tokens| {
+            (tokens < 2 * num_tokens || tokens == tile) && variant(tokens, d_model).is_some()
+        })?;
         Some(Self {
-            kernel: kernels.router[variant(num_tokens, d_model)?],
-            num_blocks: u32::try_from(width.div_ceil(rows)).ok()?,
+            kernel: kernels.router[variant(most, d_model)?],
+            blocks: [width.div_ceil(rows) as u32, num_tokens.div_ceil(most) as u32],
             shared_bytes: rows * in_stride(d_model * dtype.bytes()),
         })
     }
@@ -153,7 +158,8 @@ impl FirstLayer {
         stream: RawStream,
         params: &moefy_ffn_few_params,
     ) -> Result<()> {
-        let (grid, threads) = ([self.num_blocks, 1, 1], MOEFY_FFN_FEW_THREADS);
+        let [across, down] = self.blocks;
+        let (grid, threads) = ([across, down, 1], MOEFY_FFN_FEW_THREADS);
         // SAFETY: the caller's promise.
         unsafe { self.kernel.launch_early(stream, grid, threads, self.shared_bytes, params) }
     }

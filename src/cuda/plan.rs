@@ -5,13 +5,13 @@ use std::sync::Arc;
 use super::dense::{Dense, DenseLayer, DenseRun};
 use super::driver::RawStream;
 use super::places::Places;
-use super::router_select::check_router;
+use super::router_select::{check_router, router_select_by};
 use super::statistics::Counters;
 use super::view::{Arguments, Format, View, Workspace};
 use super::{
     Buffer, ExpertsInputs, FfnInputs, MoeFfn, Path, PlanOptions, RouteIndexOutputs,
     RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, ffn_few, gates, padding,
-    route_index, router_select, select,
+    route_index,
 };
 use crate::abi::{
     moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_split_valid_params,
@@ -303,11 +303,8 @@ impl FfnPlan {
         let (router, selection) = (ffn.router().view(), ffn.selection());
         // SAFETY: the caller's promise.
         unsafe {
-            router_select(device, stream, &outputs, inputs.x, valid, &router, &selection, op)?;
-            if let Some(imposed) = inputs.scores {
-                let none = Workspace::NONE;
-                select(device, stream, &selected, imposed, valid, &selection, none)?;
-            }
+            let (x, imposed) = (inputs.x, inputs.scores);
+            router_select_by(device, stream, &outputs, x, valid, &router, &selection, imposed, op)?;
             if let Some(counters) = &self.counters {
                 let valid = valid.map_or(0, |valid| valid.address);
                 counters.add(device, stream, mask.address, num_tokens, valid)?;
@@ -342,6 +339,7 @@ impl FfnPlan {
         let valid = inputs.num_valid_tokens;
         let (mut router, _) = check_router(&check, inputs.x, valid, &view, &selection)?;
         router.status = check.optional_words("status", inputs.status, 1)?;
+        router.imposed = inputs.scores.map_or(0, |scores| scores.address);
         let mask = inputs.mask.map_or(base + self.places.mask, |mask| mask.address);
         if self.counters.is_some() || inputs.mask.is_some() {
             router.mask = mask;
@@ -352,7 +350,6 @@ impl FfnPlan {
             w2: ffn.few_w2,
             num_w2: ffn_few::num_w2(ffn.dtype()) as u32,
             inverse_width: 1.0 / neurons.expert_width as f32,
-            scores: inputs.scores.map_or(0, |scores| scores.address),
             y: y.address,
             gate: match ffn.gate() {
                 Gate::One => moefy_gate::MOEFY_GATE_ONE,

@@ -241,6 +241,38 @@ pub unsafe fn router_select(
     selection: &Selection,
     workspace: Workspace,
 ) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        router_select_by(
+            device,
+            stream,
+            outputs,
+            x,
+            num_valid_tokens,
+            router,
+            selection,
+            None,
+            workspace,
+        )
+    }
+}
+
+/// The same, but `imposed`, f32 \[num_tokens, E\], is what selection reads; the router runs all the same.
+///
+/// # Safety
+/// As for [`router_select`].
+#[expect(clippy::too_many_arguments, reason = "outputs, inputs, parameters, workspace")]
+pub(super) unsafe fn router_select_by(
+    device: &Device,
+    stream: RawStream,
+    outputs: &RouterSelectOutputs,
+    x: View,
+    num_valid_tokens: Option<View>,
+    router: &RouterView,
+    selection: &Selection,
+    imposed: Option<View>,
+    workspace: Workspace,
+) -> Result<()> {
     let check = Arguments { device, op: "router_select" };
     let (params, dtype) = check_router(&check, x, num_valid_tokens, router, selection)?;
     let (num_tokens, num_experts) = (x.shape[0], router.num_experts());
@@ -254,6 +286,13 @@ pub unsafe fn router_select(
     let params = moefy_router_select_params {
         first: check.workspace(workspace, needed)?,
         scores,
+        imposed: match imposed {
+            Some(imposed) => {
+                let shape = [num_tokens, num_experts];
+                check.dense("imposed scores", imposed, Format::F32, shape)?
+            }
+            None => 0,
+        },
         mask: check.dense("mask", selected.mask, Format::Word, mask)?,
         counts: check.optional_words("counts", selected.counts, num_tokens)?,
         status: check.optional_words("status", selected.status, 1)?,
@@ -437,7 +476,7 @@ unsafe fn launch_many(
         layer(device.router_select.layer_after_hidden(dtype), second_layer)?;
     }
     let select = moefy_select_params {
-        scores,
+        scores: if params.imposed == 0 { scores } else { params.imposed },
         mask: params.mask,
         counts: params.counts,
         status: params.status,
