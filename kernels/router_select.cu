@@ -152,6 +152,7 @@ __device__ __forceinline__ void select_from_first(const moefy_router_select_para
     __syncthreads();
   }
   const bool valid = p.num_valid_tokens == nullptr || token < __ldcg(p.num_valid_tokens);
+#pragma unroll 1
   for (uint32_t e = threadIdx.x; e < row; e += kSelectThreads) {
     const bool exists = e < p.num_experts && valid;
     const float score = exists ? scores[e] : 0.0f;
@@ -243,10 +244,10 @@ __device__ __forceinline__ void router_layer(const moefy_router_layer_params& p)
   }
 // Dynamic shared memory: the outputs of the first layer up to a multiple of 128, twice num_experts up to a multiple of
 // 32, the next power of two where the rule sorts, and w2 where there is room.
-#define ROUTER_SELECT(suffix, type)                                               \
-  extern "C" __global__ void __launch_bounds__(512) moefy_router_select_##suffix( \
-      const __grid_constant__ moefy_router_select_params p) {                     \
-    moefy::select_from_first<type>(p);                                            \
+#define ROUTER_SELECT(suffix, type)                                                  \
+  extern "C" __global__ void __launch_bounds__(512, 1) moefy_router_select_##suffix( \
+      const __grid_constant__ moefy_router_select_params p) {                        \
+    moefy::select_from_first<type>(p);                                               \
   }
 #define ROUTER_LAYER(suffix, in, w)                                                   \
   extern "C" __global__ void __launch_bounds__(256, 2) moefy_router_layer_##suffix(   \

@@ -87,11 +87,12 @@ struct Slice {
     return i < steps ? (first_step + i) * (kStepColumns * sizeof(T)) : 0;
   }
 
-  /// Products of rows with this warp's columns of the tokens: rows 0 to 7 begin at `low`, 8 to 15 at `high`.
-  __device__ void multiply(uint32_t low, uint32_t high, const X& x, Sums<kTiles>& sums) const {
+  /// Products of rows with this warp's columns of the tokens: rows 0 to 7 begin at `low`, 8 to 15 at `high`. Of each eight
+  /// there are `rows`; nobody looks at the sums of the others.
+  __device__ void multiply(uint32_t low, uint32_t high, uint32_t rows, const X& x, Sums<kTiles>& sums) const {
     constexpr int kChains = 4 / kTiles;  // sums that do not wait for each other
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
-    const uint32_t offset = g * in_row_stride(row_bytes) + t * 16;
+    const uint32_t offset = min(g, rows - 1) * in_row_stride(row_bytes) + t * 16;
     const uint32_t steps = opaque_num_steps();
     float chains[kTiles][kChains][4] = {};
 #pragma unroll

@@ -375,19 +375,21 @@ struct Stream {
     const uint32_t row = min(lane_id() % 8 + (kNeurons == 16 ? lane_id() / 16 * 8 : 0), neurons - 1);
     const uint32_t from = out_stage(stage) + row * out_row_stride(slice.row_bytes);
     const uint32_t steps = slice.opaque_num_steps();
+    // Columns beyond d_model, which nobody stores, get others: what comes after a row may be on its way.
+    const auto within = [&](uint32_t offset) { return offset < slice.row_bytes ? offset : 0; };
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       if constexpr (kNeurons == 16) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t w[4];
-          load_matrices_transposed(w, from + slice.step_offset(i, steps) + (half * 2 + lane_id() / 8 % 2) * 16);
+          load_matrices_transposed(w, from + within(slice.step_offset(i, steps) + (half * 2 + lane_id() / 8 % 2) * 16));
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) mma(y[2 * i + half][tile], w, h[tile][0], h[tile][1], T());
         }
       } else {
         uint32_t w[4];
-        load_matrices_transposed(w, from + slice.step_offset(i, steps) + lane_id() / 8 * 16);
+        load_matrices_transposed(w, from + within(slice.step_offset(i, steps) + lane_id() / 8 * 16));
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           mma_k8(y[2 * i][tile], w[0], w[1], h[tile][0], T());
@@ -493,11 +495,10 @@ struct Stream {
 #pragma unroll
       for (int i = 0; i < kValues; ++i) values[i] = find_value(Place(threadIdx.x + i * kThreads), stage, neurons);
       barrier_wait(in_barrier(stage), parity);
-      // The second half of a fragment holds up rows, or neurons 8 to 15. Where there are fewer rows than a fragment has,
-      // whatever comes next is multiplied too: nobody looks at those sums.
+      // The second half of a fragment holds up rows, or neurons 8 to 15.
       const uint32_t low = in_stage(stage);
       const uint32_t half = n.glu ? p.stage_neurons : kNeurons == 16 ? 8 : 0;
-      slice.multiply(low, low + half * in_row_stride(slice.row_bytes), x, fixed.sums);
+      slice.multiply(low, low + half * in_row_stride(slice.row_bytes), min(p.stage_neurons, 8u), x, fixed.sums);
       __syncthreads();
       if (block + p.num_stages < num_blocks) issue(block + p.num_stages, true, false);
 #pragma unroll

@@ -25,18 +25,16 @@ __device__ __forceinline__ void first_layer(const moefy_ffn_few_params& p, unsig
   const uint32_t count = min(kRows, width - row0);
   const Slice<T, kTiles, kSteps> slice(r.d_model);
   const uint32_t row_stride = in_row_stride(slice.row_bytes);
-  if (threadIdx.x < 32) {
-    if (threadIdx.x == 0) {
-      barrier_init(shared_address(&barrier));
-      fence_barriers();
-      barrier_expect(shared_address(&barrier), count * slice.row_bytes);
-    }
-    __syncwarp();
-    if (threadIdx.x < count) {
-      const uint64_t row = row0 + threadIdx.x;
-      copy_bulk(shared_address(rows) + threadIdx.x * row_stride,
-                static_cast<const char*>(r.w1) + row * slice.row_bytes, slice.row_bytes, shared_address(&barrier));
-    }
+  if (threadIdx.x == 0) {
+    barrier_init(shared_address(&barrier));
+    fence_barriers();
+    barrier_expect(shared_address(&barrier), count * slice.row_bytes);
+  }
+  __syncthreads();
+  if (threadIdx.x < count) {
+    const uint64_t row = row0 + threadIdx.x;
+    copy_bulk(shared_address(rows) + threadIdx.x * row_stride,
+              static_cast<const char*>(r.w1) + row * slice.row_bytes, slice.row_bytes, shared_address(&barrier));
   }
   touch(p);
   launch_dependents();
@@ -55,7 +53,7 @@ __device__ __forceinline__ void first_layer(const moefy_ffn_few_params& p, unsig
   typename Slice<T, kTiles, kSteps>::X x;
   slice.load(static_cast<const T*>(r.x) + static_cast<uint64_t>(token0) * r.d_model, num_tokens, x);
   barrier_wait(shared_address(&barrier), 0);
-  slice.multiply(shared_address(rows), shared_address(rows), x, sums);
+  slice.multiply(shared_address(rows), shared_address(rows), kRows, x, sums);
   if (has_unit_norm(r.kind)) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {

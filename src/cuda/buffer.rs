@@ -25,6 +25,17 @@ impl Buffer {
         Ok(Self { context: device.context.clone(), address, bytes })
     }
 
+    /// Allocates, all bytes zero.
+    ///
+    /// # Errors
+    /// When the device has too little memory.
+    pub fn zeroed(device: &Device, bytes: usize) -> Result<Self> {
+        let buffer = Self::new(device, bytes)?;
+        // SAFETY: nobody else knows of it.
+        unsafe { device.context.clear(buffer.address, bytes)? };
+        Ok(buffer)
+    }
+
     /// Allocates and copies.
     ///
     /// # Errors

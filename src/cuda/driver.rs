@@ -126,6 +126,16 @@ impl Context {
 
     /// # Safety
     /// `address` must lead to as many writable bytes.
+    pub(super) unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()> {
+        self.synchronize()?;
+        unsafe { result::memset_d8_sync(address, 0, bytes) }
+            .map_err(cannot("clear memory of the device"))?;
+        // The driver may return before it has happened.
+        self.synchronize()
+    }
+
+    /// # Safety
+    /// `address` must lead to as many writable bytes.
     pub(super) unsafe fn copy_to_device(&self, address: u64, bytes: &[u8]) -> Result<()> {
         self.synchronize()?;
         unsafe { result::memcpy_htod_sync(address, bytes) }

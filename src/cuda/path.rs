@@ -117,34 +117,32 @@ impl MoeFfn {
                     None => return dense,
                 };
                 let estimate = |path| self.estimate_us(path, num_tokens, options);
-                if estimate(sparse) < estimate(dense) { sparse } else { dense }
+                // Where they are equal, the dense one needs no router.
+                if estimate(sparse) < 0.97 * estimate(dense) { sparse } else { dense }
             }
         }
     }
 
-    /// Microseconds that a path takes, from measurements on an H100 (kernels/NOTES.md): good enough to
-    /// choose by.
+    /// Microseconds that a path for few tokens takes, from measurements on an H100 (kernels/NOTES.md):
+    /// good enough to choose by.
     fn estimate_us(&self, path: Path, num_tokens: usize, options: &PlanOptions) -> f64 {
-        /// Launches, routing and sums of the fused path; of the other one; of two dense products; of
-        /// routing and masks beside these.
-        const OVERHEAD_US: [f64; 4] = [5.5, 45.0, 9.0, 6.0];
-        const BYTES_PER_US: f64 = 2.8e6;
         let neurons = self.neurons();
-        let rows = neurons.w_in.shape[0] + neurons.w_out.shape[0];
-        let row_bytes = (neurons.d_model() * self.dtype().bytes()) as f64;
-        let all_us = rows as f64 * row_bytes / BYTES_PER_US;
+        let (tokens, d_model) = (num_tokens as f64, neurons.d_model() as f64);
+        let rows = (neurons.w_in.shape[0] + neurons.w_out.shape[0]) as f64;
+        let all_us = rows * d_model * self.dtype().bytes() as f64 / 2.8e6;
         // If tokens route independently.
         let skipped = (1.0 - options.density.unwrap_or(1.0)).powi(num_tokens.min(1 << 20) as i32);
         let union_us = (1.0 - skipped) * all_us;
+        let dense_us = 9.2 + all_us;
         match path {
-            // Every multiprocessor's share of y is written and read.
+            // Launches and routing; each multiprocessor's share of y; tokens beyond a tile.
             Path::FewFused => {
-                let shares = 132.0 * (num_tokens * neurons.d_model() * 8) as f64 / 4e6;
-                OVERHEAD_US[0] + union_us + shares
+                let shares = 132.0 * 8.0 * tokens * d_model / 4e6;
+                7.5 + 0.0008 * d_model + union_us + shares + 0.6 * (tokens - 8.0).max(0.0)
             }
-            Path::Few => OVERHEAD_US[1] + union_us,
-            Path::DenseMasked => OVERHEAD_US[2] + OVERHEAD_US[3] + all_us,
-            Path::DenseExact | Path::ExpertMajor => OVERHEAD_US[2] + all_us,
+            Path::Few => 30.0 + union_us,
+            Path::DenseMasked => dense_us + 10.0,
+            Path::DenseExact | Path::ExpertMajor => dense_us,
         }
     }
 

@@ -426,7 +426,7 @@ impl FfnPlan {
         let x = Buffer::from_slice(device, x.as_bytes())?;
         let y = Buffer::new(device, x.bytes())?;
         let op_bytes = self.places.bytes - self.places.op as usize;
-        let workspace = Buffer::new(device, op_bytes)?;
+        let workspace = Buffer::zeroed(device, op_bytes)?;
         let run = DenseRun {
             x: x.address(),
             y: y.address(),

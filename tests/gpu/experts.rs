@@ -211,7 +211,7 @@ fn check(gpu: &Gpu, case: &Case) {
         }
         experts(device, stream, y_view, neurons, &inputs, workspace)
     });
-    scratch.read::<u8>();
+    scratch.check_guards();
     let actual =
         moefy::TensorRef::from_bytes(dtype, &y.read::<u8>(), x.shape()).unwrap().to_owned();
     let error = relative_error(&actual.to_f32(), expected);

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytemuck::Pod;
-use moefy::cuda::interop::cudarc::driver::{CudaGraph, CudaStream, sys};
+use moefy::cuda::interop::cudarc::driver::{CudaGraph, CudaStream, result, sys};
 use moefy::cuda::{Buffer, Device, RawStream, View};
 use moefy::ffn::ExpertMask;
 use rand::{RngExt, SeedableRng};
@@ -140,6 +140,10 @@ impl Output {
         self.buffer.address() + GUARD as u64
     }
 
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// The whole as a vector of words.
     pub fn view(&self) -> View {
         View::words(self.address(), self.bytes / 4)
@@ -169,8 +173,18 @@ impl Output {
     }
 
     /// For a workspace, whose content means nothing.
+    ///
+    /// # Panics
+    /// When a guard band was written to.
     pub fn check_guards(&self) {
-        self.read::<u8>();
+        result::ctx::synchronize().expect("no failure");
+        for offset in [0, GUARD + self.bytes] {
+            let mut band = [0; GUARD];
+            let address = self.buffer.address() + offset as u64;
+            // SAFETY: the buffer has a band at either end.
+            unsafe { result::memcpy_dtoh_sync(&mut band, address) }.expect("a copy");
+            assert!(band == [GUARD_BYTE; GUARD], "something was written beside a workspace");
+        }
     }
 }
 

@@ -102,7 +102,7 @@ impl Case {
     }
 
     fn read(&self, num_tokens: usize) -> Vec<f32> {
-        self.scratch.read::<u8>();
+        self.scratch.check_guards();
         let bytes = num_tokens * self.shape.d_model * self.dtype.bytes();
         let y = &self.y.read::<u8>()[..bytes];
         let y = TensorRef::from_bytes(self.dtype, y, [num_tokens, self.shape.d_model]).unwrap();
@@ -112,7 +112,7 @@ impl Case {
 
 /// Writes the front of an output; the rest stays poisoned.
 fn fill(output: &mut Output, bytes: &[u8]) {
-    let mut all = vec![0xff; output.read::<u8>().len()];
+    let mut all = vec![0xff; output.bytes()];
     all[..bytes.len()].copy_from_slice(bytes);
     output.write(&all);
 }
