@@ -28,9 +28,10 @@ __device__ __forceinline__ void first_layer(const moefy_ffn_few_params& p, unsig
   if (threadIdx.x == 0) {
     barrier_init(shared_address(&barrier));
     fence_barriers();
-    barrier_expect(shared_address(&barrier), count * slice.row_bytes);
   }
   __syncthreads();
+  // It does not matter which copies end before: the barrier waits for this arrival too.
+  if (threadIdx.x == 0) barrier_expect(shared_address(&barrier), count * slice.row_bytes);
   if (threadIdx.x < count) {
     const uint64_t row = row0 + threadIdx.x;
     copy_bulk(shared_address(rows) + threadIdx.x * row_stride,

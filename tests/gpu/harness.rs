@@ -198,6 +198,12 @@ pub fn sizes(all: &[usize], limit: usize) -> Vec<usize> {
     all.iter().copied().filter(|&size| !is_small() || size <= limit).collect()
 }
 
+/// One case in so many when shapes should stay small, else all. Where that is coprime to the turns of the loops that made
+/// them, every value of each is still among them.
+pub fn thin<C>(cases: Vec<C>, one_in: usize) -> Vec<C> {
+    cases.into_iter().step_by(if is_small() { one_in } else { 1 }).collect()
+}
+
 pub fn uniform(rng: &mut ChaCha8Rng, len: usize) -> Vec<f32> {
     (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
 }

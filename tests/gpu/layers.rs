@@ -145,7 +145,7 @@ fn real_sizes(gpu: &Gpu) {
 }
 
 const SMALL: Shape =
-    Shape { d_model: 384, num_experts: 48, expert_width: 24, shared: 8, rank: 0, glu: false };
+    Shape { d_model: 136, num_experts: 40, expert_width: 12, shared: 8, rank: 0, glu: false };
 
 /// One expert gets everything; one token takes all; every token takes all, which is the dense layer.
 fn uneven_routing(gpu: &Gpu) {

@@ -10,7 +10,7 @@ use moefy::ffn::{MlpKind, Router, Selection, SelectionRule};
 use moefy::{DType, Tensor, reference};
 use rand_chacha::ChaCha8Rng;
 
-use crate::harness::{Gpu, Output, is_small, relative_error, sizes, uniform};
+use crate::harness::{Gpu, Output, is_small, relative_error, sizes, thin, uniform};
 
 pub fn tests() -> crate::Tests {
     vec![
@@ -50,6 +50,7 @@ pub fn routers(
     ]
 }
 
+#[derive(Clone, Copy)]
 struct Case {
     num_tokens: usize,
     valid: usize,
@@ -164,14 +165,16 @@ pub fn assert_outside_band(
 
 fn kinds_and_types(gpu: &Gpu) {
     let rng = &mut gpu.rng();
+    let mut cases = Vec::new();
     for dtype in DTYPES {
         for (num_tokens, shape) in [(7, [48, 384, 128]), (1030, [112, 96, 64]), (19, [129, 72, 40])]
         {
-            for router in routers(rng, shape, dtype) {
-                let case = Case::new(num_tokens, shape[1], dtype);
-                case.check(gpu, rng, &router, &Selection::dynamic_k(0.4));
-            }
+            let of_router = |router| (router, Case::new(num_tokens, shape[1], dtype));
+            cases.extend(routers(rng, shape, dtype).into_iter().map(of_router));
         }
+    }
+    for (router, case) in thin(cases, 5) {
+        case.check(gpu, rng, &router, &Selection::dynamic_k(0.4));
     }
 }
 
@@ -224,11 +227,14 @@ fn many_experts(gpu: &Gpu) {
 
 fn padding_and_rows_apart(gpu: &Gpu) {
     let rng = &mut gpu.rng();
+    let mut cases = Vec::new();
     for (num_tokens, valid) in [(7, 0), (7, 5), (1030, 0), (1030, 65)] {
-        for router in routers(rng, [48, 64, 32], DType::F16) {
-            let case = Case { valid, x_stride: 72, ..Case::new(num_tokens, 64, DType::F16) };
-            case.check(gpu, rng, &router, &Selection::dynamic_k(0.5));
-        }
+        let case = Case { valid, x_stride: 72, ..Case::new(num_tokens, 64, DType::F16) };
+        let of_router = |router| (router, case);
+        cases.extend(routers(rng, [48, 64, 32], DType::F16).into_iter().map(of_router));
+    }
+    for (router, case) in thin(cases, 5) {
+        case.check(gpu, rng, &router, &Selection::dynamic_k(0.5));
     }
 }
 
