@@ -10,7 +10,7 @@ export MOEFY_FUZZ_SECONDS ?= 60
 export PYTHONDONTWRITEBYTECODE := 1
 # The version of CUDA that cudarc speaks, whatever is installed here.
 export CUDARC_CUDA_VERSION ?= 13000
-# Compiles the kernels; `make toolchain` installs it. With WITHOUT_NVCC=1 everything goes on without kernels.
+# Compiles the kernels; `make toolchain` installs it.
 ifndef WITHOUT_NVCC
 INSTALLED_NVCC := $(wildcard $(CURDIR)/.toolchain/nvidia/cu13/bin/nvcc)
 endif
@@ -19,7 +19,7 @@ export MOEFY_NVCC ?= $(INSTALLED_NVCC)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernels inputs toolchain fmt fmt-check clippy docs licences spills abi abi-check test-scripts \
+.PHONY: help demo test test-all inputs toolchain fmt fmt-check clippy docs licences spills abi abi-check test-scripts \
   test-rust gpu-bundle gpu-bundle-all tools clean-inputs
 # The steps of `test` share one build folder: they would only wait for each other.
 .NOTPARALLEL:
@@ -31,11 +31,11 @@ demo: inputs ## convert a real model and show what was skipped and what it cost
 	cargo build $(CARGO_FLAGS)
 	$(PYTHON) scripts/demo.py
 
-test: fmt-check licences test-scripts clippy docs test-rust ## everything that is checked before a change is accepted
-
 # A second make, because this one began before there was a compiler for the kernels.
-test-kernels: toolchain ## the same with the kernels compiled, their registers and their host interface checked
-	@$(MAKE) --no-print-directory spills abi-check test
+test: toolchain ## everything that is checked before a change is accepted; WITHOUT_NVCC=1 leaves the kernels out
+	@$(MAKE) --no-print-directory test-all
+
+test-all: fmt-check licences test-scripts spills abi-check clippy docs test-rust
 
 inputs: ## fetch the model and the text that demo and test use (110 MB, once)
 	$(PYTHON) scripts/fetch_inputs.py

@@ -20,9 +20,9 @@ const FLAGS: [&str; 9] = [
     "--display_error_number",
 ];
 /// PTX for what comes after the cards we know, and machine code for those.
-const PORTABLE: &str = "-gencode=arch=compute_80,code=[compute_80,sm_80,sm_90a]";
+const PORTABLE: [&str; 2] = ["-gencode=arch=compute_80,code=[compute_80,sm_80]", HOPPER[0]];
 /// `kernels/sm90`: uses instructions that no other generation has.
-const HOPPER: &str = "-gencode=arch=compute_90a,code=sm_90a";
+const HOPPER: [&str; 1] = ["-gencode=arch=compute_90a,code=sm_90a"];
 
 /// Compiles every `.cu` file under `kernels` to `out_dir/<module>.fatbin`; returns the modules, sorted: `select` for
 /// `select.cu`, `sm90_experts` for `sm90/experts.cu`.
@@ -31,12 +31,12 @@ pub fn compile(nvcc: &Nvcc, kernels: &Path, out_dir: &Path) -> Result<Vec<String
         let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
         entries.filter(|path| path.extension().is_some_and(|ext| ext == "cu")).collect::<Vec<_>>()
     };
-    let job = |path: PathBuf, prefix: &str, arch| {
+    let job = |path: PathBuf, prefix: &str, arch: &'static [&'static str]| {
         let stem = path.file_stem().expect("it has an extension").to_string_lossy();
         Job { module: format!("{prefix}{stem}"), path: path.clone(), arch }
     };
-    let portable = sources(kernels.into()).into_iter().map(|path| job(path, "", PORTABLE));
-    let hopper = sources(kernels.join("sm90")).into_iter().map(|path| job(path, "sm90_", HOPPER));
+    let portable = sources(kernels.into()).into_iter().map(|path| job(path, "", &PORTABLE));
+    let hopper = sources(kernels.join("sm90")).into_iter().map(|path| job(path, "sm90_", &HOPPER));
     let mut jobs: Vec<Job> = portable.chain(hopper).collect();
     jobs.sort_by(|a, b| a.module.cmp(&b.module));
 
@@ -74,7 +74,7 @@ pub fn ptx_isa(nvcc: &Nvcc, out_dir: &Path) -> Result<String, String> {
 struct Job {
     module: String,
     path: PathBuf,
-    arch: &'static str,
+    arch: &'static [&'static str],
 }
 
 impl Job {
@@ -87,7 +87,7 @@ impl Job {
         let settings =
             ["NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"].map(std::env::var_os);
         let stamp = format!(
-            "{:?} {} {FLAGS:?} {} {settings:?}\n{headers}{source}",
+            "{:?} {} {FLAGS:?} {:?} {settings:?}\n{headers}{source}",
             nvcc.path, nvcc.version, self.arch
         );
         if fatbin.exists() && fs::read_to_string(&stamp_file).is_ok_and(|last| last == stamp) {
@@ -100,7 +100,7 @@ impl Job {
         run(Command::new(&nvcc.path)
             .arg("-fatbin")
             .args(FLAGS)
-            .arg(self.arch)
+            .args(self.arch)
             .arg("-o")
             .arg(&fatbin)
             .arg(&self.path))

@@ -3,10 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-/// What it covers, relative to the project.
+/// Where it looks, relative to the project.
 pub const SOURCES: [&str; 5] = ["build", "build.rs", "kernels", "src/abi.rs", "src/cuda"];
+/// What counts there: no notes.
+const EXTENSIONS: [&str; 4] = ["cu", "cuh", "h", "rs"];
 
-/// FNV-1a with 128 bits over names, sizes and contents of all files: a checksum, not a signature.
+/// FNV-1a with 128 bits over names, sizes and contents of all sources: a checksum, not a signature.
 pub fn digest(root: &Path) -> io::Result<String> {
     let mut files = Vec::new();
     for source in SOURCES {
@@ -31,7 +33,9 @@ pub fn digest(root: &Path) -> io::Result<String> {
 
 fn collect(path: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     if !path.is_dir() {
-        files.push(path.into());
+        if path.extension().is_some_and(|ext| EXTENSIONS.iter().any(|known| ext == *known)) {
+            files.push(path.into());
+        }
         return Ok(());
     }
     for entry in fs::read_dir(path)? {

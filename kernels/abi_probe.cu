@@ -10,17 +10,19 @@ extern "C" __global__ void moefy_abi_probe(const __grid_constant__ moefy_abi_pro
   constexpr uint32_t kLayout[] = {
       LAYOUT(moefy_abi_probe_params, num_words),
       LAYOUT(moefy_selection, max_experts),
-      LAYOUT(moefy_select_params, num_experts),
-      LAYOUT(moefy_router_select_params, num_experts),
+      LAYOUT(moefy_select_params, reserved),
+      LAYOUT(moefy_router_select_params, w2_in_shared),
       LAYOUT(moefy_router_layer_params, reserved),
       LAYOUT(moefy_route_index_params, reserved),
       LAYOUT(moefy_neurons, reserved),
       LAYOUT(moefy_experts_params, num_arrivals),
+      LAYOUT(moefy_ffn_few_params, stage_neurons),
       LAYOUT(moefy_gates_params, reserved),
       LAYOUT(moefy_activate_params, reserved),
       LAYOUT(moefy_clear_invalid_params, num_tokens),
       LAYOUT(moefy_split_valid_params, num_chunks),
       LAYOUT(moefy_statistics_params, num_experts),
+      LAYOUT(moefy_read_bandwidth_params, data_bytes),
   };
   constexpr uint64_t kWords = sizeof(kLayout) / sizeof(kLayout[0]);
 #pragma unroll

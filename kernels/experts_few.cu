@@ -165,7 +165,7 @@ __device__ __forceinline__ void few_hidden(const moefy_experts_params& p) {
                         (expert == kNoExpert || selects(p.mask, n.num_experts, global, expert));
       float value = 0.0f;
       if (runs) {
-        value = neuron_value(n, neuron, pre, up);
+        value = neuron_value<T>(n, neuron, pre, up);
         if (expert != kNoExpert) value *= gate_of(p.gates, n.num_experts, global, expert);
       }
       static_cast<T*>(p.hidden)[global * p.hidden_stride + column] = from_float<T>(value);

@@ -232,7 +232,7 @@ __device__ void hidden_tile(const moefy_experts_params& p, const Group& group, R
       if (neuron >= group.hidden_stride) return;
       float value[2] = {};
       for (int r = 0; r < 2; ++r) {
-        if (neuron + r < group.width) value[r] = gate * neuron_value(n, group.first_neuron + neuron + r, pre[r], up[r]);
+        if (neuron + r < group.width) value[r] = gate * neuron_value<T>(n, group.first_neuron + neuron + r, pre[r], up[r]);
       }
       store_pair(hidden + row * group.hidden_stride + neuron, value[0], value[1]);
     };

@@ -1,9 +1,10 @@
 // Routers: tokens -> scores -> masks. All arithmetic is f32, whatever the type of weights and tokens.
 //
-// Few tokens: one kernel does it all, one block per token, each row of weights a dot product by a warp.
+// Few tokens: the rows of the first layer are dealt out over the chip; then a block per token does the rest.
 // Many tokens: one tiled product per layer, then moefy_select.
 
-#include "element.cuh"
+#include "dependency.cuh"
+#include "router.cuh"
 #include "select.cuh"
 
 namespace moefy {
@@ -14,129 +15,156 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-__device__ __forceinline__ float activate(moefy_router_activation activation, float z) {
-  switch (activation) {
-    case MOEFY_ROUTER_ACTIVATION_ABS: return fabsf(z);
-    case MOEFY_ROUTER_ACTIVATION_RELU: return fmaxf(z, 0.0f);
-    case MOEFY_ROUTER_ACTIVATION_TANH: return tanhf(z);
-    default: return 1.0f / (1.0f + expf(-z));
-  }
-}
-
-__device__ __forceinline__ float inverse_norm(float sum_of_squares) {
-  return sum_of_squares > 0 ? 1.0f / sqrtf(sum_of_squares) : 0.0f;
-}
-
 // ---- few tokens ----
 
-constexpr uint32_t kFewWarps = 16;
-constexpr uint32_t kRowsAtOnce = 4;  // loads in flight per warp
+constexpr uint32_t kFewWarps = 4;
+constexpr uint32_t kSelectThreads = 512;
 
-// A vector in shared memory, zero up to a multiple of 8.
-__host__ __device__ constexpr uint32_t padded(uint32_t width) { return (width + 7) / 8 * 8; }
+// first[t, n] = activation(<w1[n], x[t]> * scale), a warp for each output n and kTokens tokens; d_model % 8 == 0.
+template <class T, int kTokens>
+__device__ __forceinline__ void first_layer(const moefy_router_select_params& p) {
+  constexpr int kBatch = kTokens == 1 ? 4 : 1;  // loads under way at a time
+  const uint32_t width = first_width(p);
+  const uint32_t n = blockIdx.x * kFewWarps + threadIdx.x / 32;
+  const uint32_t token0 = blockIdx.y * kTokens;
+  launch_dependents();
+  if (n >= width) return;
+  const T* __restrict__ w = static_cast<const T*>(p.w1) + static_cast<uint64_t>(n) * p.d_model;
+#pragma unroll 1
+  for (uint32_t k = lane_id() * (128 / sizeof(T)); k < p.d_model; k += 32 * (128 / sizeof(T))) prefetch(w + k);
+  const float w_scale = p.w1_scale == nullptr ? 1.0f : p.w1_scale[n];
+  wait_for_dependencies();
 
-// out[n] = activation(<w[n], in> * scale * w_scale[n]), for a block; `in` and `out` lie in shared memory.
-template <bool kAligned, class T>
-__device__ __forceinline__ void layer_of_token(const T* __restrict__ w, const float* __restrict__ w_scale,
-                                               const float* in, uint32_t in_width, uint32_t out_width, float scale,
-                                               moefy_router_activation activation, float* out) {
-  for (uint32_t n = threadIdx.x / 32 * kRowsAtOnce; n < out_width; n += kFewWarps * kRowsAtOnce) {
-    float sums[kRowsAtOnce] = {};
-#pragma unroll 2
-    for (uint32_t k = lane_id() * 8; k < in_width; k += 32 * 8) {
-      Eight<T> weights[kRowsAtOnce];
+  const T* x[kTokens];
 #pragma unroll
-      for (uint32_t r = 0; r < kRowsAtOnce; ++r) {
-        const uint64_t row = min(n + r, out_width - 1);
-        weights[r].template load<kAligned>(w + row * in_width, k, in_width);
-      }
-      float values[8];
-      *reinterpret_cast<float4*>(values) = *reinterpret_cast<const float4*>(in + k);
-      *reinterpret_cast<float4*>(values + 4) = *reinterpret_cast<const float4*>(in + k + 4);
+  for (int t = 0; t < kTokens; ++t) {
+    x[t] = static_cast<const T*>(p.x) + min(token0 + t, p.num_tokens - 1) * p.x_stride;
+  }
+  const bool unit_norm = has_unit_norm(p.kind);
+  float sums[kTokens] = {}, squares[kTokens] = {};
+#pragma unroll 1
+  for (uint32_t first = lane_id() * 8; first < p.d_model; first += kBatch * 32 * 8) {
+    Eight<T> weights[kBatch], in[kBatch][kTokens];
 #pragma unroll
-      for (uint32_t r = 0; r < kRowsAtOnce; ++r) {
-        float row[8];
-        weights[r].to_floats(row);
+    for (int i = 0; i < kBatch; ++i) {
+      weights[i].template load<true>(w, first + i * 256, p.d_model);
 #pragma unroll
-        for (uint32_t i = 0; i < 8; ++i) sums[r] = fmaf(row[i], values[i], sums[r]);
-      }
+      for (int t = 0; t < kTokens; ++t) in[i][t].load_fresh(x[t], first + i * 256, p.d_model);
     }
 #pragma unroll
-    for (uint32_t r = 0; r < kRowsAtOnce; ++r) {
-      const float sum = warp_sum(sums[r]);
-      if (lane_id() == 0 && n + r < out_width) {
-        out[n + r] = activate(activation, sum * scale * (w_scale == nullptr ? 1.0f : w_scale[n + r]));
+    for (int i = 0; i < kBatch; ++i) {
+      float row[8];
+      weights[i].to_floats(row);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        float values[8];
+        in[i][t].to_floats(values);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          sums[t] = fmaf(row[j], values[j], sums[t]);
+          if (unit_norm) squares[t] = fmaf(values[j], values[j], squares[t]);
+        }
       }
     }
   }
-}
-
-template <class T>
-__device__ __forceinline__ void layer_of_token(const void* w, const float* w_scale, const float* in, uint32_t in_width,
-                                               uint32_t out_width, float scale, moefy_router_activation activation,
-                                               float* out) {
-  const T* weights = static_cast<const T*>(w);
-  if (in_width % 8 == 0) {
-    layer_of_token<true>(weights, w_scale, in, in_width, out_width, scale, activation, out);
-  } else {
-    layer_of_token<false>(weights, w_scale, in, in_width, out_width, scale, activation, out);
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    sums[t] = warp_sum(sums[t]) * w_scale;
+    if (unit_norm) sums[t] *= inverse_norm(warp_sum(squares[t]));
+  }
+  // Lane t has the sum of token t.
+  float own = sums[0];
+#pragma unroll
+  for (int t = 1; t < kTokens; ++t) own = lane_id() == uint32_t(t) ? sums[t] : own;
+  const uint32_t token = token0 + lane_id();
+  if (lane_id() < kTokens && token < p.num_tokens) {
+    p.first[static_cast<uint64_t>(token) * width + n] = activate(first_activation(p.kind), own);
   }
 }
 
+// Selects by a block, from the keys of a row and the largest of them. `selection` is the same row for one warp.
+__device__ __forceinline__ void select_by_block(const moefy_router_select_params& p, uint32_t token, bool valid,
+                                                const RowSelection& selection, uint32_t max_key, uint32_t* count) {
+  const moefy_selection& rule = p.selection;
+  const bool plain = rule.rule == MOEFY_RULE_DYNAMIC_K && rule.threshold > 0 && rule.max_experts >= p.num_experts &&
+                     max_key < kInfinityKey && key_score(max_key) > 0;
+  if (plain) {
+    const uint32_t least = ::max(score_key(rule.threshold * key_score(max_key)), 1u);
+    for (uint32_t e = threadIdx.x; e < round_up_32(p.num_experts); e += kSelectThreads) {
+      const uint32_t word = __ballot_sync(kFullWarp, selection.keys[e] >= least);
+      if (lane_id() == 0) {
+        selection.mask[e / 32] = word;
+        atomicAdd(count, __popc(word));
+      }
+    }
+  } else if (threadIdx.x < 32) {
+    const bool selected = selection.run(rule);
+    __syncwarp();
+    uint32_t own = 0;
+    for (uint32_t w = lane_id(); w < round_up_32(p.num_experts) / 32; w += 32) own += __popc(selection.mask[w]);
+    own = __reduce_add_sync(kFullWarp, own);
+    if (lane_id() == 0) {
+      *count = own;
+      if (!selected && valid && p.status != nullptr) atomicOr(p.status, MOEFY_STATUS_ROW_WITHOUT_SCORE);
+    }
+  }
+  if (p.counts == nullptr) return;
+  __syncthreads();
+  if (threadIdx.x == 0) p.counts[token] = *count;
+}
+
+// The rest, a block for each token; hidden % 8 == 0.
 template <class T>
-__device__ __forceinline__ void router_select(const moefy_router_select_params& p) {
+__device__ __forceinline__ void select_from_first(const moefy_router_select_params& p) {
   extern __shared__ __align__(16) float shared[];
-  __shared__ float squares[kFewWarps];
-  const bool has_hidden = p.w2 != nullptr;
-  float* const x = shared;
-  float* const hidden = x + padded(p.d_model);
-  float* const scores = hidden + padded(p.hidden);
-  uint32_t* const scratch = reinterpret_cast<uint32_t*>(scores + p.num_experts);
+  __shared__ uint32_t max_key, count;
+  const uint32_t width = first_width(p), row = round_up_32(p.num_experts);
+  float* const in = shared;
+  float* const scores = p.w2 == nullptr ? in : in + padded_first(width);
+  uint32_t* const keys = reinterpret_cast<uint32_t*>(in + padded_first(width) + row);
   const uint32_t token = blockIdx.x;
-  const bool valid = p.num_valid_tokens == nullptr || token < *p.num_valid_tokens;
 
-  if (valid) {
-    const T* __restrict__ row = static_cast<const T*>(p.x) + token * p.x_stride;
-    float square = 0;
-    for (uint32_t i = threadIdx.x; i < padded(p.d_model); i += kFewWarps * 32) {
-      x[i] = i < p.d_model ? to_float(row[i]) : 0.0f;
-      square = fmaf(x[i], x[i], square);
+  launch_dependents();
+  const T* w2 = static_cast<const T*>(p.w2);
+  // Before the tokens are there: w2 nearer, and best of all here.
+  uint32_t* const scratch = keys + row;
+  const uint32_t sorted = p.selection.rule == MOEFY_RULE_CUMULATIVE_SHARE ? next_power_of_two(p.num_experts) : 0;
+  if (p.w2_in_shared) {
+    T* const copy = reinterpret_cast<T*>(scratch + round_up_32(sorted));
+    for (uint32_t i = threadIdx.x * 16; i < p.num_experts * p.hidden * sizeof(T); i += kSelectThreads * 16) {
+      copy_async(shared_address(copy) + i, reinterpret_cast<const char*>(w2) + i, true);
     }
-    for (uint32_t i = p.hidden + threadIdx.x; i < padded(p.hidden); i += kFewWarps * 32) hidden[i] = 0;
-    square = warp_sum(square);
-    if (lane_id() == 0) squares[threadIdx.x / 32] = square;
-    __syncthreads();
-    float scale = 1;
-    if (p.kind == MOEFY_ROUTER_MOEFICATION || p.kind == MOEFY_ROUTER_CENTROID) {
-      float sum = 0;
-#pragma unroll
-      for (uint32_t w = 0; w < kFewWarps; ++w) sum += squares[w];
-      scale = inverse_norm(sum);
-    }
-    if (has_hidden) {
-      const bool is_d2dmoe = p.kind == MOEFY_ROUTER_D2DMOE;
-      layer_of_token<T>(p.w1, nullptr, x, p.d_model, p.hidden, scale,
-                     is_d2dmoe ? MOEFY_ROUTER_ACTIVATION_RELU : MOEFY_ROUTER_ACTIVATION_TANH, hidden);
-      __syncthreads();
-      layer_of_token<T>(p.w2, nullptr, hidden, p.hidden, p.num_experts, 1.0f,
-                     is_d2dmoe ? MOEFY_ROUTER_ACTIVATION_ABS : MOEFY_ROUTER_ACTIVATION_SIGMOID, scores);
-    } else {
-      const bool is_linear = p.kind == MOEFY_ROUTER_LINEAR;
-      layer_of_token<T>(p.w1, p.w1_scale, x, p.d_model, p.num_experts, scale,
-                     is_linear ? MOEFY_ROUTER_ACTIVATION_ABS : MOEFY_ROUTER_ACTIVATION_RELU, scores);
-    }
+    copy_async_commit();
+    w2 = copy;
   } else {
-    for (uint32_t e = threadIdx.x; e < p.num_experts; e += kFewWarps * 32) scores[e] = 0;
+    constexpr uint32_t kLine = 128 / sizeof(T);
+    for (uint32_t k = threadIdx.x * kLine; k < p.num_experts * p.hidden; k += kSelectThreads * kLine) prefetch(w2 + k);
+  }
+  const float* imposed = p.imposed == nullptr ? nullptr : p.imposed + static_cast<uint64_t>(token) * p.num_experts;
+  if (imposed != nullptr && threadIdx.x * 32 < p.num_experts) prefetch(imposed + threadIdx.x * 32);
+  if (threadIdx.x == 0) max_key = count = 0;
+  wait_for_dependencies();
+  load_first(p, token, 1, in);
+  copy_async_wait<0>();
+  __syncthreads();
+  if (p.w2 != nullptr) {
+    second_layer(p, w2, in, 1, scores, p.num_experts);
+    __syncthreads();
+  }
+  const bool valid = p.num_valid_tokens == nullptr || token < __ldcg(p.num_valid_tokens);
+#pragma unroll 1
+  for (uint32_t e = threadIdx.x; e < row; e += kSelectThreads) {
+    const bool exists = e < p.num_experts && valid;
+    const float score = exists ? scores[e] : 0.0f;
+    if (e < p.num_experts && p.scores != nullptr) p.scores[static_cast<uint64_t>(token) * p.num_experts + e] = score;
+    const float selected_by = exists && imposed != nullptr ? imposed[e] : score;
+    keys[e] = exists ? score_key(selected_by) : 0;
+    const uint32_t largest = __reduce_max_sync(kFullWarp, keys[e]);
+    if (lane_id() == 0) atomicMax(&max_key, largest);
   }
   __syncthreads();
-  if (p.scores != nullptr) {
-    for (uint32_t e = threadIdx.x; e < p.num_experts; e += kFewWarps * 32) {
-      p.scores[uint64_t(token) * p.num_experts + e] = scores[e];
-    }
-  }
-  if (threadIdx.x >= 32) return;
-  const SelectOutputs outputs{p.mask, p.counts, p.status};
-  select_row(Team<1>{}, scores, token, valid, p.num_experts, p.selection, outputs, scratch);
+  uint32_t* const mask = p.mask + static_cast<uint64_t>(token) * (row / 32);
+  select_by_block(p, token, valid, RowSelection{keys, scratch, p.num_experts, mask}, max_key, &count);
 }
 
 // ---- many tokens ----
@@ -209,11 +237,17 @@ __device__ __forceinline__ void router_layer(const moefy_router_layer_params& p)
 
 }  // namespace moefy
 
-// Dynamic shared memory: d_model and hidden, each up to a multiple of 8, + num_experts + 512 words. num_experts <= 512.
-#define ROUTER_SELECT(suffix, type)                                                   \
-  extern "C" __global__ void __launch_bounds__(512) moefy_router_select_##suffix(     \
-      const __grid_constant__ moefy_router_select_params p) {                         \
-    moefy::router_select<type>(p);                                                    \
+#define ROUTER_FIRST(suffix, type, tokens)                                                  \
+  extern "C" __global__ void __launch_bounds__(128) moefy_router_first_##suffix##_##tokens( \
+      const __grid_constant__ moefy_router_select_params p) {                               \
+    moefy::first_layer<type, tokens>(p);                                                    \
+  }
+// Dynamic shared memory: the outputs of the first layer up to a multiple of 128, twice num_experts up to a multiple of
+// 32, the next power of two where the rule sorts, and w2 where there is room.
+#define ROUTER_SELECT(suffix, type)                                                  \
+  extern "C" __global__ void __launch_bounds__(512, 1) moefy_router_select_##suffix( \
+      const __grid_constant__ moefy_router_select_params p) {                        \
+    moefy::select_from_first<type>(p);                                               \
   }
 #define ROUTER_LAYER(suffix, in, w)                                                   \
   extern "C" __global__ void __launch_bounds__(256, 2) moefy_router_layer_##suffix(   \
@@ -225,6 +259,12 @@ __device__ __forceinline__ void router_layer(const moefy_router_layer_params& p)
     }                                                                                 \
   }
 
+ROUTER_FIRST(f32, float, 1)
+ROUTER_FIRST(f32, float, 8)
+ROUTER_FIRST(f16, __half, 1)
+ROUTER_FIRST(f16, __half, 8)
+ROUTER_FIRST(bf16, __nv_bfloat16, 1)
+ROUTER_FIRST(bf16, __nv_bfloat16, 8)
 ROUTER_SELECT(f32, float)
 ROUTER_SELECT(f16, __half)
 ROUTER_SELECT(bf16, __nv_bfloat16)

@@ -13,8 +13,8 @@ import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PORTABLE = "-gencode=arch=compute_80,code=[sm_80,sm_90a,sm_100a,sm_120]"
-HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
+HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
+PORTABLE = ["-gencode=arch=compute_80,code=[sm_80,sm_100a,sm_120]", *HOPPER]
 # (entry point, architecture) -> why its spills are accepted.
 ALLOWED = {}
 
@@ -39,8 +39,8 @@ def parse(log):
 def compile_one(nvcc, source, folder):
     hopper = os.path.basename(os.path.dirname(source)) == "sm90"
     out = os.path.join(folder, source.replace(os.sep, "_"))
-    command = [nvcc, "-fatbin", "-O3", "-std=c++17", "-Ikernels/include", "-Xptxas", "-v", HOPPER if hopper else PORTABLE,
-               "-o", out, source]
+    command = [nvcc, "-fatbin", "-O3", "-std=c++17", "-Ikernels/include", "-Xptxas", "-v",
+               *(HOPPER if hopper else PORTABLE), "-o", out, source]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit("error: {}:\n{}".format(source, done.stderr))

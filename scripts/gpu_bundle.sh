@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds what a GPU machine runs into one folder that can be copied anywhere: `gpu-bundle/run.sh` needs a GPU with its
-# driver, Python 3 and, for the checks of memory, compute-sanitizer.
+# driver, Python 3 and, for the checks of memory, compute-sanitizer. The routing traces are inside the command.
 #
 #   scripts/gpu_bundle.sh [FOLDER]
 set -euo pipefail
@@ -21,7 +21,7 @@ strip -o "$bundle/moefy" target/release/moefy
 cp scripts/gpu_record.py "$bundle/record.py"
 cat >"$bundle/run.sh" <<'RUN'
 #!/bin/sh
-# Tests, sanitizers and benchmarks on the GPU of this machine; writes record.json, or the file it is given.
+# Tests, sanitizers and benchmarks on the GPU of this machine; record.py says what can be asked for.
 here=$(cd "$(dirname "$0")" && pwd) && exec python3 "$here/record.py" "$@"
 RUN
 chmod +x "$bundle/run.sh"

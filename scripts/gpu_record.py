@@ -1,18 +1,26 @@
 #!/usr/bin/env python3
 """Runs the tests, the sanitizers and the benchmarks of a bundle on the GPU of this machine and writes the record.
 
-    record.py [RECORD]      record.json by default
+    record.py [RECORD]                          everything, within six minutes; RECORD is record.json by default
+    record.py [RECORD] --tests-only             only the tests
+    record.py [RECORD] --sanitizers-only        only the sanitizers
+    record.py [RECORD] --bench-only SET...      only these sets of `moefy bench ffn`
 
-Ends within six minutes. Exit code 1 when a test failed, a skip included, or a sanitizer found something.
+What the programs say goes to RECORD.log. Exit code 1 when a test failed, a skip included, a sanitizer found something,
+or a benchmark did not end well. The record of a part is none to commit.
 """
 
+import argparse
+import concurrent.futures
 import datetime
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -22,23 +30,45 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZER_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards?)")
 RESULTS = {"ok": "passed", "failed": "failed", "ignored": "skipped"}
-DEADLINE = time.monotonic() + 350
+SETS = ("b4",)
+# What reads the device's free memory has the device to itself; the other tests run in these parts beside each other.
+ALONE = "memory_stays_flat"
+MODULES = ("experts::", "ffn_few::", "layers::", "plan::")
+PARTS = [[module, "--skip", ALONE] for module in MODULES]
+PARTS.append([argument for name in (ALONE, *MODULES) for argument in ("--skip", name)])
+# Only this project's kernels: those of cuBLASLt take most of the time. Of them, memcheck sees which addresses they get.
+SANITIZER_ARGUMENTS = {tool: [] if tool == "memcheck" else ["--kernel-name", "kns=moefy_"] for tool in SANITIZERS}
+# Seconds that each run may take, and all together.
+TESTS_LIMIT, SANITIZERS_LIMIT, SET_LIMIT, LIMIT = 120, 150, 130, 355
 
 
-def run(command, limit, **env):
-    """Exit code and output; 124 when it took longer than `limit` seconds or than all may take."""
-    left = min(limit, DEADLINE - time.monotonic())
-    if left <= 0:
-        return 124, "no time was left"
-    try:
-        done = subprocess.run(command, cwd=HERE, env={**os.environ, **env}, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, timeout=left, text=True, errors="replace")
-        return done.returncode, done.stdout
-    except subprocess.TimeoutExpired as expired:
-        return 124, (expired.stdout or b"").decode(errors="replace") + "\nout of time"
+class Machine:
+    """Runs programs, as long as there is time, and keeps what they say."""
+
+    def __init__(self, log, limit):
+        self.log, self.deadline, self.lock = log, time.monotonic() + limit, threading.Lock()
+
+    def run(self, command, limit, **env):
+        """Exit code and output; 124 when it took longer than `limit` seconds or than all may take."""
+        begin = time.monotonic()
+        # In a session of its own, so that what a sanitizer has started ends with it.
+        process = subprocess.Popen(command, cwd=HERE, env={**os.environ, **env}, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+        try:
+            output, _ = process.communicate(timeout=max(0, min(limit, self.deadline - begin)))
+            code = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, code = process.communicate()[0] + "\nout of time\n", 124
+        name = " ".join([os.path.basename(command[0]), *command[1:]])
+        with self.lock:
+            self.log.write("== {}: exit code {} after {:.1f} s\n{}".format(name, code, time.monotonic() - begin, output))
+            self.log.flush()
+        return code, output
 
 
 def events(output):
+    """The lines that are JSON objects."""
     for line in output.splitlines():
         try:
             event = json.loads(line)
@@ -48,31 +78,38 @@ def events(output):
             yield event
 
 
-def run_tests(log):
-    code, output = run([TESTS, "--format", "json"], 200, MOEFY_REQUIRE_GPU="1")
-    log.write(output)
-    gpu, tests = {}, []
-    for event in events(output):
-        if event.get("type") == "gpu":
-            gpu = event
-        elif event.get("type") == "test" and event.get("event") in RESULTS:
-            tests.append({"name": event["name"], "result": RESULTS[event["event"]]})
+def gpu_of(machine):
+    """What the tests say about the GPU before they list themselves."""
+    output = machine.run([TESTS, "--list"], 30)[1]
+    return next((event for event in events(output) if event.get("type") == "gpu"), {})
+
+
+def test_results(code, output):
+    tests = [{"name": event["name"], "result": RESULTS[event["event"]]} for event in events(output)
+             if event.get("type") == "test" and event.get("event") in RESULTS]
     if code != 0 and all(test["result"] == "passed" for test in tests):
         tests.append({"name": "gpu-tests as a whole", "result": "failed"})
-    return gpu, tests
+    return tests
 
 
-def run_sanitizer(tool, log):
+def run_tests(machine, pool):
+    """A function that waits for the results."""
+    def results_of(part):
+        return test_results(*machine.run([TESTS, "--format", "json", *part], TESTS_LIMIT, MOEFY_REQUIRE_GPU="1"))
+
+    parts = pool.map(results_of, PARTS)
+    return lambda: [test for tests in parts for test in tests]
+
+
+def run_tests_alone(machine):
+    command = [TESTS, "--format", "json", ALONE]
+    tests = test_results(*machine.run(command, TESTS_LIMIT, MOEFY_REQUIRE_GPU="1"))
+    code, _ = machine.run([CLI, "check"], 30)
+    return tests + [{"name": "moefy check", "result": "passed" if code == 0 else "failed"}]
+
+
+def sanitizer_errors(code, output):
     """Number of errors; None when it could not be told."""
-    program = next(filter(None, map(lambda path: shutil.which("compute-sanitizer", path=path),
-                                    (None, *SANITIZER_PLACES))), None)
-    if program is None:
-        log.write("no compute-sanitizer\n")
-        return None
-    # Wrong arguments are part of the tests, and the driver's refusals no errors.
-    command = [program, "--tool", tool, "--report-api-errors", "no", TESTS]
-    code, output = run(command, 90, MOEFY_REQUIRE_GPU="1", MOEFY_TEST_SMALL="1")
-    log.write(output)
     found = SUMMARY.findall(output)
     if code not in (0, 1) or not found:
         return None
@@ -80,46 +117,95 @@ def run_sanitizer(tool, log):
     return errors if code == 0 else max(errors, 1)
 
 
-def run_benches(log):
-    """One row per line of JSON; a build without benchmarks has none."""
-    if not re.search(r"^ +bench\b", run([CLI, "--help"], 10)[1], re.MULTILINE):
-        return []
-    output = run([CLI, "bench", "ffn", "--json"], 200)[1]
-    log.write(output)
-    return list(events(output))
+def run_sanitizers(machine, pool):
+    """A function that waits for the number of errors of each tool."""
+    program = next(filter(None, map(lambda path: shutil.which("compute-sanitizer", path=path),
+                                    (None, *SANITIZER_PLACES))), None)
+    if program is None:
+        return lambda: dict.fromkeys(SANITIZERS)
+
+    def errors_of(tool, part):
+        # Wrong arguments are part of the tests, and the driver's refusals no errors.
+        command = [program, "--tool", tool, "--report-api-errors", "no", *SANITIZER_ARGUMENTS[tool], TESTS, *part]
+        return sanitizer_errors(*machine.run(command, SANITIZERS_LIMIT, MOEFY_REQUIRE_GPU="1", MOEFY_TEST_SMALL="1"))
+
+    parts = {tool: [pool.submit(errors_of, tool, part) for part in PARTS] for tool in SANITIZERS}
+
+    def wait():
+        errors = {tool: [part.result() for part in parts[tool]] for tool in SANITIZERS}
+        return {tool: None if None in errors[tool] else sum(errors[tool]) for tool in SANITIZERS}
+
+    return wait
 
 
-def driver_version(gpu):
-    code, output = run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], 20)
+def run_bench(machine, name):
+    """Rows, and whether there are all of them."""
+    code, output = machine.run([CLI, "bench", "ffn", "--json", "--set", name], SET_LIMIT)
+    return [event for event in events(output) if "us" in event], code == 0
+
+
+def driver_version(machine, gpu):
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    code, output = machine.run(command, 20) if shutil.which(command[0]) else (1, "")
     return output.split()[0] if code == 0 and output.split() else "CUDA " + gpu.get("cuda_of_driver", "unknown")
 
 
+def is_good(record):
+    results = [test["result"] for test in record["tests"]] + [errors == 0 for errors in record["sanitizers"].values()]
+    return all(result in ("passed", True) for result in results)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(usage=__doc__.split("\n\n")[1].strip())
+    parser.add_argument("record", nargs="?", default="record.json")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--tests-only", action="store_true")
+    part.add_argument("--sanitizers-only", action="store_true")
+    part.add_argument("--bench-only", nargs="+", metavar="SET")
+    return parser.parse_args()
+
+
 def main():
-    path = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else "record.json")
+    wanted = arguments()
+    everything = not (wanted.tests_only or wanted.sanitizers_only or wanted.bench_only)
+    path = os.path.abspath(wanted.record)
     with open(path + ".log", "w", encoding="utf-8") as log:
-        gpu, tests = run_tests(log)
-        for test in tests:
-            print("{result:8} {name}".format(**test), flush=True)
-        sanitizers = {}
-        for tool in SANITIZERS:
-            sanitizers[tool] = run_sanitizer(tool, log)
-            print("{}: {} errors".format(tool, sanitizers[tool]), flush=True)
+        machine = Machine(log, LIMIT)
+        gpu = gpu_of(machine)
         record = {
             "date": datetime.date.today().isoformat(),
             "device": gpu.get("device", ""),
-            "driver": driver_version(gpu),
+            "driver": driver_version(machine, gpu),
             "toolkit": gpu.get("toolkit", ""),
             "digest": gpu.get("digest", ""),
-            "tests": tests,
-            "sanitizers": sanitizers,
-            "bench": run_benches(log),
+            "tests": [],
+            "sanitizers": {},
+            "bench": [],
         }
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            if everything or wanted.sanitizers_only:
+                errors = run_sanitizers(machine, pool)
+            if everything or wanted.tests_only:
+                tests = run_tests(machine, pool)
+        if everything or wanted.tests_only:
+            record["tests"] = tests() + run_tests_alone(machine)
+            for test in record["tests"]:
+                print("{result:8} {name}".format(**test), flush=True)
+        if everything or wanted.sanitizers_only:
+            record["sanitizers"] = errors()
+            for tool, count in record["sanitizers"].items():
+                print("{}: {} errors".format(tool, count), flush=True)
+        for name in wanted.bench_only or (SETS if everything else ()):
+            rows, is_whole = run_bench(machine, name)
+            record["bench"] += rows
+            print("bench {}: {} rows{}".format(name, len(rows), "" if is_whole else ", not all"), flush=True)
+            if not is_whole:
+                record["tests"].append({"name": "bench " + name, "result": "failed"})
     with open(path, "w", encoding="utf-8") as file:
         json.dump(record, file, indent=1)
         file.write("\n")
-    bad = [test for test in tests if test["result"] != "passed"]
-    print("{} tests, {} failed or skipped; record: {}".format(len(tests), len(bad), path))
-    return 1 if bad or not tests or any(errors != 0 for errors in sanitizers.values()) else 0
+    print("{} tests, {} rows; record: {}".format(len(record["tests"]), len(record["bench"]), path))
+    return 0 if is_good(record) else 1
 
 
 if __name__ == "__main__":

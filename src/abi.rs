@@ -6,6 +6,12 @@ pub const MOEFY_STATUS_MASK_BEYOND_EXPERTS: u32 = 2;
 pub const MOEFY_STATUS_TOO_MANY_PAIRS: u32 = 4;
 pub const MOEFY_MAX_EXPERTS: u32 = 4096;
 pub const MOEFY_ROUTE_INDEX_SMALL: u32 = 256;
+pub const MOEFY_FFN_FEW_EXPERTS: u32 = 512;
+pub const MOEFY_FFN_FEW_STAGES: u32 = 8;
+pub const MOEFY_FFN_FEW_TILE: u32 = 8;
+pub const MOEFY_FFN_FEW_THREADS: u32 = 256;
+pub const MOEFY_FFN_FEW_ROUTER_ROWS: u32 = 8;
+pub const MOEFY_FFN_FEW_COLUMNS: u32 = 32;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
 pub const MOEFY_ROUTER_TILE: u32 = 64;
@@ -65,10 +71,12 @@ pub struct moefy_select_params {
     pub selection: moefy_selection,
     pub num_tokens: u32,
     pub num_experts: u32,
+    pub words_per_warp: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_select_params"][::std::mem::size_of::<moefy_select_params>() - 72usize];
+    ["Size of moefy_select_params"][::std::mem::size_of::<moefy_select_params>() - 80usize];
     ["Alignment of moefy_select_params"][::std::mem::align_of::<moefy_select_params>() - 8usize];
     ["Offset of field: moefy_select_params::scores"]
         [::std::mem::offset_of!(moefy_select_params, scores) - 0usize];
@@ -88,6 +96,10 @@ const _: () = {
         [::std::mem::offset_of!(moefy_select_params, num_tokens) - 64usize];
     ["Offset of field: moefy_select_params::num_experts"]
         [::std::mem::offset_of!(moefy_select_params, num_experts) - 68usize];
+    ["Offset of field: moefy_select_params::words_per_warp"]
+        [::std::mem::offset_of!(moefy_select_params, words_per_warp) - 72usize];
+    ["Offset of field: moefy_select_params::reserved"]
+        [::std::mem::offset_of!(moefy_select_params, reserved) - 76usize];
 };
 impl moefy_router_kind {
     pub const MOEFY_ROUTER_LINEAR: moefy_router_kind = moefy_router_kind(0);
@@ -105,7 +117,9 @@ pub struct moefy_router_select_params {
     pub w1: u64,
     pub w2: u64,
     pub w1_scale: u64,
+    pub first: u64,
     pub scores: u64,
+    pub imposed: u64,
     pub mask: u64,
     pub counts: u64,
     pub status: u64,
@@ -116,11 +130,13 @@ pub struct moefy_router_select_params {
     pub d_model: u32,
     pub hidden: u32,
     pub num_experts: u32,
+    pub num_tokens: u32,
+    pub w2_in_shared: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of moefy_router_select_params"]
-        [::std::mem::size_of::<moefy_router_select_params>() - 112usize];
+        [::std::mem::size_of::<moefy_router_select_params>() - 136usize];
     ["Alignment of moefy_router_select_params"]
         [::std::mem::align_of::<moefy_router_select_params>() - 8usize];
     ["Offset of field: moefy_router_select_params::x"]
@@ -131,28 +147,36 @@ const _: () = {
         [::std::mem::offset_of!(moefy_router_select_params, w2) - 16usize];
     ["Offset of field: moefy_router_select_params::w1_scale"]
         [::std::mem::offset_of!(moefy_router_select_params, w1_scale) - 24usize];
+    ["Offset of field: moefy_router_select_params::first"]
+        [::std::mem::offset_of!(moefy_router_select_params, first) - 32usize];
     ["Offset of field: moefy_router_select_params::scores"]
-        [::std::mem::offset_of!(moefy_router_select_params, scores) - 32usize];
+        [::std::mem::offset_of!(moefy_router_select_params, scores) - 40usize];
+    ["Offset of field: moefy_router_select_params::imposed"]
+        [::std::mem::offset_of!(moefy_router_select_params, imposed) - 48usize];
     ["Offset of field: moefy_router_select_params::mask"]
-        [::std::mem::offset_of!(moefy_router_select_params, mask) - 40usize];
+        [::std::mem::offset_of!(moefy_router_select_params, mask) - 56usize];
     ["Offset of field: moefy_router_select_params::counts"]
-        [::std::mem::offset_of!(moefy_router_select_params, counts) - 48usize];
+        [::std::mem::offset_of!(moefy_router_select_params, counts) - 64usize];
     ["Offset of field: moefy_router_select_params::status"]
-        [::std::mem::offset_of!(moefy_router_select_params, status) - 56usize];
+        [::std::mem::offset_of!(moefy_router_select_params, status) - 72usize];
     ["Offset of field: moefy_router_select_params::num_valid_tokens"]
-        [::std::mem::offset_of!(moefy_router_select_params, num_valid_tokens) - 64usize];
+        [::std::mem::offset_of!(moefy_router_select_params, num_valid_tokens) - 80usize];
     ["Offset of field: moefy_router_select_params::x_stride"]
-        [::std::mem::offset_of!(moefy_router_select_params, x_stride) - 72usize];
+        [::std::mem::offset_of!(moefy_router_select_params, x_stride) - 88usize];
     ["Offset of field: moefy_router_select_params::selection"]
-        [::std::mem::offset_of!(moefy_router_select_params, selection) - 80usize];
+        [::std::mem::offset_of!(moefy_router_select_params, selection) - 96usize];
     ["Offset of field: moefy_router_select_params::kind"]
-        [::std::mem::offset_of!(moefy_router_select_params, kind) - 96usize];
+        [::std::mem::offset_of!(moefy_router_select_params, kind) - 112usize];
     ["Offset of field: moefy_router_select_params::d_model"]
-        [::std::mem::offset_of!(moefy_router_select_params, d_model) - 100usize];
+        [::std::mem::offset_of!(moefy_router_select_params, d_model) - 116usize];
     ["Offset of field: moefy_router_select_params::hidden"]
-        [::std::mem::offset_of!(moefy_router_select_params, hidden) - 104usize];
+        [::std::mem::offset_of!(moefy_router_select_params, hidden) - 120usize];
     ["Offset of field: moefy_router_select_params::num_experts"]
-        [::std::mem::offset_of!(moefy_router_select_params, num_experts) - 108usize];
+        [::std::mem::offset_of!(moefy_router_select_params, num_experts) - 124usize];
+    ["Offset of field: moefy_router_select_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_router_select_params, num_tokens) - 128usize];
+    ["Offset of field: moefy_router_select_params::w2_in_shared"]
+        [::std::mem::offset_of!(moefy_router_select_params, w2_in_shared) - 132usize];
 };
 impl moefy_router_activation {
     pub const MOEFY_ROUTER_ACTIVATION_ABS: moefy_router_activation = moefy_router_activation(0);
@@ -393,6 +417,57 @@ const _: () = {
     ["Offset of field: moefy_experts_params::num_arrivals"]
         [::std::mem::offset_of!(moefy_experts_params, num_arrivals) - 220usize];
 };
+impl moefy_gate {
+    pub const MOEFY_GATE_ONE: moefy_gate = moefy_gate(0);
+    pub const MOEFY_GATE_SCORE: moefy_gate = moefy_gate(1);
+    pub const MOEFY_GATE_SOFTMAX: moefy_gate = moefy_gate(2);
+    pub const MOEFY_GATE_RENORMALISED: moefy_gate = moefy_gate(3);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_gate(pub u32);
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_ffn_few_params {
+    pub neurons: moefy_neurons,
+    pub router: moefy_router_select_params,
+    pub w2: u64,
+    pub y: u64,
+    pub partials: u64,
+    pub gate: moefy_gate,
+    pub num_w2: u32,
+    pub num_blocks: u32,
+    pub num_stages: u32,
+    pub inverse_width: f32,
+    pub stage_neurons: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 264usize];
+    ["Alignment of moefy_ffn_few_params"][::std::mem::align_of::<moefy_ffn_few_params>() - 8usize];
+    ["Offset of field: moefy_ffn_few_params::neurons"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, neurons) - 0usize];
+    ["Offset of field: moefy_ffn_few_params::router"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, router) - 80usize];
+    ["Offset of field: moefy_ffn_few_params::w2"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, w2) - 216usize];
+    ["Offset of field: moefy_ffn_few_params::y"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, y) - 224usize];
+    ["Offset of field: moefy_ffn_few_params::partials"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, partials) - 232usize];
+    ["Offset of field: moefy_ffn_few_params::gate"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, gate) - 240usize];
+    ["Offset of field: moefy_ffn_few_params::num_w2"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_w2) - 244usize];
+    ["Offset of field: moefy_ffn_few_params::num_blocks"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_blocks) - 248usize];
+    ["Offset of field: moefy_ffn_few_params::num_stages"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_stages) - 252usize];
+    ["Offset of field: moefy_ffn_few_params::inverse_width"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, inverse_width) - 256usize];
+    ["Offset of field: moefy_ffn_few_params::stage_neurons"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, stage_neurons) - 260usize];
+};
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct moefy_gates_params {
@@ -527,4 +602,24 @@ const _: () = {
         [::std::mem::offset_of!(moefy_statistics_params, num_tokens) - 32usize];
     ["Offset of field: moefy_statistics_params::num_experts"]
         [::std::mem::offset_of!(moefy_statistics_params, num_experts) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_read_bandwidth_params {
+    pub data: u64,
+    pub folded: u64,
+    pub data_bytes: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_read_bandwidth_params"]
+        [::std::mem::size_of::<moefy_read_bandwidth_params>() - 24usize];
+    ["Alignment of moefy_read_bandwidth_params"]
+        [::std::mem::align_of::<moefy_read_bandwidth_params>() - 8usize];
+    ["Offset of field: moefy_read_bandwidth_params::data"]
+        [::std::mem::offset_of!(moefy_read_bandwidth_params, data) - 0usize];
+    ["Offset of field: moefy_read_bandwidth_params::folded"]
+        [::std::mem::offset_of!(moefy_read_bandwidth_params, folded) - 8usize];
+    ["Offset of field: moefy_read_bandwidth_params::data_bytes"]
+        [::std::mem::offset_of!(moefy_read_bandwidth_params, data_bytes) - 16usize];
 };

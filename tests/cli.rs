@@ -229,6 +229,59 @@ fn wrong_usage_is_exit_code_2() {
     }
 }
 
+#[cfg(feature = "cuda")]
+#[test]
+fn wrong_benchmarks_are_refused_before_a_gpu_is_looked_for() {
+    let scene = Scene::new();
+    let usage = [
+        "",
+        "--named d768-e7",
+        "--named d768-e96 --path nowhere",
+        "--named d768-e96 --tokens 0",
+        "--named d768-e96 --density 1.1",
+        "--named d768-e96 --routing trace:none",
+        "--named d768-e96 --set b4",
+        "--d-model 64 --d-ff 96",
+    ];
+    for arguments in usage {
+        scene.moefy(&format!("bench ffn {arguments}")).assert().code(2);
+    }
+    let refuses = |arguments: &str, words: &[&str]| {
+        scene.refuses(&format!("bench ffn {arguments}"), words);
+    };
+    refuses("--d-model 63 --d-ff 96 --experts 4", &["d_model", "63"]);
+    refuses("--d-model 64 --d-ff 96 --experts 5", &["num_experts", "96", "5"]);
+    refuses("--named d768-e96 --routing missing.npy", &["missing.npy", "No such file"]);
+    refuses("--named d768-e96 --routing trace:minilm-e48-layer0", &["96", "[22213, 6]"]);
+    fs::write(scene.path("text.npy"), "text").unwrap();
+    refuses("--named d768-e96 --routing text.npy", &["text.npy", ".npy file"]);
+}
+
+/// What needs a GPU says so in one sentence where there is none.
+#[cfg(feature = "cuda")]
+#[test]
+fn commands_without_a_gpu() {
+    let scene = Scene::new();
+    if let Err(error) = moefy::cuda::Device::open(0) {
+        println!("SKIPPED no GPU: {error}");
+        scene.refuses("check", &["no GPU can be used"]);
+        scene.refuses("bench ffn --named d768-e96 --json", &["no GPU can be used"]);
+        return;
+    }
+    let checked = scene.json("check --json");
+    assert_eq!(checked["failed"], 0, "{checked}");
+    let run =
+        "bench ffn --d-model 64 --d-ff 96 --experts 4 --tokens 1,9 --density 0.5 --quiet --json";
+    let output = scene.moefy(run).assert().success().get_output().stdout.clone();
+    let rows: Vec<Value> = String::from_utf8(output)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(rows.len(), 2);
+    assert_eq!((&rows[1]["tokens"], &rows[1]["density"]), (&9.into(), &0.5.into()));
+}
+
 #[test]
 fn an_old_output_survives_unless_it_is_replaced() {
     let scene = Scene::new();

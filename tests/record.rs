@@ -11,6 +11,34 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// Of a row, in order.
+const BENCH_KEYS: [&str; 24] = [
+    "d_model",
+    "d_ff",
+    "glu",
+    "activation",
+    "num_experts",
+    "shared",
+    "dtype",
+    "router",
+    "tokens",
+    "routing",
+    "density",
+    "fallback",
+    "path",
+    "path_forced",
+    "us",
+    "dense_us",
+    "speedup",
+    "spread",
+    "bound_us",
+    "share_of_bound",
+    "executed_bytes",
+    "router_select_us",
+    "index_us",
+    "experts_us",
+];
+
 /// What is wrong with a record, if anything.
 fn problem(record: &Value, digest: &str) -> Option<String> {
     for key in ["date", "device", "driver", "toolkit"] {
@@ -34,7 +62,14 @@ fn problem(record: &Value, digest: &str) -> Option<String> {
             return Some(format!("{tool} found {} errors", record["sanitizers"][tool]));
         }
     }
-    record["bench"].as_array().is_none().then(|| "`bench` is missing".into())
+    let rows = record["bench"].as_array().unwrap_or(&empty);
+    if rows.is_empty() {
+        return Some("`bench` has no rows".into());
+    }
+    let keys = |row: &Value| row.as_object().map(|row| row.keys().cloned().collect::<Vec<_>>());
+    let expected = BENCH_KEYS.map(String::from);
+    let wrong = rows.iter().find(|row| keys(row).as_deref() != Some(&expected[..]));
+    wrong.map(|row| format!("a row of `bench` has other keys: {row}"))
 }
 
 #[test]
@@ -66,10 +101,11 @@ fn records_are_current() {
 
 #[test]
 fn wrong_records_are_found() {
+    let row: Value = BENCH_KEYS.iter().map(|key| (key.to_string(), Value::from(1))).collect();
     let good = serde_json::json!({
         "date": "2026-01-01", "device": "a GPU", "driver": "580", "toolkit": "13.0", "digest": "d",
         "tests": [{"name": "a", "result": "passed"}],
-        "sanitizers": {"memcheck": 0, "racecheck": 0, "initcheck": 0, "synccheck": 0}, "bench": [],
+        "sanitizers": {"memcheck": 0, "racecheck": 0, "initcheck": 0, "synccheck": 0}, "bench": [row],
     });
     assert_eq!(problem(&good, "d"), None);
     let with = |key: &str, value: Value| {
@@ -84,4 +120,28 @@ fn wrong_records_are_found() {
         with("tests", serde_json::json!([{"name": "a", "result": "skipped"}])).contains("skipped")
     );
     assert!(with("sanitizers", serde_json::json!({"memcheck": 1})).contains("memcheck"));
+    assert!(with("bench", serde_json::json!([])).contains("no rows"));
+    assert!(with("bench", serde_json::json!([{"us": 1}])).contains("other keys"));
+}
+
+#[test]
+fn the_digest_is_of_sources_not_of_notes() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let write = |file: &str, text: &str| {
+        let file = root.join(file);
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(file, text).unwrap();
+        digest::digest(root)
+    };
+    for file in ["build/compile.rs", "build.rs", "src/abi.rs", "src/cuda/plan.rs"] {
+        let _ = write(file, "");
+    }
+    let before = write("kernels/sm90/a.cu", "").unwrap();
+    assert_eq!(write("kernels/NOTES.md", "measured").unwrap(), before);
+    assert_eq!(write("src/cpu/mod.rs", "elsewhere").unwrap(), before);
+    for file in ["kernels/sm90/a.cu", "kernels/include/a.cuh", "src/cuda/bench/mod.rs", "build.rs"]
+    {
+        assert_ne!(write(file, "changed").unwrap(), before, "{file}");
+    }
 }

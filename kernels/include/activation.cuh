@@ -21,6 +21,19 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
+/// exp and quotients by the fast units where the result is rounded to 16 bits anyway: their error is near 1e-6.
+template <class T>
+__device__ __forceinline__ float exp_for(float z) {
+  return sizeof(T) == 2 ? __expf(z) : expf(z);
+}
+
+template <class T>
+__device__ __forceinline__ float divide_for(float a, float b) {
+  return sizeof(T) == 2 ? __fdividef(a, b) : a / b;
+}
+
+/// phi(z), for a result of type T.
+template <class T>
 __device__ __forceinline__ float activate(uint32_t activation, float z) {
   switch (activation) {
     case MOEFY_RELU:
@@ -29,10 +42,12 @@ __device__ __forceinline__ float activate(uint32_t activation, float z) {
       return 0.5f * z * (1.0f + erff(z * 0.70710678118654752f));
     case MOEFY_GELU_TANH: {
       const float inner = 0.79788456080286536f * (z + 0.044715f * z * z * z);
-      return 0.5f * z * (1.0f + tanhf(inner));
+      if constexpr (sizeof(T) == 4) return 0.5f * z * (1.0f + tanhf(inner));
+      // (1 + tanh u) / 2 = 1 / (1 + exp(-2 u))
+      return divide_for<T>(z, 1.0f + exp_for<T>(-2.0f * inner));
     }
     case MOEFY_SILU:
-      return z / (1.0f + expf(-z));
+      return divide_for<T>(z, 1.0f + exp_for<T>(-z));
     default:
       return z;
   }

@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "memory.cuh"
 #include "moefy_abi.h"
 
 namespace moefy {
@@ -25,7 +26,7 @@ struct Eight {
     if constexpr (kAligned) {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        vectors[i] = begin < width ? reinterpret_cast<const uint4*>(row + begin)[i] : uint4{};
+        vectors[i] = load_vector_if(begin < width, reinterpret_cast<const uint4*>(row + begin) + i);
       }
     } else {
       T elements[8];
@@ -33,6 +34,20 @@ struct Eight {
       for (uint32_t i = 0; i < 8; ++i) elements[i] = begin + i < width ? row[begin + i] : T(0.0f);
       memcpy(vectors, elements, sizeof(vectors));
     }
+  }
+
+  // The same from what another kernel wrote a moment ago. Aligned.
+  __device__ __forceinline__ void load_fresh(const T* row, uint32_t begin, uint32_t width) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      vectors[i] = load_fresh_vector_if(begin < width, reinterpret_cast<const uint4*>(row + begin) + i);
+    }
+  }
+
+  // Eight elements at a multiple of 16 bytes of global or shared memory.
+  __device__ __forceinline__ void load_anywhere(const T* from) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) vectors[i] = reinterpret_cast<const uint4*>(from)[i];
   }
 
   __device__ __forceinline__ void to_floats(float (&out)[8]) const {

@@ -37,16 +37,38 @@ __device__ __forceinline__ float gate_of(const float* gates, uint32_t num_expert
   return gates == nullptr ? 1.0f : gates[static_cast<uint64_t>(token) * num_experts + expert];
 }
 
-/// Activation of a neuron above its mean, from its pre-activations without biases. `up` counts for a GLU only.
-__device__ __forceinline__ float neuron_value(const moefy_neurons& n, uint32_t neuron, float pre, float up) {
-  if (neuron >= n.d_ff) return pre;
+/// What belongs to a neuron beside its rows.
+struct NeuronConstants {
+  float bias;
+  float bias_up;
+  float mean;
+};
+
+__device__ __forceinline__ NeuronConstants neuron_constants(const moefy_neurons& n, uint32_t neuron) {
+  NeuronConstants c = {};
+  if (neuron >= n.d_ff) return c;
   if (n.b_in != nullptr) {
-    pre += n.b_in[neuron];
-    if (n.glu) up += n.b_in[n.d_ff + neuron];
+    c.bias = n.b_in[neuron];
+    if (n.glu) c.bias_up = n.b_in[n.d_ff + neuron];
   }
-  float value = activate(n.activation, pre);
-  if (n.glu) value *= up;
-  return n.mean == nullptr ? value : value - n.mean[neuron];
+  if (n.mean != nullptr) c.mean = n.mean[neuron];
+  return c;
+}
+
+/// Activation of a neuron above its mean, from its pre-activations without biases, for a result of type T. `up` counts
+/// for a GLU only.
+template <class T>
+__device__ __forceinline__ float neuron_value(const moefy_neurons& n, uint32_t neuron, const NeuronConstants& c,
+                                              float pre, float up) {
+  if (neuron >= n.d_ff) return pre;
+  float value = activate<T>(n.activation, pre + c.bias);
+  if (n.glu) value *= up + c.bias_up;
+  return value - c.mean;
+}
+
+template <class T>
+__device__ __forceinline__ float neuron_value(const moefy_neurons& n, uint32_t neuron, float pre, float up) {
+  return neuron_value<T>(n, neuron, neuron_constants(n, neuron), pre, up);
 }
 
 }  // namespace moefy

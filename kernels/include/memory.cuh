@@ -16,8 +16,40 @@ __device__ __forceinline__ uint4 load_streaming(const void* address) {
   return v;
 }
 
+/// Loads 16 bytes of weights, or gives zeros. Written out, because a conditional load would become a branch, and one that
+/// waits for the load before it.
+__device__ __forceinline__ uint4 load_vector_if(bool valid, const void* address) {
+  uint4 v;
+  asm("{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      "@p ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(address), "r"(static_cast<int>(valid)));
+  return v;
+}
+
+/// The same of what another kernel wrote a moment ago: past the first-level cache.
+__device__ __forceinline__ uint4 load_fresh_vector_if(bool valid, const void* address) {
+  uint4 v;
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      "@p ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(address), "r"(static_cast<int>(valid))
+      : "memory");
+  return v;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ uint4 load_shared_vector(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
 }
 
 /// Copies 16 bytes to shared memory, or writes zeros there; `from` must be readable either way.

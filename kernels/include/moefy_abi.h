@@ -25,6 +25,15 @@
 /* Threads of moefy_route_index_small. */
 #define MOEFY_ROUTE_INDEX_SMALL 256u
 
+/* ffn_few: experts and stages at most, tokens of a tile, threads of a block, outputs of a block of the first launch,
+ * columns of a block of the last. */
+#define MOEFY_FFN_FEW_EXPERTS 512u
+#define MOEFY_FFN_FEW_STAGES 8u
+#define MOEFY_FFN_FEW_TILE 8u
+#define MOEFY_FFN_FEW_THREADS 256u
+#define MOEFY_FFN_FEW_ROUTER_ROWS 8u
+#define MOEFY_FFN_FEW_COLUMNS 32u
+
 /* moefy_route_index_transpose: token blocks of 32 per chunk and round, and chunks * words of experts at most. */
 #define MOEFY_ROUTE_INDEX_CHUNK 8u
 #define MOEFY_ROUTE_INDEX_BLOCKS 128u
@@ -62,6 +71,8 @@ typedef struct moefy_select_params {
   moefy_selection selection;
   uint32_t num_tokens;
   uint32_t num_experts;
+  uint32_t words_per_warp; /* of shared memory */
+  uint32_t reserved;
 } moefy_select_params;
 
 typedef enum moefy_router_kind {
@@ -71,14 +82,16 @@ typedef enum moefy_router_kind {
   MOEFY_ROUTER_CENTROID = 3     /* max(0, W1 x * w1_scale / |x|) */
 } moefy_router_kind;
 
-/* Tokens -> scores -> masks, one block per token. */
+/* Tokens -> scores -> masks, for few tokens: what the first layer of the router gives, then the rest. */
 typedef struct moefy_router_select_params {
   MOEFY_PTR(const void) x;                    /* [num_tokens, x_stride] */
   MOEFY_PTR(const void) w1;                   /* [hidden, d_model]; [num_experts, d_model] where there is no w2 */
   MOEFY_PTR(const void) w2;                   /* [num_experts, hidden] or null */
   MOEFY_PTR(const float) w1_scale;            /* [num_experts] of CENTROID, else null */
+  MOEFY_PTR(float) first;                     /* [num_tokens, hidden]; [num_tokens, num_experts] where there is no w2 */
   MOEFY_PTR(float) scores;                    /* [num_tokens, num_experts] or null */
-  MOEFY_PTR(uint32_t) mask;                   /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(const float) imposed;             /* [num_tokens, num_experts] or null: selected by instead of the scores */
+  MOEFY_PTR(uint32_t) mask;                   /* [num_tokens, ceil(num_experts/32)] or null */
   MOEFY_PTR(uint32_t) counts;                 /* [num_tokens] or null */
   MOEFY_PTR(uint32_t) status;                 /* [1] or null */
   MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
@@ -88,6 +101,8 @@ typedef struct moefy_router_select_params {
   uint32_t d_model;
   uint32_t hidden; /* 0 where there is no w2 */
   uint32_t num_experts;
+  uint32_t num_tokens;
+  uint32_t w2_in_shared; /* 1: there is room for w2 in shared memory */
 } moefy_router_select_params;
 
 typedef enum moefy_router_activation {
@@ -189,6 +204,30 @@ typedef struct moefy_experts_params {
   uint32_t num_arrivals;
 } moefy_experts_params;
 
+typedef enum moefy_gate {
+  MOEFY_GATE_ONE = 0,
+  MOEFY_GATE_SCORE = 1,
+  MOEFY_GATE_SOFTMAX = 2,
+  MOEFY_GATE_RENORMALISED = 3
+} moefy_gate;
+
+/* A whole layer for few tokens. Of `router`, w2 is not read, and counts and scores are not written; with a second layer,
+ * `first` is bf16 [num_tokens, 3, hidden]: three numbers whose sum is the f32 that the first layer gave. Its rows are as
+ * far apart as in shared memory, see in_row_stride. */
+typedef struct moefy_ffn_few_params {
+  moefy_neurons neurons;
+  moefy_router_select_params router;
+  MOEFY_PTR(const void) w2;      /* bf16 [num_w2, num_experts, hidden], whose sum is w2, or null */
+  MOEFY_PTR(void) y;             /* [num_tokens, d_model] */
+  MOEFY_PTR(float) partials;     /* [num_blocks, num_tokens, d_model] */
+  moefy_gate gate;
+  uint32_t num_w2;
+  uint32_t num_blocks; /* that share the neurons */
+  uint32_t num_stages; /* of the ring of rows in shared memory */
+  float inverse_width;     /* 1 / expert_width */
+  uint32_t stage_neurons; /* of a stage: at most what the kernel multiplies at once */
+} moefy_ffn_few_params;
+
 /* Scores -> gates of moefy_experts_params. */
 typedef struct moefy_gates_params {
   MOEFY_PTR(const float) scores;  /* [num_tokens, num_experts] */
@@ -236,5 +275,12 @@ typedef struct moefy_statistics_params {
   uint32_t num_tokens;
   uint32_t num_experts;
 } moefy_statistics_params;
+
+/* Reads `data` once. */
+typedef struct moefy_read_bandwidth_params {
+  MOEFY_PTR(const void) data; /* a multiple of 16 bytes */
+  MOEFY_PTR(uint32_t) folded; /* [threads of the grid]: exclusive or of what each thread read */
+  uint64_t data_bytes;
+} moefy_read_bandwidth_params;
 
 #endif

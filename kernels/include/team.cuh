@@ -45,6 +45,18 @@ struct Team {
     return largest;
   }
 
+  // Sums of a value that is uniform in each warp: over the warps before this one, and over all.
+  __device__ __forceinline__ uint2 sum_before_and_all(uint32_t value) const {
+    const uint32_t* values = share(value);
+    uint2 sums = {0, 0};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      sums.x += w < int(warp()) ? values[w] : 0;
+      sums.y += values[w];
+    }
+    return sums;
+  }
+
   // Sum of a value that is uniform in each warp, over the warps before this one.
   __device__ __forceinline__ uint32_t sum_of_warps_before(uint32_t value) const {
     if constexpr (kWarps == 1) return 0;

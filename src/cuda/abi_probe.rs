@@ -29,17 +29,19 @@ pub fn host_abi() -> Vec<u32> {
     layout![
         moefy_abi_probe_params.num_words,
         moefy_selection.max_experts,
-        moefy_select_params.num_experts,
-        moefy_router_select_params.num_experts,
+        moefy_select_params.reserved,
+        moefy_router_select_params.w2_in_shared,
         moefy_router_layer_params.reserved,
         moefy_route_index_params.reserved,
         moefy_neurons.reserved,
         moefy_experts_params.num_arrivals,
+        moefy_ffn_few_params.stage_neurons,
         moefy_gates_params.reserved,
         moefy_activate_params.reserved,
         moefy_clear_invalid_params.num_tokens,
         moefy_split_valid_params.num_chunks,
         moefy_statistics_params.num_experts,
+        moefy_read_bandwidth_params.data_bytes,
     ]
 }
 

@@ -25,6 +25,17 @@ impl Buffer {
         Ok(Self { context: device.context.clone(), address, bytes })
     }
 
+    /// Allocates, all bytes zero.
+    ///
+    /// # Errors
+    /// When the device has too little memory.
+    pub fn zeroed(device: &Device, bytes: usize) -> Result<Self> {
+        let buffer = Self::new(device, bytes)?;
+        // SAFETY: nobody else knows of it.
+        unsafe { device.context.clear(buffer.address, bytes)? };
+        Ok(buffer)
+    }
+
     /// Allocates and copies.
     ///
     /// # Errors
@@ -33,6 +44,19 @@ impl Buffer {
         let mut buffer = Self::new(device, size_of_val(data))?;
         buffer.write(data)?;
         Ok(buffer)
+    }
+
+    /// The same content in memory of its own.
+    #[cfg(feature = "cuda")]
+    pub(super) fn copy(&self) -> Result<Self> {
+        let copy = Self {
+            context: self.context.clone(),
+            address: self.context.allocate(self.bytes.max(1))?,
+            bytes: self.bytes,
+        };
+        // SAFETY: the sizes are equal.
+        unsafe { self.context.copy_within(copy.address, self.address, self.bytes)? };
+        Ok(copy)
     }
 
     /// Where it begins, aligned to 256 bytes.

@@ -37,12 +37,13 @@ pub(super) enum Epilogue {
     GeluTanhBias,
 }
 
-/// out \[tokens, rows\] = epilogue(input \[tokens, depth\] · weights), all without gaps; weights are
-/// \[rows, depth\], or \[depth, rows\] where `depth_major`.
+/// out \[tokens, rows\] = epilogue(input \[tokens, depth\] · weights); weights are \[rows, depth\], or
+/// \[depth, rows\] where `depth_major`. Only the rows of `out` may lie apart.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ProductShape {
     pub(super) dtype: DType,
     pub(super) rows: usize,
+    pub(super) out_stride: usize,
     pub(super) depth: usize,
     pub(super) depth_major: bool,
     pub(super) epilogue: Epilogue,
@@ -89,14 +90,19 @@ impl Drop for CublasLt {
 struct MatrixLayout(sys::cublasLtMatrixLayout_t);
 
 impl MatrixLayout {
-    /// `across` columns of `down` elements, without gaps.
-    fn new(dtype: DType, down: usize, across: usize) -> Result<Self, result::CublasError> {
+    /// `across` columns of `down` elements, `stride` apart.
+    fn new(
+        dtype: DType,
+        down: usize,
+        across: usize,
+        stride: usize,
+    ) -> Result<Self, result::CublasError> {
         let dtype = match dtype {
             DType::F32 => sys::cudaDataType_t::CUDA_R_32F,
             DType::F16 => sys::cudaDataType_t::CUDA_R_16F,
             DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
         };
-        result::create_matrix_layout(dtype, down as u64, across as u64, down as i64).map(Self)
+        result::create_matrix_layout(dtype, down as u64, across as u64, stride as i64).map(Self)
     }
 }
 
@@ -124,7 +130,7 @@ impl Description {
             true => (shape.rows, shape.depth),
             false => (shape.depth, shape.rows),
         };
-        let weights = MatrixLayout::new(shape.dtype, down, across)?;
+        let weights = MatrixLayout::new(shape.dtype, down, across, down)?;
         let product = result::create_matmul_desc(
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             sys::cudaDataType_t::CUDA_R_32F,
@@ -152,8 +158,11 @@ impl Description {
 
     /// Input and output of so many tokens.
     fn layouts(&self, tokens: usize) -> Result<[MatrixLayout; 2], result::CublasError> {
-        let ProductShape { dtype, rows, depth, .. } = self.shape;
-        Ok([MatrixLayout::new(dtype, depth, tokens)?, MatrixLayout::new(dtype, rows, tokens)?])
+        let ProductShape { dtype, rows, out_stride, depth, .. } = self.shape;
+        Ok([
+            MatrixLayout::new(dtype, depth, tokens, depth)?,
+            MatrixLayout::new(dtype, rows, tokens, out_stride)?,
+        ])
     }
 
     fn set<V>(
@@ -241,18 +250,10 @@ impl Product {
         bias: u64,
         operands: &Operands,
     ) -> Result<Self> {
-        let doing = "choose an algorithm for a dense product";
-        let description = Description::new(shape, bias).map_err(fails(doing))?;
-        let candidates = description.candidates(library, operands.tokens).map_err(fails(doing))?;
-        let Some(&first) = candidates.first() else {
-            let error = result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
-            return Err(fails(doing)(error));
-        };
-        let mut product = Self { description, algorithm: first };
-        let mut best = (f32::INFINITY, first);
+        let mut candidates = Self::candidates(library, shape, bias, operands.tokens)?;
+        let mut best = (f32::INFINITY, 0);
         let timer = Timer::new()?;
-        for algorithm in candidates {
-            product.algorithm = algorithm;
+        for (index, product) in candidates.iter().enumerate() {
             let run = || unsafe { product.run(library, timer.stream(), operands) };
             // The first run loads the kernel.
             if run().is_err() {
@@ -261,12 +262,29 @@ impl Product {
             for _ in 0..RUNS {
                 let milliseconds = timer.time(run)?;
                 if milliseconds < best.0 {
-                    best = (milliseconds, algorithm);
+                    best = (milliseconds, index);
                 }
             }
         }
-        product.algorithm = best.1;
-        Ok(product)
+        Ok(candidates.swap_remove(best.1))
+    }
+
+    /// What cuBLASLt proposes, at least one: the likely fastest first.
+    pub(super) fn candidates(
+        library: &CublasLt,
+        shape: &ProductShape,
+        bias: u64,
+        tokens: usize,
+    ) -> Result<Vec<Self>> {
+        let doing = "choose an algorithm for a dense product";
+        let describe = || Description::new(shape, bias).map_err(fails(doing));
+        let algorithms = describe()?.candidates(library, tokens).map_err(fails(doing))?;
+        if algorithms.is_empty() {
+            let error = result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
+            return Err(fails(doing)(error));
+        }
+        let product = |algorithm| Ok(Self { description: describe()?, algorithm });
+        algorithms.into_iter().map(product).collect()
     }
 
     /// The same algorithm with another bias.

@@ -1,5 +1,7 @@
 //! The whole FFN on every token: two products of cuBLASLt.
 
+use std::sync::Arc;
+
 use super::Device;
 use super::cublaslt::{CublasLt, Epilogue, Operands, Product, ProductShape, WORKSPACE_BYTES};
 use super::driver::RawStream;
@@ -14,14 +16,24 @@ use crate::ffn::Activation;
 const MAX_BLOCKS_DOWN: u32 = 4096;
 
 pub(super) struct Kernels {
-    activate: PerDType,
+    /// A neuron a thread, and eight.
+    activate: [PerDType; 2],
 }
 
 impl Kernels {
     pub(super) fn load(modules: &Modules) -> Result<Self> {
-        let names =
-            ["moefy_dense_activate_f32", "moefy_dense_activate_f16", "moefy_dense_activate_bf16"];
-        Ok(Self { activate: modules.per_dtype("dense", names, 0)? })
+        let one = [
+            "moefy_dense_activate_f32_1",
+            "moefy_dense_activate_f16_1",
+            "moefy_dense_activate_bf16_1",
+        ];
+        let eight = [
+            "moefy_dense_activate_f32_8",
+            "moefy_dense_activate_f16_8",
+            "moefy_dense_activate_bf16_8",
+        ];
+        let load = |names| modules.per_dtype("dense", names, 0);
+        Ok(Self { activate: [load(one)?, load(eight)?] })
     }
 }
 
@@ -49,7 +61,7 @@ impl DenseLayer {
     }
 
     /// What the first product can do at once, if that is everything.
-    fn fused_activation(&self) -> Option<Epilogue> {
+    pub(super) fn fused_activation(&self) -> Option<Epilogue> {
         let n = &self.neurons;
         if self.masked || n.glu == 1 || n.mean != 0 || n.rank != 0 {
             return None;
@@ -72,6 +84,7 @@ impl DenseLayer {
         let shape = |rows, depth, depth_major, epilogue| ProductShape {
             dtype,
             rows,
+            out_stride: rows,
             depth,
             depth_major,
             epilogue,
@@ -125,7 +138,7 @@ pub(super) struct DenseRun {
 
 /// A dense function with algorithms for some numbers of tokens.
 pub(super) struct Dense {
-    library: CublasLt,
+    library: Arc<CublasLt>,
     layer: DenseLayer,
     places: Places,
     /// Ascending.
@@ -146,7 +159,8 @@ impl Dense {
     ) -> Result<Self> {
         let max_tokens = sizes.last().copied().unwrap_or(0);
         let places = Places::new(&layer, max_tokens).expect("the workspace exists");
-        let mut dense = Self { library: CublasLt::open()?, layer, places, sizes: Vec::new() };
+        let library = Arc::new(CublasLt::open()?);
+        let mut dense = Self { library, layer, places, sizes: Vec::new() };
         for &num_tokens in sizes {
             let [first, second] = layer.products();
             let run = DenseRun { num_tokens, ..*run };
@@ -171,7 +185,7 @@ impl Dense {
             Ok((*size, [first.with_bias(layer.bias_in)?, second.with_bias(layer.bias_out)?]))
         };
         Ok(Self {
-            library: CublasLt::open()?,
+            library: self.library.clone(),
             layer,
             places: self.places,
             sizes: self.sizes.iter().map(rebind).collect::<Result<_>>()?,
@@ -224,11 +238,8 @@ impl Dense {
             num_tokens: run.num_tokens as u32,
             reserved: 0,
         };
-        let across = (self.layer.hidden() as u32).div_ceil(256);
-        let grid = [across, params.num_tokens.min(MAX_BLOCKS_DOWN), 1];
-        let kernel = device.dense.activate.get(self.layer.dtype);
         // SAFETY: the caller's promise.
-        unsafe { kernel.launch(stream, grid, 256, 0, &params) }
+        unsafe { launch_activate(device, stream, self.layer.dtype, &params) }
     }
 
     /// # Safety
@@ -248,4 +259,23 @@ impl Dense {
             self.product(1, stream, &output)
         }
     }
+}
+
+/// Pre-activations → h.
+///
+/// # Safety
+/// The addresses must be what the kernel expects, for at least one token, and the context must be bound.
+pub(super) unsafe fn launch_activate(
+    device: &Device,
+    stream: RawStream,
+    dtype: DType,
+    params: &moefy_activate_params,
+) -> Result<()> {
+    let [d_ff, rank] = [params.neurons.d_ff, params.neurons.rank];
+    let by_eight = d_ff % 8 == 0 && rank % 8 == 0;
+    let per_block = if by_eight { 256 * 8 } else { 256 };
+    let grid = [(d_ff + rank).div_ceil(per_block), params.num_tokens.min(MAX_BLOCKS_DOWN), 1];
+    let kernel = device.dense.activate[usize::from(by_eight)].get(dtype);
+    // SAFETY: the caller's promise.
+    unsafe { kernel.launch_early(stream, grid, 256, 0, params) }
 }

@@ -2,8 +2,11 @@
 
 use super::driver::Context;
 use super::kernels::{Modules, build_info};
+#[cfg(feature = "cuda")]
+use super::read_bandwidth;
 use super::{
-    abi_probe, dense, experts, gates, padding, route_index, router_select, select, statistics,
+    abi_probe, dense, experts, ffn_few, gates, padding, route_index, router_select, select,
+    statistics,
 };
 use crate::error::Result;
 
@@ -34,8 +37,11 @@ pub struct Device {
     pub(super) abi_probe: abi_probe::Kernels,
     pub(super) dense: dense::Kernels,
     pub(super) experts: experts::Kernels,
+    pub(super) ffn_few: Option<ffn_few::Kernels>,
     pub(super) gates: gates::Kernels,
     pub(super) padding: padding::Kernels,
+    #[cfg(feature = "cuda")]
+    pub(super) read_bandwidth: read_bandwidth::Kernels,
     pub(super) route_index: route_index::Kernels,
     pub(super) router_select: router_select::Kernels,
     pub(super) select: select::Kernels,
@@ -58,10 +64,13 @@ impl Device {
             abi_probe: abi_probe::Kernels::load(&modules)?,
             dense: dense::Kernels::load(&modules)?,
             experts: experts::Kernels::load(&modules, properties.max_shared_bytes)?,
+            ffn_few: ffn_few::Kernels::load(&modules, properties.max_shared_bytes)?,
             gates: gates::Kernels::load(&modules)?,
             padding: padding::Kernels::load(&modules)?,
+            #[cfg(feature = "cuda")]
+            read_bandwidth: read_bandwidth::Kernels::load(&modules)?,
             route_index: route_index::Kernels::load(&modules)?,
-            router_select: router_select::Kernels::load(&modules)?,
+            router_select: router_select::Kernels::load(&modules, properties.max_shared_bytes)?,
             select: select::Kernels::load(&modules)?,
             statistics: statistics::Kernels::load(&modules)?,
             context,

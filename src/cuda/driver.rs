@@ -71,10 +71,16 @@ impl Context {
     }
 
     /// Loads a fat binary, for good: a captured graph may outlive whoever loaded it.
-    pub(super) fn load_module(&self, name: &str, image: &'static [u8]) -> Result<Module> {
+    pub(super) fn load_module(
+        &self,
+        name: &str,
+        image: &'static [u8],
+        overlaps: bool,
+    ) -> Result<Module> {
         self.bind()?;
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
-        module.map(Module).map_err(cannot(format!("load the kernels of `{name}`")))
+        let raw = module.map_err(cannot(format!("load the kernels of `{name}`")))?;
+        Ok(Module { raw, overlaps })
     }
 
     /// The device that holds `address`, if any does.
@@ -120,11 +126,31 @@ impl Context {
 
     /// # Safety
     /// `address` must lead to as many writable bytes.
+    pub(super) unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()> {
+        self.synchronize()?;
+        unsafe { result::memset_d8_sync(address, 0, bytes) }
+            .map_err(cannot("clear memory of the device"))?;
+        // The driver may return before it has happened.
+        self.synchronize()
+    }
+
+    /// # Safety
+    /// `address` must lead to as many writable bytes.
     pub(super) unsafe fn copy_to_device(&self, address: u64, bytes: &[u8]) -> Result<()> {
         self.synchronize()?;
         unsafe { result::memcpy_htod_sync(address, bytes) }
             .map_err(cannot("copy to the device"))?;
         // The copy itself waits only until the bytes have left `bytes`.
+        self.synchronize()
+    }
+
+    /// # Safety
+    /// Both addresses must lead to as many bytes, to be read and to be written.
+    pub(super) unsafe fn copy_within(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        self.synchronize()?;
+        unsafe { result::memcpy_dtod_sync(to, from, bytes) }
+            .map_err(cannot("copy on the device"))?;
+        // The copy itself does not wait.
         self.synchronize()
     }
 
@@ -149,7 +175,11 @@ pub(super) fn require_library(names: &[&str]) -> Result<()> {
     Err(Error::NoGpu { problem })
 }
 
-pub(super) struct Module(sys::CUmodule);
+pub(super) struct Module {
+    raw: sys::CUmodule,
+    /// Whether its machine code knows programmatic dependent launch.
+    overlaps: bool,
+}
 
 impl Module {
     /// Resolves an entry point and loads its code, which the driver otherwise does at the first
@@ -157,15 +187,34 @@ impl Module {
     pub(super) fn function(&self, name: &'static str, shared_bytes: usize) -> Result<Function> {
         use sys::CUfunction_attribute as Attribute;
         let symbol = CString::new(name).expect("names of kernels hold no zero byte");
-        let doing = || format!("prepare the kernel {name}");
         let raw =
-            unsafe { result::module::get_function(self.0, symbol) }.map_err(cannot(doing()))?;
+            unsafe { result::module::get_function(self.raw, symbol) }.map_err(preparing(name))?;
         let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         let shared = i32::try_from(shared_bytes).unwrap_or(i32::MAX);
         unsafe { result::function::set_function_attribute(raw, attribute, shared) }
-            .map_err(cannot(doing()))?;
-        Ok(Function { raw, name })
+            .map_err(preparing(name))?;
+        Ok(Function { raw, name, overlaps: self.overlaps })
     }
+
+    /// The same with as much dynamic shared memory as the entry point leaves of what a block can have,
+    /// and how much that is.
+    pub(super) fn function_with_all_shared(
+        &self,
+        name: &'static str,
+        max_shared_bytes: usize,
+    ) -> Result<(Function, usize)> {
+        use sys::CUfunction_attribute as Attribute;
+        let function = self.function(name, 0)?;
+        let attribute = Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+        let own = unsafe { result::function::get_function_attribute(function.raw, attribute) }
+            .map_err(preparing(name))?;
+        let left = max_shared_bytes.saturating_sub(usize::try_from(own).unwrap_or(0));
+        Ok((self.function(name, left)?, left))
+    }
+}
+
+fn preparing(name: &str) -> impl FnOnce(DriverError) -> Error {
+    cannot(format!("prepare the kernel {name}"))
 }
 
 /// An entry point that is ready to launch.
@@ -173,6 +222,7 @@ impl Module {
 pub(super) struct Function {
     raw: sys::CUfunction,
     name: &'static str,
+    overlaps: bool,
 }
 
 // SAFETY: a handle that the driver lets every thread use; what it names is never unloaded.
@@ -205,5 +255,47 @@ impl Function {
             )
         }
         .map_err(cannot(format!("launch {}", self.name)))
+    }
+
+    /// The same for a kernel that waits for its dependencies by itself: it may begin before the kernel
+    /// ahead of it in the stream has ended.
+    ///
+    /// # Safety
+    /// As for [`Self::launch`].
+    pub(super) unsafe fn launch_early<P: Pod>(
+        &self,
+        stream: RawStream,
+        grid: [u32; 3],
+        block: u32,
+        shared_bytes: usize,
+        params: &P,
+    ) -> Result<()> {
+        if !self.overlaps {
+            // SAFETY: the caller's promise.
+            return unsafe { self.launch(stream, grid, block, shared_bytes, params) };
+        }
+        let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: u32::try_from(shared_bytes).expect("checked by the wrapper"),
+            hStream: stream.0.cast(),
+            attrs: &mut attribute,
+            numAttrs: 1,
+        };
+        let extra = std::ptr::null_mut();
+        // SAFETY: the caller's promise.
+        unsafe { sys::cuLaunchKernelEx(&config, self.raw, arguments.as_mut_ptr(), extra) }
+            .result()
+            .map_err(cannot(format!("launch {}", self.name)))
     }
 }

@@ -71,7 +71,7 @@ impl Modules {
         check_device(&build, device).map_err(|problem| Error::NoGpu { problem })?;
         let is_hopper = device.compute_capability == (9, 0);
         let usable = BUILD.modules.iter().filter(|m| is_hopper || !m.name.starts_with("sm90_"));
-        let load = |m: &Module| Ok((m.name, context.load_module(m.name, m.image)?));
+        let load = |m: &Module| Ok((m.name, context.load_module(m.name, m.image, is_hopper)?));
         Ok(Self(usable.map(load).collect::<Result<_>>()?))
     }
 
@@ -82,8 +82,12 @@ impl Modules {
         name: &'static str,
         shared_bytes: usize,
     ) -> Result<Function> {
-        let loaded = self.0.iter().find(|(name, _)| *name == module);
-        loaded.expect("the build compiles every module").1.function(name, shared_bytes)
+        self.module(module).expect("the build compiles every module").function(name, shared_bytes)
+    }
+
+    /// A module that only some devices can run.
+    pub(super) fn module(&self, module: &str) -> Option<&Loaded> {
+        self.0.iter().find(|(name, _)| *name == module).map(|(_, loaded)| loaded)
     }
 
     /// One entry point per element type.

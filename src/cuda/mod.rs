@@ -21,6 +21,8 @@ mod abi_probe;
 pub mod bench;
 mod buffer;
 #[cfg(feature = "cuda")]
+pub mod check;
+#[cfg(feature = "cuda")]
 mod cublaslt;
 #[cfg(not(feature = "cuda"))]
 #[path = "no_cublaslt.rs"]
@@ -30,6 +32,7 @@ mod device;
 mod experts;
 mod experts_few;
 mod experts_many;
+mod ffn_few;
 mod gates;
 #[cfg(feature = "cuda")]
 pub mod interop;
@@ -40,10 +43,14 @@ mod padding;
 mod path;
 mod places;
 mod plan;
+#[cfg(feature = "cuda")]
+mod read_bandwidth;
 mod route_index;
 mod router_select;
 mod select;
 mod statistics;
+#[cfg(feature = "cuda")]
+mod synthetic;
 mod view;
 mod workspace;
 

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use super::dense::DenseLayer;
 use super::neurons::Neurons;
 use super::view::{Arguments, Format, View};
-use super::{Buffer, Device, DeviceRouter};
+use super::{Buffer, Device, DeviceRouter, RouterView, ffn_few};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ffn::{self, Compensation, Gate, Selection};
+use crate::ffn::{self, Compensation, Gate, Router, Selection};
 use crate::tensor::Tensor;
 
 /// A MoEfied FFN, its weights on a device. [`plan`](Self::plan) makes it ready to run.
@@ -19,6 +19,8 @@ pub struct MoeFfn {
     /// b1, b2, and b2 with the constant of a compensation, of the weights' element type, or null.
     biases: [u64; 3],
     router: DeviceRouter,
+    /// The second layer of the router in bf16, as [`ffn_few`] takes it, or null.
+    pub(super) few_w2: u64,
     selection: Selection,
     gate: Gate,
     /// What the addresses lead to.
@@ -91,15 +93,65 @@ impl MoeFfn {
             *bias = tensor.map_or(Ok(0), |b| upload.bytes(b.as_bytes()))?;
         }
         neurons.check(&Arguments { device, op: "moe_ffn" })?;
+        let router = DeviceRouter::new(device, ffn.router(), dtype)?;
+        let few_w2 = match (ffn.router(), router.view(), dtype) {
+            (_, RouterView::Mlp { w2, .. }, DType::BF16) => w2.address,
+            (Router::Mlp { w2, .. }, _, DType::F16) => {
+                let w2 = w2.to_dtype(dtype);
+                let parts = ffn_few::parts_of_f16(bytemuck::cast_slice(w2.as_bytes()));
+                upload.bytes(bytemuck::cast_slice(&parts))?
+            }
+            _ => 0,
+        };
         Ok(Self {
             dtype,
             neurons,
             biases,
-            router: DeviceRouter::new(device, ffn.router(), dtype)?,
+            router,
+            few_w2,
             selection: ffn.selection(),
             gate: ffn.gate(),
             _buffers: upload.buffers,
             device: device.clone(),
+        })
+    }
+
+    /// The same layer in memory of its own, copied on the device. `router` is the one it was made of.
+    #[cfg(feature = "cuda")]
+    pub(super) fn copy(&self, router: &Router) -> Result<Self> {
+        let buffers = self._buffers.iter().map(Buffer::copy).collect::<Result<Vec<_>>>()?;
+        let moved = |address: u64| {
+            let pairs = self._buffers.iter().zip(&buffers);
+            pairs.filter(|(old, _)| old.address() == address).map(|(_, new)| new.address()).sum()
+        };
+        let view = |view: View| View { address: moved(view.address), ..view };
+        let neurons = Neurons {
+            w_in: view(self.neurons.w_in),
+            w_out: view(self.neurons.w_out),
+            b_in: self.neurons.b_in.map(view),
+            b_out: self.neurons.b_out.map(view),
+            mean: self.neurons.mean.map(view),
+            ..self.neurons
+        };
+        let router = DeviceRouter::new(&self.device, router, self.dtype)?;
+        let few_w2 = match (self.router.view(), router.view()) {
+            (RouterView::Mlp { w2: old, .. }, RouterView::Mlp { w2, .. })
+                if old.address == self.few_w2 =>
+            {
+                w2.address
+            }
+            _ => moved(self.few_w2),
+        };
+        Ok(Self {
+            dtype: self.dtype,
+            neurons,
+            biases: self.biases.map(moved),
+            router,
+            few_w2,
+            selection: self.selection,
+            gate: self.gate,
+            device: self.device.clone(),
+            _buffers: buffers,
         })
     }
 

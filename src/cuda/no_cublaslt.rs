@@ -23,6 +23,7 @@ pub(super) enum Epilogue {
 pub(super) struct ProductShape {
     pub(super) dtype: DType,
     pub(super) rows: usize,
+    pub(super) out_stride: usize,
     pub(super) depth: usize,
     pub(super) depth_major: bool,
     pub(super) epilogue: Epilogue,

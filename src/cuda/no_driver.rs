@@ -29,7 +29,7 @@ impl Context {
         match self.0 {}
     }
 
-    pub(super) fn load_module(&self, _: &str, _: &'static [u8]) -> Result<Module> {
+    pub(super) fn load_module(&self, _: &str, _: &'static [u8], _: bool) -> Result<Module> {
         match self.0 {}
     }
 
@@ -53,6 +53,10 @@ impl Context {
         match self.0 {}
     }
 
+    pub(super) unsafe fn clear(&self, _: u64, _: usize) -> Result<()> {
+        match self.0 {}
+    }
+
     pub(super) unsafe fn copy_to_device(&self, _: u64, _: &[u8]) -> Result<()> {
         match self.0 {}
     }
@@ -68,6 +72,14 @@ impl Module {
     pub(super) fn function(&self, _: &'static str, _: usize) -> Result<Function> {
         match self.0 {}
     }
+
+    pub(super) fn function_with_all_shared(
+        &self,
+        _: &'static str,
+        _: usize,
+    ) -> Result<(Function, usize)> {
+        match self.0 {}
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -75,6 +87,17 @@ pub(super) struct Function(Infallible);
 
 impl Function {
     pub(super) unsafe fn launch<P: Pod>(
+        &self,
+        _: RawStream,
+        _: [u32; 3],
+        _: u32,
+        _: usize,
+        _: &P,
+    ) -> Result<()> {
+        match self.0 {}
+    }
+
+    pub(super) unsafe fn launch_early<P: Pod>(
         &self,
         _: RawStream,
         _: [u32; 3],

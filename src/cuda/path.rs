@@ -1,21 +1,22 @@
 //! Which way a layer is computed.
 
-use super::MoeFfn;
 use super::dense::DenseLayer;
+#[cfg(feature = "cuda")]
+use super::plan::Stage;
 use super::view::View;
+use super::{MoeFfn, ffn_few};
 use crate::error::Result;
+use crate::ffn::SelectionRule;
 
 /// Most tokens for which a choice streams the union of their experts.
 pub(super) const MAX_FEW_TOKENS: usize = 8;
-/// What that must save on reading weights to be chosen, in microseconds: routing, more launches and
-/// shorter reads than a dense product cost about as much (measured on an H200; kernels/NOTES.md).
-const FEW_OVERHEAD_US: f64 = 80.0;
-/// Bytes that a GPU with HBM3 reads in a microsecond.
-const BYTES_PER_US: f64 = 4e6;
 
 /// A way to compute the layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Path {
+    /// `few-fused`: streams the union of the tokens' experts, with routing inside; f16 and bf16 on Hopper,
+    /// up to 32 tokens.
+    FewFused,
     /// `few`: streams the union of the tokens' experts.
     Few,
     /// `expert-major`: each expert with its own tokens.
@@ -28,15 +29,27 @@ pub enum Path {
 
 impl Path {
     /// Every path.
-    pub const ALL: [Self; 4] = [Self::Few, Self::ExpertMajor, Self::DenseExact, Self::DenseMasked];
+    pub const ALL: [Self; 5] =
+        [Self::FewFused, Self::Few, Self::ExpertMajor, Self::DenseExact, Self::DenseMasked];
 
     /// Its name on the command line and in records.
     pub fn name(self) -> &'static str {
         match self {
+            Self::FewFused => "few-fused",
             Self::Few => "few",
             Self::ExpertMajor => "expert-major",
             Self::DenseExact => "dense-exact",
             Self::DenseMasked => "dense-masked",
+        }
+    }
+
+    /// Where a run can be stopped to see what each part costs; a path of one piece has no such place.
+    #[cfg(feature = "cuda")]
+    pub(super) fn stages(self) -> &'static [Stage] {
+        match self {
+            Self::Few | Self::ExpertMajor => &[Stage::Route, Stage::Index],
+            Self::DenseMasked => &[Stage::Route],
+            _ => &[],
         }
     }
 }
@@ -74,6 +87,8 @@ pub struct FfnInputs {
     /// f32 \[num_tokens, num_experts\]: selection reads these scores instead of the router's, which
     /// runs all the same. For measurements under imposed routing.
     pub scores: Option<View>,
+    /// Receives S(t), u32 \[num_tokens, ⌈num_experts/32⌉\], on every path but `dense-exact`.
+    pub mask: Option<View>,
     /// One word that gains status bits; see [`SelectOutputs`](super::SelectOutputs) and
     /// [`RouteIndexOutputs`](super::RouteIndexOutputs).
     pub status: Option<View>,
@@ -82,7 +97,7 @@ pub struct FfnInputs {
 impl FfnInputs {
     /// Nothing but tokens.
     pub fn new(x: View) -> Self {
-        Self { x, num_valid_tokens: None, scores: None, status: None }
+        Self { x, num_valid_tokens: None, scores: None, mask: None, status: None }
     }
 }
 
@@ -91,19 +106,52 @@ impl MoeFfn {
     pub(super) fn path(&self, num_tokens: usize, options: &PlanOptions) -> Path {
         match (options.path, options.fallback) {
             (Some(path), _) => path,
-            (None, _) if self.is_worth_streaming(num_tokens, options) => Path::Few,
-            (None, Fallback::Exact) => Path::DenseExact,
-            (None, Fallback::Masked) => Path::DenseMasked,
+            (None, fallback) => {
+                let dense = match fallback {
+                    Fallback::Exact => Path::DenseExact,
+                    Fallback::Masked => Path::DenseMasked,
+                };
+                let sparse = match self.few_fused(num_tokens) {
+                    Some(_) => Path::FewFused,
+                    None if num_tokens <= MAX_FEW_TOKENS => Path::Few,
+                    None => return dense,
+                };
+                let estimate = |path| self.estimate_us(path, num_tokens, options);
+                // Where they are equal, the dense one needs no router.
+                if estimate(sparse) < 0.97 * estimate(dense) { sparse } else { dense }
+            }
         }
     }
 
-    /// Whether the experts that nobody needs are worth the overhead, if tokens route independently.
-    fn is_worth_streaming(&self, num_tokens: usize, options: &PlanOptions) -> bool {
+    /// Microseconds that a path for few tokens takes, from measurements on an H100 (kernels/NOTES.md):
+    /// good enough to choose by.
+    fn estimate_us(&self, path: Path, num_tokens: usize, options: &PlanOptions) -> f64 {
         let neurons = self.neurons();
+        let (tokens, d_model) = (num_tokens as f64, neurons.d_model() as f64);
+        let rows = (neurons.w_in.shape[0] + neurons.w_out.shape[0]) as f64;
+        let all_us = rows * d_model * self.dtype().bytes() as f64 / 2.8e6;
+        // If tokens route independently.
         let skipped = (1.0 - options.density.unwrap_or(1.0)).powi(num_tokens.min(1 << 20) as i32);
-        let rows = neurons.w_in.shape[0] + neurons.w_out.shape[0];
-        let bytes = (rows * neurons.d_model() * self.dtype().bytes()) as f64;
-        num_tokens <= MAX_FEW_TOKENS && skipped * bytes > FEW_OVERHEAD_US * BYTES_PER_US
+        let union_us = (1.0 - skipped) * all_us;
+        let dense_us = 9.2 + all_us;
+        match path {
+            // Launches and routing; each multiprocessor's share of y; tokens beyond a tile.
+            Path::FewFused => {
+                let shares = 132.0 * 8.0 * tokens * d_model / 4e6;
+                7.5 + 0.0008 * d_model + union_us + shares + 0.6 * (tokens - 8.0).max(0.0)
+            }
+            Path::Few => 30.0 + union_us,
+            Path::DenseMasked => dense_us + 10.0,
+            Path::DenseExact | Path::ExpertMajor => dense_us,
+        }
+    }
+
+    /// The fused path for so many tokens, if it can do them.
+    pub(super) fn few_fused(&self, num_tokens: usize) -> Option<ffn_few::Shape> {
+        let router = self.router().view();
+        let sorts = matches!(self.selection().rule, SelectionRule::CumulativeShare { .. });
+        let (device, neurons) = (self.device(), self.neurons());
+        ffn_few::Shape::new(device, neurons, &router, sorts, self.dtype(), num_tokens)
     }
 
     /// What cuBLASLt has to do for at most so many tokens, if anything.
@@ -112,11 +160,11 @@ impl MoeFfn {
         max_tokens: usize,
         options: &PlanOptions,
     ) -> Result<Option<DenseLayer>> {
-        match self.path(max_tokens, options) {
+        match (options.path, options.fallback) {
             _ if max_tokens == 0 => Ok(None),
-            Path::DenseExact => self.exact().map(Some),
-            Path::DenseMasked => self.masked().map(Some),
-            Path::Few | Path::ExpertMajor => Ok(None),
+            (Some(Path::DenseExact), _) | (None, Fallback::Exact) => self.exact().map(Some),
+            (Some(Path::DenseMasked), _) | (None, Fallback::Masked) => self.masked().map(Some),
+            (Some(_), _) => Ok(None),
         }
     }
 }

@@ -5,8 +5,8 @@ use super::path::MAX_FEW_TOKENS;
 use super::view::{Arguments, View};
 use super::workspace::Layout;
 use super::{
-    ExpertLists, MoeFfn, Path, PlanOptions, experts_workspace_bytes, route_index_workspace_bytes,
-    router_select_workspace_bytes,
+    ExpertLists, MoeFfn, Path, PlanOptions, experts_workspace_bytes, ffn_few,
+    route_index_workspace_bytes, router_select_workspace_bytes,
 };
 use crate::error::Result;
 use crate::ffn::SelectionRule;
@@ -101,7 +101,7 @@ impl MoeFfn {
     ) -> Result<Option<usize>> {
         let neurons = self.neurons();
         let router = self.router().view();
-        let routing = router_select_workspace_bytes(places.chunk, neurons.d_model(), &router);
+        let routing = router_select_workspace_bytes(places.chunk, &router);
         let lists = route_index_workspace_bytes(places.chunk, neurons.num_experts);
         let mut bytes = Some(routing.max(lists));
         let mut include = |other: Option<usize>| bytes = bytes.zip(other).map(|(a, b)| a.max(b));
@@ -109,14 +109,25 @@ impl MoeFfn {
             let lists = places.lists(0, path, neurons.num_experts, tokens);
             experts_workspace_bytes(self.device(), neurons, tokens, &lists)
         };
-        let at_most = self.path(max_tokens, options);
         if let Some(layer) = self.dense_layer_of(max_tokens, options)? {
             include(dense_workspace_bytes(&layer, places.chunk));
-        } else {
-            include(Some(sparse(places.chunk, at_most)?));
         }
-        if options.path.is_none() {
-            include(Some(sparse(MAX_FEW_TOKENS.min(max_tokens), Path::Few)?));
+        let runs = |path| options.path.is_none_or(|forced| forced == path);
+        if runs(Path::FewFused) {
+            let most = (1..=ffn_few::MAX_TOKENS.min(max_tokens)).rev();
+            include(Some(
+                most.filter_map(|tokens| self.few_fused(tokens))
+                    .map(|s| s.bytes)
+                    .max()
+                    .unwrap_or(0),
+            ));
+        }
+        if options.path == Some(Path::ExpertMajor) {
+            include(Some(sparse(places.chunk, Path::ExpertMajor)?));
+        }
+        if runs(Path::Few) {
+            let tokens = if options.path.is_none() { MAX_FEW_TOKENS } else { places.chunk };
+            include(Some(sparse(tokens.min(places.chunk), Path::Few)?));
         }
         Ok(bytes)
     }

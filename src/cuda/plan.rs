@@ -5,14 +5,17 @@ use std::sync::Arc;
 use super::dense::{Dense, DenseLayer, DenseRun};
 use super::driver::RawStream;
 use super::places::Places;
+use super::router_select::{check_router, router_select_by};
 use super::statistics::Counters;
 use super::view::{Arguments, Format, View, Workspace};
 use super::{
     Buffer, ExpertsInputs, FfnInputs, MoeFfn, Path, PlanOptions, RouteIndexOutputs,
-    RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, gates, padding, route_index,
-    router_select, select,
+    RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, ffn_few, gates, padding,
+    route_index,
 };
-use crate::abi::{moefy_clear_invalid_params, moefy_split_valid_params};
+use crate::abi::{
+    moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_split_valid_params,
+};
 use crate::error::Result;
 use crate::ffn::Gate;
 
@@ -42,6 +45,27 @@ impl MoeFfn {
     /// When the sizes overflow, cuBLASLt is needed and missing, or the device has too little memory
     /// to time products.
     pub fn plan(self: &Arc<Self>, max_tokens: usize, options: PlanOptions) -> Result<FfnPlan> {
+        self.plan_with(max_tokens, options, |plan, layer| {
+            let chunk = plan.places.chunk;
+            let smaller = (0..).map(|power| 1 << power).take_while(|&size| size < chunk);
+            plan.tune(layer, &smaller.chain([chunk]).collect::<Vec<_>>())
+        })
+    }
+
+    /// The same with dense products from `dense`, if they may run.
+    pub(super) fn plan_with(
+        self: &Arc<Self>,
+        max_tokens: usize,
+        options: PlanOptions,
+        dense: impl FnOnce(&FfnPlan, DenseLayer) -> Result<Dense>,
+    ) -> Result<FfnPlan> {
+        if options.path == Some(Path::FewFused) && self.few_fused(max_tokens).is_none() {
+            let check = Arguments { device: self.device(), op: "plan" };
+            let expected = "one that can do these sizes (few-fused is for f16 and bf16 on Hopper, \
+                            at most 32 tokens, d_model up to 4096 for 8 of them, and 512 experts)";
+            let got = format!("few-fused for {max_tokens} tokens");
+            return Err(check.error("path", expected, got));
+        }
         let mut plan = FfnPlan {
             ffn: self.clone(),
             max_tokens,
@@ -54,7 +78,7 @@ impl MoeFfn {
             plan.counters = Some(Counters::new(self.device(), self.neurons().num_experts)?);
         }
         if let Some(layer) = self.dense_layer_of(max_tokens, &options)? {
-            plan.dense = Some(plan.tune(layer)?);
+            plan.dense = Some(dense(&plan, layer)?);
         }
         Ok(plan)
     }
@@ -150,6 +174,10 @@ impl FfnPlan {
         if let Some(scores) = inputs.scores {
             check.dense("scores", scores, Format::F32, [num_tokens, neurons.num_experts])?;
         }
+        if let Some(mask) = inputs.mask {
+            let shape = [num_tokens, neurons.num_experts.div_ceil(32)];
+            check.dense("mask", mask, Format::Word, shape)?;
+        }
         let num_valid = check.optional_words("num_valid_tokens", inputs.num_valid_tokens, 1)?;
         let base = check.workspace(workspace, self.workspace_bytes())?;
         if num_tokens == 0 {
@@ -183,6 +211,7 @@ impl FfnPlan {
                 let inputs = FfnInputs {
                     x: rows(inputs.x),
                     scores: inputs.scores.map(rows),
+                    mask: inputs.mask.map(rows),
                     num_valid_tokens: valid,
                     ..*inputs
                 };
@@ -212,8 +241,11 @@ impl FfnPlan {
             if path == Path::DenseExact {
                 return self.run_dense(stream, y, inputs, [0, 0], op);
             }
+            if path == Path::FewFused && last == Stage::Experts {
+                return self.run_few_fused(stream, y, inputs, base, op);
+            }
             let (mask, gates) = self.route(stream, inputs, base, op)?;
-            if last == Stage::Route {
+            if last == Stage::Route || path == Path::FewFused {
                 return Ok(());
             }
             if path == Path::DenseMasked {
@@ -260,7 +292,8 @@ impl FfnPlan {
         let num_experts = ffn.neurons().num_experts;
         let num_tokens = inputs.x.shape[0];
         let row_words = num_experts.div_ceil(32);
-        let mask = View::matrix(base + self.places.mask, Format::Word, [num_tokens, row_words]);
+        let own = View::matrix(base + self.places.mask, Format::Word, [num_tokens, row_words]);
+        let mask = inputs.mask.unwrap_or(own);
         let scores =
             View::matrix(base + self.places.scores, Format::F32, [num_tokens, num_experts]);
         let selected = SelectOutputs { mask, counts: None, status: inputs.status };
@@ -270,11 +303,8 @@ impl FfnPlan {
         let (router, selection) = (ffn.router().view(), ffn.selection());
         // SAFETY: the caller's promise.
         unsafe {
-            router_select(device, stream, &outputs, inputs.x, valid, &router, &selection, op)?;
-            if let Some(imposed) = inputs.scores {
-                let none = Workspace::NONE;
-                select(device, stream, &selected, imposed, valid, &selection, none)?;
-            }
+            let (x, imposed) = (inputs.x, inputs.scores);
+            router_select_by(device, stream, &outputs, x, valid, &router, &selection, imposed, op)?;
             if let Some(counters) = &self.counters {
                 let valid = valid.map_or(0, |valid| valid.address);
                 counters.add(device, stream, mask.address, num_tokens, valid)?;
@@ -290,6 +320,54 @@ impl FfnPlan {
                 }
             }
         }
+    }
+
+    unsafe fn run_few_fused(
+        &self,
+        stream: RawStream,
+        y: View,
+        inputs: &FfnInputs,
+        base: u64,
+        op: Workspace,
+    ) -> Result<()> {
+        let (ffn, device) = (&self.ffn, self.ffn.device());
+        let check = Arguments { device, op: "ffn_few" };
+        let num_tokens = inputs.x.shape[0];
+        let shape = ffn.few_fused(num_tokens).expect("the path was chosen because it can");
+        let (neurons, _) = ffn.neurons().check(&check)?;
+        let (selection, view) = (ffn.selection(), ffn.router().view());
+        let valid = inputs.num_valid_tokens;
+        let (mut router, _) = check_router(&check, inputs.x, valid, &view, &selection)?;
+        router.status = check.optional_words("status", inputs.status, 1)?;
+        router.imposed = inputs.scores.map_or(0, |scores| scores.address);
+        let mask = inputs.mask.map_or(base + self.places.mask, |mask| mask.address);
+        if self.counters.is_some() || inputs.mask.is_some() {
+            router.mask = mask;
+        }
+        let params = moefy_ffn_few_params {
+            neurons,
+            router,
+            w2: ffn.few_w2,
+            num_w2: ffn_few::num_w2(ffn.dtype()) as u32,
+            inverse_width: 1.0 / neurons.expert_width as f32,
+            y: y.address,
+            gate: match ffn.gate() {
+                Gate::One => moefy_gate::MOEFY_GATE_ONE,
+                Gate::Score => moefy_gate::MOEFY_GATE_SCORE,
+                Gate::Softmax => moefy_gate::MOEFY_GATE_SOFTMAX,
+                Gate::Renormalised => moefy_gate::MOEFY_GATE_RENORMALISED,
+            },
+            ..bytemuck::Zeroable::zeroed()
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            shape.launch(stream, &params, op.address)?;
+            if let Some(counters) = &self.counters {
+                let valid = valid.map_or(0, |valid| valid.address);
+                counters.add(device, stream, mask, num_tokens, valid)?;
+            }
+        }
+        Ok(())
     }
 
     unsafe fn run_dense(
@@ -327,8 +405,16 @@ impl FfnPlan {
         Ok(())
     }
 
-    /// Times dense products for powers of two and the largest chunk.
-    fn tune(&self, layer: DenseLayer) -> Result<Dense> {
+    /// Times dense products for full batches alone.
+    #[cfg(feature = "cuda")]
+    pub(super) fn tune_full(&self, layer: DenseLayer) -> Result<Dense> {
+        let chunk = self.places.chunk;
+        let sizes = [self.max_tokens % chunk, chunk];
+        self.tune(layer, if sizes[0] == 0 { &sizes[1..] } else { &sizes })
+    }
+
+    /// Times dense products for so many tokens, ascending.
+    fn tune(&self, layer: DenseLayer, sizes: &[usize]) -> Result<Dense> {
         let device = self.ffn.device();
         let chunk = self.places.chunk;
         let d_model = self.ffn.neurons().d_model();
@@ -340,7 +426,7 @@ impl FfnPlan {
         let x = Buffer::from_slice(device, x.as_bytes())?;
         let y = Buffer::new(device, x.bytes())?;
         let op_bytes = self.places.bytes - self.places.op as usize;
-        let workspace = Buffer::new(device, op_bytes)?;
+        let workspace = Buffer::zeroed(device, op_bytes)?;
         let run = DenseRun {
             x: x.address(),
             y: y.address(),
@@ -349,12 +435,9 @@ impl FfnPlan {
             num_tokens: chunk,
             workspace: workspace.address(),
         };
-        let mut sizes: Vec<usize> =
-            (0..).map(|power| 1 << power).take_while(|&size| size < chunk).collect();
-        sizes.push(chunk);
         device.context.bind()?;
         // SAFETY: the buffers have the sizes of a chunk, and live until everything has run.
-        let dense = unsafe { Dense::new(device, layer, &sizes, &run) };
+        let dense = unsafe { Dense::new(device, layer, sizes, &run) };
         device.context.synchronize()?;
         dense
     }

@@ -1,42 +1,61 @@
 //! Scores and selection of a router.
 
 use super::driver::{Function, RawStream};
+use super::ffn_few::FirstLayer;
 use super::kernels::{Modules, PerDType};
-use super::select::{SelectOutputs, abi_selection, check_num_experts, launch_select};
+use super::select::{
+    SelectOutputs, abi_selection, check_num_experts, launch_select, selection_words,
+};
 use super::view::{Arguments, Format, View, Workspace};
 use super::{Buffer, Device};
 use crate::abi::{
-    MOEFY_ROUTER_TILE, moefy_router_activation, moefy_router_kind, moefy_router_layer_params,
-    moefy_router_select_params, moefy_select_params,
+    MOEFY_ROUTER_TILE, moefy_ffn_few_params, moefy_router_activation, moefy_router_kind,
+    moefy_router_layer_params, moefy_router_select_params, moefy_select_params, moefy_selection,
 };
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ffn::{MlpKind, Router, Selection};
 
-/// One kernel does everything up to here: beyond, its blocks would read the weights too often.
-/// On an H200 with d_model 768, 256 tokens take 10 µs here, and 50 µs by tiled products, which
-/// take as long for any number up to 2048.
-const MAX_FEW_TOKENS: usize = 1024;
+/// Up to here the rows of the first layer are dealt out, and each is read once for eight tokens: beyond,
+/// tiles read the weights less often.
+const MAX_FEW_TOKENS: usize = 2048;
 const MAX_FEW_EXPERTS: usize = 512;
-/// What every supported device gives to a block.
-const MAX_FEW_SHARED_BYTES: usize = 96 << 10;
+/// What every supported device gives to a block without being asked.
+const MAX_FEW_SHARED_BYTES: usize = 48 << 10;
+/// Rows of a block of the first layer.
+const FIRST_ROWS: u32 = 4;
+/// Tokens of its variants.
+const FIRST_TOKENS: [u32; 2] = [1, 8];
+/// Threads of a block of the second kernel.
+const SELECT_THREADS: u32 = 512;
 
 pub(super) struct Kernels {
-    few: PerDType,
+    first: [PerDType; 2],
+    select: PerDType,
+    select_shared_bytes: usize,
     layer: PerDType,
     hidden_f16: Function,
     hidden_bf16: Function,
 }
 
 impl Kernels {
-    pub(super) fn load(modules: &Modules) -> Result<Self> {
+    pub(super) fn load(modules: &Modules, max_shared_bytes: usize) -> Result<Self> {
+        // Some of it is the kernel's own.
+        let select_shared_bytes = max_shared_bytes.saturating_sub(1 << 10);
         let module = "router_select";
-        let few =
+        let load = |names, shared_bytes| modules.per_dtype(module, names, shared_bytes);
+        let one =
+            ["moefy_router_first_f32_1", "moefy_router_first_f16_1", "moefy_router_first_bf16_1"];
+        let eight =
+            ["moefy_router_first_f32_8", "moefy_router_first_f16_8", "moefy_router_first_bf16_8"];
+        let select =
             ["moefy_router_select_f32", "moefy_router_select_f16", "moefy_router_select_bf16"];
         let layer = ["moefy_router_layer_f32", "moefy_router_layer_f16", "moefy_router_layer_bf16"];
         Ok(Self {
-            few: modules.per_dtype(module, few, MAX_FEW_SHARED_BYTES)?,
-            layer: modules.per_dtype(module, layer, 0)?,
+            first: [load(one, 0)?, load(eight, 0)?],
+            select: load(select, select_shared_bytes)?,
+            select_shared_bytes,
+            layer: load(layer, 0)?,
             hidden_f16: modules.function(module, "moefy_router_layer_hidden_f16", 0)?,
             hidden_bf16: modules.function(module, "moefy_router_layer_hidden_bf16", 0)?,
         })
@@ -168,29 +187,37 @@ pub struct RouterSelectOutputs {
 
 /// Bytes of workspace that [`router_select`] needs for at most `num_tokens` tokens, scores wanted or
 /// not.
-pub fn router_select_workspace_bytes(
-    num_tokens: usize,
-    d_model: usize,
-    router: &RouterView,
-) -> usize {
+pub fn router_select_workspace_bytes(num_tokens: usize, router: &RouterView) -> usize {
     let (hidden, num_experts) = (router.hidden(), router.num_experts());
-    if few_shared_bytes(1, d_model, router).is_some() && num_tokens <= MAX_FEW_TOKENS {
-        return 0;
-    }
     num_tokens.saturating_mul(hidden.saturating_add(num_experts)).saturating_mul(4)
 }
 
-/// Shared memory of the one kernel for few tokens, if it can do these.
-fn few_shared_bytes(num_tokens: usize, d_model: usize, router: &RouterView) -> Option<usize> {
-    let num_experts = router.num_experts();
-    let padded = |width: usize| width.checked_next_multiple_of(8);
-    let vectors = padded(d_model)?.checked_add(padded(router.hidden())?)?;
-    let words = vectors.checked_add(num_experts.checked_add(MAX_FEW_EXPERTS)?)?;
-    let bytes = words.checked_mul(4)?;
-    let fits = num_tokens <= MAX_FEW_TOKENS
-        && num_experts <= MAX_FEW_EXPERTS
-        && bytes <= MAX_FEW_SHARED_BYTES;
-    fits.then_some(bytes)
+/// Shared memory of the second kernel for few tokens, without and with its weights, if they are few and
+/// their rows aligned.
+fn few_shared_bytes(
+    num_tokens: usize,
+    d_model: usize,
+    dtype: DType,
+    router: &RouterView,
+    selection: &moefy_selection,
+) -> Option<[usize; 2]> {
+    let (num_experts, hidden) = (router.num_experts(), router.hidden());
+    if num_tokens > MAX_FEW_TOKENS || num_experts > MAX_FEW_EXPERTS {
+        return None;
+    }
+    let bytes = 4
+        * (first_row_words(router)?
+            + num_experts.next_multiple_of(32)
+            + selection_words(selection, num_experts));
+    let weights = num_experts.checked_mul(hidden)?.checked_mul(dtype.bytes())?;
+    let is_aligned = d_model.is_multiple_of(8) && hidden.is_multiple_of(8);
+    (is_aligned && bytes <= MAX_FEW_SHARED_BYTES).then_some([bytes, bytes.checked_add(weights)?])
+}
+
+/// Words that the outputs of the first layer take of shared memory.
+fn first_row_words(router: &RouterView) -> Option<usize> {
+    let width = if router.hidden() == 0 { router.num_experts() } else { router.hidden() };
+    width.checked_next_multiple_of(128)
 }
 
 /// Scores r and selection S(t) of tokens x \[num_tokens, d_model\], whose rows may lie apart. The
@@ -214,17 +241,102 @@ pub unsafe fn router_select(
     selection: &Selection,
     workspace: Workspace,
 ) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        router_select_by(
+            device,
+            stream,
+            outputs,
+            x,
+            num_valid_tokens,
+            router,
+            selection,
+            None,
+            workspace,
+        )
+    }
+}
+
+/// The same, but `imposed`, f32 \[num_tokens, E\], is what selection reads; the router runs all the same.
+///
+/// # Safety
+/// As for [`router_select`].
+#[expect(clippy::too_many_arguments, reason = "outputs, inputs, parameters, workspace")]
+pub(super) unsafe fn router_select_by(
+    device: &Device,
+    stream: RawStream,
+    outputs: &RouterSelectOutputs,
+    x: View,
+    num_valid_tokens: Option<View>,
+    router: &RouterView,
+    selection: &Selection,
+    imposed: Option<View>,
+    workspace: Workspace,
+) -> Result<()> {
     let check = Arguments { device, op: "router_select" };
+    let (params, dtype) = check_router(&check, x, num_valid_tokens, router, selection)?;
+    let (num_tokens, num_experts) = (x.shape[0], router.num_experts());
+    let scores = match outputs.scores {
+        Some(scores) => check.dense("scores", scores, Format::F32, [num_tokens, num_experts])?,
+        None => 0,
+    };
+    let needed = router_select_workspace_bytes(num_tokens, router);
+    let selected = outputs.selected;
+    let mask = [num_tokens, num_experts.div_ceil(32)];
+    let params = moefy_router_select_params {
+        first: check.workspace(workspace, needed)?,
+        scores,
+        imposed: match imposed {
+            Some(imposed) => {
+                let shape = [num_tokens, num_experts];
+                check.dense("imposed scores", imposed, Format::F32, shape)?
+            }
+            None => 0,
+        },
+        mask: check.dense("mask", selected.mask, Format::Word, mask)?,
+        counts: check.optional_words("counts", selected.counts, num_tokens)?,
+        status: check.optional_words("status", selected.status, 1)?,
+        ..params
+    };
+    if num_tokens == 0 {
+        return Ok(());
+    }
+    device.context.bind()?;
+    // SAFETY: the arguments were checked, the rest is the caller's promise.
+    unsafe {
+        match few_shared_bytes(num_tokens, x.shape[1], dtype, router, &params.selection) {
+            Some([without, with]) => {
+                let kernels = &device.router_select;
+                launch_first(device, stream, &params, dtype)?;
+                let has_room = with <= kernels.select_shared_bytes;
+                let shared_bytes = if has_room { with } else { without };
+                let params = moefy_router_select_params {
+                    w2_in_shared: (has_room && params.w2 != 0).into(),
+                    ..params
+                };
+                let (kernel, grid) = (kernels.select.get(dtype), [params.num_tokens, 1, 1]);
+                kernel.launch_early(stream, grid, SELECT_THREADS, shared_bytes, &params)
+            }
+            None => launch_many(device, stream, &params, dtype),
+        }
+    }
+}
+
+/// What the kernels take of tokens, router and rule; outputs and workspace are null.
+pub(super) fn check_router(
+    check: &Arguments<'_>,
+    x: View,
+    num_valid_tokens: Option<View>,
+    router: &RouterView,
+    selection: &Selection,
+) -> Result<(moefy_router_select_params, DType)> {
     let [num_tokens, d_model] = x.shape;
     let (num_experts, hidden) = (router.num_experts(), router.hidden());
-    let row_words = check_num_experts(&check, num_experts)?;
+    check_num_experts(check, num_experts)?;
     let dtype = match x.format {
         Format::Float(dtype) => dtype,
         Format::Word => return Err(check.error("x", "of type f32, f16 or bf16", x.format)),
     };
-    check.size("d_model", d_model)?;
-    check.size("hidden", hidden)?;
-    check.size("num_tokens", num_tokens)?;
     let alignment = |width: usize| if width.is_multiple_of(8) { 16 } else { dtype.bytes() };
     let weight = |name, view: View, shape: [usize; 2]| {
         check.dense(name, view, x.format, shape)?;
@@ -254,49 +366,50 @@ pub unsafe fn router_select(
             (moefy_router_kind::MOEFY_ROUTER_CENTROID, w, 0, norms)
         }
     };
-    let scores_shape = [num_tokens, num_experts];
-    let scores = match outputs.scores {
-        Some(scores) => check.dense("scores", scores, Format::F32, scores_shape)?,
-        None => 0,
-    };
-    let few = few_shared_bytes(num_tokens, d_model, router);
-    let needed = match few {
-        Some(_) => 0,
-        None => router_select_workspace_bytes(num_tokens, d_model, router),
-    };
-    let workspace = check.workspace(workspace, needed)?;
-    let selected = outputs.selected;
     let params = moefy_router_select_params {
         x: check.strided("x", x, x.format, x.shape, alignment(d_model))?,
         w1,
         w2,
         w1_scale,
-        scores,
-        mask: check.dense("mask", selected.mask, Format::Word, [num_tokens, row_words])?,
-        counts: check.optional_words("counts", selected.counts, num_tokens)?,
-        status: check.optional_words("status", selected.status, 1)?,
         num_valid_tokens: check.optional_words("num_valid_tokens", num_valid_tokens, 1)?,
         x_stride: x.row_stride as u64,
         selection: abi_selection(selection, num_experts)?,
         kind,
-        d_model: d_model as u32,
-        hidden: hidden as u32,
+        d_model: check.size("d_model", d_model)?,
+        hidden: check.size("hidden", hidden)?,
         num_experts: num_experts as u32,
+        num_tokens: check.size("num_tokens", num_tokens)?,
+        ..bytemuck::Zeroable::zeroed()
     };
-    if num_tokens == 0 {
-        return Ok(());
+    Ok((params, dtype))
+}
+
+/// The first layer for few tokens, by the fastest kernel that can.
+///
+/// # Safety
+/// The addresses must lead to what the parameters say, of at least one token, and the context must be
+/// bound.
+unsafe fn launch_first(
+    device: &Device,
+    stream: RawStream,
+    params: &moefy_router_select_params,
+    dtype: DType,
+) -> Result<()> {
+    let width = if params.w2 == 0 { params.num_experts } else { params.hidden };
+    let [tokens, d_model, outputs] = [params.num_tokens, params.d_model, width].map(|n| n as usize);
+    // That kernel takes rows without gaps.
+    if params.x_stride == u64::from(params.d_model)
+        && let Some(layer) = FirstLayer::new(device, dtype, tokens, d_model, outputs)
+    {
+        let params = moefy_ffn_few_params { router: *params, ..bytemuck::Zeroable::zeroed() };
+        // SAFETY: the caller's promise.
+        return unsafe { layer.launch(stream, &params) };
     }
-    device.context.bind()?;
-    // SAFETY: the arguments were checked, the rest is the caller's promise.
-    unsafe {
-        match few {
-            Some(shared_bytes) => {
-                let kernel = device.router_select.few.get(dtype);
-                kernel.launch(stream, [num_tokens as u32, 1, 1], 512, shared_bytes, &params)
-            }
-            None => launch_many(device, stream, &params, num_tokens as u32, dtype, workspace),
-        }
-    }
+    let size = usize::from(params.num_tokens > 1);
+    let grid = [width.div_ceil(FIRST_ROWS), params.num_tokens.div_ceil(FIRST_TOKENS[size]), 1];
+    let kernel = device.router_select.first[size].get(dtype);
+    // SAFETY: the caller's promise.
+    unsafe { kernel.launch_early(stream, grid, 32 * FIRST_ROWS, 0, params) }
 }
 
 /// One product per layer, then the selection.
@@ -304,9 +417,7 @@ unsafe fn launch_many(
     device: &Device,
     stream: RawStream,
     params: &moefy_router_select_params,
-    num_tokens: u32,
     dtype: DType,
-    workspace: u64,
 ) -> Result<()> {
     use moefy_router_activation as Activation;
     use moefy_router_kind as Kind;
@@ -324,9 +435,9 @@ unsafe fn launch_many(
     };
     let unit_norm =
         matches!(params.kind, Kind::MOEFY_ROUTER_MOEFICATION | Kind::MOEFY_ROUTER_CENTROID);
-    let hidden = workspace;
+    let (num_tokens, hidden) = (params.num_tokens, params.first);
     let scores = match params.scores {
-        0 => workspace + 4 * u64::from(num_tokens) * u64::from(params.hidden),
+        0 => hidden + 4 * u64::from(num_tokens) * u64::from(params.hidden),
         scores => scores,
     };
     let layer = |kernel: &Function, layer: moefy_router_layer_params| {
@@ -365,7 +476,7 @@ unsafe fn launch_many(
         layer(device.router_select.layer_after_hidden(dtype), second_layer)?;
     }
     let select = moefy_select_params {
-        scores,
+        scores: if params.imposed == 0 { scores } else { params.imposed },
         mask: params.mask,
         counts: params.counts,
         status: params.status,
@@ -374,6 +485,7 @@ unsafe fn launch_many(
         selection: params.selection,
         num_tokens,
         num_experts: params.num_experts,
+        ..bytemuck::Zeroable::zeroed()
     };
     unsafe { launch_select(device, stream, &select) }
 }

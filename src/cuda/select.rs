@@ -8,24 +8,18 @@ use crate::abi::{MOEFY_MAX_EXPERTS, moefy_rule, moefy_select_params, moefy_selec
 use crate::error::Result;
 use crate::ffn::{Selection, SelectionRule};
 
-/// One warp per token up to here.
-const MAX_NARROW: u32 = 512;
-/// Of a block.
-const WARPS: u32 = 8;
-/// For sorting the scores of a block's rows.
-const SCRATCH_BYTES: usize = (WARPS * MAX_NARROW) as usize * 4;
+/// Of a block, as long as their rows fit.
+const MAX_WARPS: usize = 8;
+/// What every supported device gives to a block.
+const MAX_SHARED_BYTES: usize = 96 << 10;
 
 pub(super) struct Kernels {
-    narrow: Function,
-    wide: Function,
+    select: Function,
 }
 
 impl Kernels {
     pub(super) fn load(modules: &Modules) -> Result<Self> {
-        Ok(Self {
-            narrow: modules.function("select", "moefy_select", SCRATCH_BYTES)?,
-            wide: modules.function("select", "moefy_select_wide", SCRATCH_BYTES)?,
-        })
+        Ok(Self { select: modules.function("select", "moefy_select", MAX_SHARED_BYTES)? })
     }
 }
 
@@ -79,6 +73,7 @@ pub unsafe fn select(
         selection: abi_selection(selection, num_experts)?,
         num_tokens: check.size("num_tokens", num_tokens)?,
         num_experts: num_experts as u32,
+        ..bytemuck::Zeroable::zeroed()
     };
     if num_tokens == 0 {
         return Ok(());
@@ -95,14 +90,21 @@ pub(super) unsafe fn launch_select(
     stream: RawStream,
     params: &moefy_select_params,
 ) -> Result<()> {
-    let kernels = &device.select;
-    let sorts = params.selection.rule == moefy_rule::MOEFY_RULE_CUMULATIVE_SHARE;
-    let scratch = if sorts { SCRATCH_BYTES } else { 0 };
-    let (kernel, blocks) = match params.num_experts {
-        ..=MAX_NARROW => (&kernels.narrow, params.num_tokens.div_ceil(WARPS)),
-        _ => (&kernels.wide, params.num_tokens),
+    let words = selection_words(&params.selection, params.num_experts as usize);
+    let warps = (MAX_SHARED_BYTES / (4 * words)).clamp(1, MAX_WARPS);
+    let params = moefy_select_params { words_per_warp: words as u32, ..*params };
+    let grid = [params.num_tokens.div_ceil(warps as u32), 1, 1];
+    let shared_bytes = warps * words * 4;
+    unsafe { device.select.select.launch(stream, grid, 32 * warps as u32, shared_bytes, &params) }
+}
+
+/// Words of shared memory for the selection of one token: its keys, and as many again to sort.
+pub(super) fn selection_words(selection: &moefy_selection, num_experts: usize) -> usize {
+    let sorted = match selection.rule {
+        moefy_rule::MOEFY_RULE_CUMULATIVE_SHARE => num_experts.next_power_of_two(),
+        _ => 0,
     };
-    unsafe { kernel.launch(stream, [blocks, 1, 1], WARPS * 32, scratch, params) }
+    num_experts.next_multiple_of(32) + sorted.next_multiple_of(32)
 }
 
 /// Words per row of the mask.

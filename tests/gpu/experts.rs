@@ -13,7 +13,8 @@ use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use crate::harness::{Gpu, Output, is_small, random_mask, relative_error, sizes, uniform};
+use crate::emulation;
+use crate::harness::{Gpu, Output, is_small, random_mask, relative_error, sizes, thin, uniform};
 use crate::route_index::Lists;
 
 pub fn tests() -> crate::Tests {
@@ -123,15 +124,43 @@ enum Which {
     Many,
 }
 
-/// Runs one case on one path and compares.
-fn check(
-    gpu: &Gpu,
-    layer: &ffn::MoeFfn,
-    x: &Tensor,
-    mask: &ExpertMask,
-    scores: Option<&[f32]>,
+/// One case for one path, what should come out, and how far off it may be.
+struct Case {
     which: Which,
-) {
+    layer: ffn::MoeFfn,
+    x: Tensor,
+    mask: ExpertMask,
+    scores: Option<Vec<f32>>,
+    expected: Vec<f64>,
+    bar: f64,
+}
+
+impl Case {
+    fn new(
+        which: Which,
+        layer: ffn::MoeFfn,
+        x: Tensor,
+        mask: ExpertMask,
+        scores: Option<Vec<f32>>,
+    ) -> Self {
+        let expected = expected(&layer, &x, &mask, scores.as_deref());
+        let executed = (0..mask.num_tokens()).map(|t| mask.count(t) * layer.expert_width()).max();
+        let executed = executed.unwrap_or(0) + layer.shared();
+        let gates = scores.as_ref().and_then(|s| emulation::gates(layer.gate(), s, &mask));
+        let emulated = emulation::emulate(&layer, &x, &mask, gates.as_deref());
+        let bar = match x.dtype() {
+            DType::F32 => 1e-6 * (layer.d_model().max(executed).max(64) as f64 / 64.0).sqrt(),
+            dtype => tolerance(&layer, dtype),
+        };
+        let bar = bar.min(emulation::bar(relative_error(&emulated, &expected)));
+        Self { which, layer, x, mask, scores, expected, bar }
+    }
+}
+
+/// Runs one case and compares.
+fn check(gpu: &Gpu, case: &Case) {
+    let Case { which, layer, x, mask, expected, bar, .. } = case;
+    let scores = case.scores.as_deref();
     let [num_tokens, d_model] = x.shape();
     let (num_experts, dtype) = (layer.num_experts(), x.dtype());
     let on_device = MoeFfn::new(&gpu.device, layer).expect("memory");
@@ -182,13 +211,12 @@ fn check(
         }
         experts(device, stream, y_view, neurons, &inputs, workspace)
     });
-    scratch.read::<u8>();
+    scratch.check_guards();
     let actual =
         moefy::TensorRef::from_bytes(dtype, &y.read::<u8>(), x.shape()).unwrap().to_owned();
-    let error = relative_error(&actual.to_f32(), &expected(layer, x, mask, scores));
-    let bar = tolerance(layer, dtype);
+    let error = relative_error(&actual.to_f32(), expected);
     assert!(
-        error <= bar,
+        error <= *bar,
         "{which:?} {dtype}: error {error:.3e} > {bar:.3e}; T {num_tokens}, d {d_model}, E \
          {num_experts}, s {}, shared {}, glu {}, {:?}, gate {:?}, compensation {}",
         layer.expert_width(),
@@ -214,25 +242,27 @@ fn draw_shape(rng: &mut ChaCha8Rng, num_tokens: usize) -> Shape {
             glu: pick(&[0, 1]) == 1,
         };
         let d_ff = shape.num_experts * shape.expert_width + shape.shared;
-        if (num_tokens.max(1) * d_ff * shape.d_model) as f64 <= budget {
+        if (num_tokens.max(8) * d_ff * shape.d_model) as f64 <= budget {
             return shape;
         }
     }
 }
 
 fn any_shape(gpu: &Gpu, which: Which, token_counts: &[usize]) {
-    let rng = &mut gpu.rng();
+    let mut cases = Vec::new();
     for num_tokens in sizes(token_counts, 19) {
         for dtype in DTYPES {
-            for density in [0.0, 0.1, 0.4, 1.0] {
-                let shape = draw_shape(rng, num_tokens);
-                let layer = random_layer(rng, shape, dtype);
-                let x = tokens(rng, num_tokens, shape.d_model, dtype);
-                let mask = random_mask(rng, num_tokens, shape.num_experts, density);
-                check(gpu, &layer, &x, &mask, None, which);
-            }
+            cases.extend([0.0, 0.1, 0.4, 1.0].map(|density| (num_tokens, dtype, density)));
         }
     }
+    let draw = |&(num_tokens, dtype, density): &(usize, DType, f64), rng: &mut ChaCha8Rng| {
+        let shape = draw_shape(rng, num_tokens);
+        let layer = random_layer(rng, shape, dtype);
+        let x = tokens(rng, num_tokens, shape.d_model, dtype);
+        let mask = random_mask(rng, num_tokens, shape.num_experts, density);
+        Case::new(which, layer, x, mask, None)
+    };
+    gpu.check_all(&thin(cases, 5), draw, |gpu, case| check(gpu, &case));
 }
 
 fn few_tokens(gpu: &Gpu) {
@@ -240,7 +270,7 @@ fn few_tokens(gpu: &Gpu) {
 }
 
 fn many_tokens(gpu: &Gpu) {
-    any_shape(gpu, Which::Many, &[0, 1, 2, 19, 64, 99, 512, 989, 4096]);
+    any_shape(gpu, Which::Many, &[0, 1, 2, 7, 19, 64, 99, 512, 989, 4096]);
 }
 
 /// One expert gets every token, another every other one, the rest nothing.
@@ -256,25 +286,27 @@ fn skewed_routing(gpu: &Gpu) {
             (0..num_tokens).for_each(|token| mask.insert(token, hot));
             (0..num_tokens).step_by(2).for_each(|token| mask.insert(token, warm));
             let x = tokens(rng, num_tokens, shape.d_model, dtype);
-            check(gpu, &layer, &x, &mask, None, which);
+            check(gpu, &Case::new(which, layer, x, mask, None));
         }
     }
 }
 
 fn every_gate(gpu: &Gpu) {
     let rng = &mut gpu.rng();
+    let mut cases = Vec::new();
     for gate in [Gate::Score, Gate::Softmax, Gate::Renormalised] {
         for (which, num_tokens) in [(Which::Few, 7), (Which::Many, 99)] {
-            for dtype in DTYPES {
-                let shape = draw_shape(rng, num_tokens);
-                let layer = random_layer(rng, shape, dtype).with_gate(gate);
-                let x = tokens(rng, num_tokens, shape.d_model, dtype);
-                let mask = random_mask(rng, num_tokens, shape.num_experts, 0.3);
-                let scores: Vec<f32> = uniform(rng, num_tokens * shape.num_experts);
-                let scores: Vec<f32> = scores.into_iter().map(f32::abs).collect();
-                check(gpu, &layer, &x, &mask, Some(&scores), which);
-            }
+            cases.extend(DTYPES.map(|dtype| (gate, which, num_tokens, dtype)));
         }
+    }
+    for (gate, which, num_tokens, dtype) in thin(cases, 5) {
+        let shape = draw_shape(rng, num_tokens);
+        let layer = random_layer(rng, shape, dtype).with_gate(gate);
+        let x = tokens(rng, num_tokens, shape.d_model, dtype);
+        let mask = random_mask(rng, num_tokens, shape.num_experts, 0.3);
+        let scores: Vec<f32> = uniform(rng, num_tokens * shape.num_experts);
+        let scores: Vec<f32> = scores.into_iter().map(f32::abs).collect();
+        check(gpu, &Case::new(which, layer, x, mask, Some(scores)));
     }
 }
 

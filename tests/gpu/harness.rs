@@ -1,10 +1,11 @@
 //! What every test of a kernel needs: outputs that show what was not written and what was written
 //! beside them, launches that are repeated in a graph, and random inputs.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bytemuck::Pod;
-use moefy::cuda::interop::cudarc::driver::{CudaGraph, CudaStream, sys};
+use moefy::cuda::interop::cudarc::driver::{CudaGraph, CudaStream, result, sys};
 use moefy::cuda::{Buffer, Device, RawStream, View};
 use moefy::ffn::ExpertMask;
 use rand::{RngExt, SeedableRng};
@@ -60,6 +61,36 @@ impl Gpu {
         }
     }
 
+    /// Prepares cases on all cores, and takes each to the GPU when it is its turn: what takes long is the
+    /// reference.
+    pub fn check_all<C: Sync, P>(
+        &self,
+        cases: &[C],
+        prepare: impl Fn(&C, &mut ChaCha8Rng) -> P + Sync,
+        check: impl Fn(&Self, P) + Sync,
+    ) {
+        let (next, turn) = (AtomicUsize::new(0), Mutex::new(()));
+        let work = || {
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                let Some(case) = cases.get(index) else { return };
+                let mut rng = self.rng();
+                rng.set_stream(index as u64 + 1);
+                let prepared = prepare(case, &mut rng);
+                // Nobody goes on after a failure.
+                let Ok(_turn) = turn.lock() else { return };
+                check(self, prepared);
+            }
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..cores).map(|_| scope.spawn(work)).collect();
+            for thread in threads {
+                thread.join().unwrap_or_else(|failure| std::panic::resume_unwind(failure));
+            }
+        });
+    }
+
     /// What `launch` puts on the stream.
     pub fn capture(&self, launch: impl Fn(RawStream) -> moefy::Result<()>) -> Option<CudaGraph> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -109,6 +140,10 @@ impl Output {
         self.buffer.address() + GUARD as u64
     }
 
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// The whole as a vector of words.
     pub fn view(&self) -> View {
         View::words(self.address(), self.bytes / 4)
@@ -138,8 +173,18 @@ impl Output {
     }
 
     /// For a workspace, whose content means nothing.
+    ///
+    /// # Panics
+    /// When a guard band was written to.
     pub fn check_guards(&self) {
-        self.read::<u8>();
+        result::ctx::synchronize().expect("no failure");
+        for offset in [0, GUARD + self.bytes] {
+            let mut band = [0; GUARD];
+            let address = self.buffer.address() + offset as u64;
+            // SAFETY: the buffer has a band at either end.
+            unsafe { result::memcpy_dtoh_sync(&mut band, address) }.expect("a copy");
+            assert!(band == [GUARD_BYTE; GUARD], "something was written beside a workspace");
+        }
     }
 }
 
@@ -151,6 +196,12 @@ pub fn is_small() -> bool {
 /// The values up to `limit` when shapes should stay small, else all.
 pub fn sizes(all: &[usize], limit: usize) -> Vec<usize> {
     all.iter().copied().filter(|&size| !is_small() || size <= limit).collect()
+}
+
+/// One case in so many when shapes should stay small, else all. Where that is coprime to the turns of the loops that made
+/// them, every value of each is still among them.
+pub fn thin<C>(cases: Vec<C>, one_in: usize) -> Vec<C> {
+    cases.into_iter().step_by(if is_small() { one_in } else { 1 }).collect()
 }
 
 pub fn uniform(rng: &mut ChaCha8Rng, len: usize) -> Vec<f32> {

@@ -27,7 +27,7 @@ fn from_tokens_to_lists(gpu: &Gpu) {
     let x = stream.clone_htod(&uniform(rng, num_tokens * d_model)).unwrap();
     let mut mask = words(num_tokens * 3);
     let mut scores = stream.alloc_zeros::<f32>(num_tokens * num_experts).unwrap();
-    let mut workspace = bytes(router_select_workspace_bytes(num_tokens, d_model, &router.view()));
+    let mut workspace = bytes(router_select_workspace_bytes(num_tokens, &router.view()));
     let rule = Selection::dynamic_k(0.5);
     let out = Some(&mut scores);
     interop::router_select(device, stream, &mut mask, out, &x, &router, &rule, &mut workspace)

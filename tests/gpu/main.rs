@@ -5,9 +5,12 @@
 
 mod abi;
 mod bad_input;
+mod emulation;
 mod experts;
+mod ffn_few;
 mod harness;
 mod interop;
+mod layers;
 mod plan;
 mod route_index;
 mod router_select;
@@ -28,6 +31,8 @@ fn main() -> ExitCode {
         abi::tests(),
         bad_input::tests(),
         experts::tests(),
+        ffn_few::tests(),
+        layers::tests(),
         plan::tests(),
         interop::tests(),
         route_index::tests(),

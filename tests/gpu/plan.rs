@@ -10,7 +10,7 @@ use moefy::{DType, Tensor, TensorRef, reference};
 use rand_chacha::ChaCha8Rng;
 
 use crate::experts::{Shape, expected, random_layer, tokens, tolerance};
-use crate::harness::{Gpu, Output, is_small, random_mask, relative_error, sizes};
+use crate::harness::{Gpu, Output, is_small, random_mask, relative_error, sizes, thin};
 
 pub fn tests() -> crate::Tests {
     vec![
@@ -83,6 +83,7 @@ impl Case {
             x: View::matrix(self.x.address(), float, [num_tokens, self.shape.d_model]),
             num_valid_tokens: padded.then(|| self.valid.view()),
             scores: Some(View::matrix(self.scores.address(), Format::F32, scores)),
+            mask: None,
             status: None,
         }
     }
@@ -101,7 +102,7 @@ impl Case {
     }
 
     fn read(&self, num_tokens: usize) -> Vec<f32> {
-        self.scratch.read::<u8>();
+        self.scratch.check_guards();
         let bytes = num_tokens * self.shape.d_model * self.dtype.bytes();
         let y = &self.y.read::<u8>()[..bytes];
         let y = TensorRef::from_bytes(self.dtype, y, [num_tokens, self.shape.d_model]).unwrap();
@@ -111,7 +112,7 @@ impl Case {
 
 /// Writes the front of an output; the rest stays poisoned.
 fn fill(output: &mut Output, bytes: &[u8]) {
-    let mut all = vec![0xff; output.read::<u8>().len()];
+    let mut all = vec![0xff; output.bytes()];
     all[..bytes.len()].copy_from_slice(bytes);
     output.write(&all);
 }
@@ -140,36 +141,60 @@ fn reference_of(path: Path, layer: &ffn::MoeFfn, x: &Tensor, mask: &ExpertMask) 
 }
 
 fn every_path(gpu: &Gpu) {
-    let rng = &mut gpu.rng();
+    let mut cases = Vec::new();
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         for shape in [PLAIN, GLU] {
-            let layer = random_layer(rng, shape, dtype);
-            for path in Path::ALL {
-                let max_tokens = if is_small() { 19 } else { 130 };
-                let mut case = Case::new(gpu, &layer, shape, max_tokens, forced(path));
-                for num_tokens in sizes(&[0, 1, 2, 7, 19, 33, 130], 19) {
-                    let x = tokens(rng, num_tokens, shape.d_model, dtype);
-                    let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
-                    case.write(&x, &mask);
-                    case.y.poison();
-                    case.launch(gpu.raw_stream(), num_tokens, false).expect("a run");
-                    let eager = case.read(num_tokens);
-                    let error = relative_error(&eager, &reference_of(path, &layer, &x, &mask));
-                    // Dense products round once more: the pre-activations.
-                    let bar = tolerance(&layer, dtype)
-                        * if path == Path::DenseMasked { 2.0 } else { 1.0 };
-                    assert!(error <= bar, "{} {dtype} T {num_tokens}: {error:.3e}", path.name());
-                    if num_tokens == 0 {
-                        continue;
-                    }
-                    case.y.poison();
-                    let graph = gpu.capture(|stream| case.launch(stream, num_tokens, false));
-                    graph.expect("kernels").launch().expect("a launch");
-                    assert!(case.read(num_tokens) == eager, "{}: a graph differs", path.name());
-                }
-            }
+            cases.extend(Path::ALL.map(|path| (dtype, shape, path)));
         }
     }
+    let rng = &mut gpu.rng();
+    thin(cases, 7)
+        .into_iter()
+        .for_each(|(dtype, shape, path)| one_path(gpu, rng, dtype, shape, path));
+}
+
+fn one_path(gpu: &Gpu, rng: &mut ChaCha8Rng, dtype: DType, shape: Shape, path: Path) {
+    let layer = random_layer(rng, shape, dtype);
+    let mut max_tokens = if is_small() { 19 } else { 130 };
+    if path == Path::FewFused {
+        max_tokens = 32;
+        if dtype == DType::F32 || gpu.device.properties().compute_capability != (9, 0) {
+            return refuses(gpu, &layer, max_tokens);
+        }
+        refuses(gpu, &layer, 33);
+    }
+    let mut case = Case::new(gpu, &layer, shape, max_tokens, forced(path));
+    for num_tokens in sizes(&[0, 1, 2, 7, 19, 32, 33, 130], 19) {
+        if num_tokens > max_tokens {
+            continue;
+        }
+        let x = tokens(rng, num_tokens, shape.d_model, dtype);
+        let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
+        case.write(&x, &mask);
+        case.y.poison();
+        case.launch(gpu.raw_stream(), num_tokens, false).expect("a run");
+        let eager = case.read(num_tokens);
+        let error = relative_error(&eager, &reference_of(path, &layer, &x, &mask));
+        // Dense products round once more: the pre-activations.
+        let bar = tolerance(&layer, dtype) * if path == Path::DenseMasked { 2.0 } else { 1.0 };
+        assert!(error <= bar, "{} {dtype} T {num_tokens}: {error:.3e}", path.name());
+        if num_tokens == 0 {
+            continue;
+        }
+        case.y.poison();
+        let graph = gpu.capture(|stream| case.launch(stream, num_tokens, false));
+        graph.expect("kernels").launch().expect("a launch");
+        assert!(case.read(num_tokens) == eager, "{}: a graph differs", path.name());
+    }
+}
+
+/// A path that cannot do so many tokens, or this type.
+fn refuses(gpu: &Gpu, layer: &ffn::MoeFfn, max_tokens: usize) {
+    let on_device = Arc::new(MoeFfn::new(&gpu.device, layer).expect("memory"));
+    let error = on_device.plan(max_tokens, forced(Path::FewFused)).err().expect("a refusal");
+    let message = error.to_string();
+    let words = ["plan", "few-fused", &max_tokens.to_string()];
+    words.iter().for_each(|word| assert!(message.contains(word), "{message:?} lacks {word:?}"));
 }
 
 fn automatic(gpu: &Gpu) {
@@ -243,7 +268,15 @@ fn statistics(gpu: &Gpu) {
 
 fn replays_with_other_inputs(gpu: &Gpu) {
     let rng = &mut gpu.rng();
-    for (path, num_tokens) in [(Path::Few, 5), (Path::ExpertMajor, 40), (Path::DenseMasked, 40)] {
+    let cases = [
+        (Path::FewFused, 1),
+        (Path::FewFused, 8),
+        (Path::FewFused, 32),
+        (Path::Few, 5),
+        (Path::ExpertMajor, 40),
+        (Path::DenseMasked, 40),
+    ];
+    for (path, num_tokens) in cases {
         let layer = random_layer(rng, PLAIN, DType::BF16);
         let mut case = Case::new(gpu, &layer, PLAIN, num_tokens, forced(path));
         let graph = gpu.capture(|stream| case.launch(stream, num_tokens, false)).expect("kernels");

@@ -1,6 +1,7 @@
 //! Scores of a router are close to those of the reference in f64 on the same rounded weights, and the
 //! masks are exactly those of the scores.
 
+use moefy::abi::MOEFY_STATUS_ROW_WITHOUT_SCORE;
 use moefy::cuda::{
     DeviceRouter, Format, RouterSelectOutputs, SelectOutputs, View, Workspace, router_select,
     router_select_workspace_bytes,
@@ -9,7 +10,7 @@ use moefy::ffn::{MlpKind, Router, Selection, SelectionRule};
 use moefy::{DType, Tensor, reference};
 use rand_chacha::ChaCha8Rng;
 
-use crate::harness::{Gpu, Output, is_small, relative_error, sizes, uniform};
+use crate::harness::{Gpu, Output, is_small, relative_error, sizes, thin, uniform};
 
 pub fn tests() -> crate::Tests {
     vec![
@@ -18,6 +19,7 @@ pub fn tests() -> crate::Tests {
         ("router_select::many_tokens", many_tokens),
         ("router_select::many_experts", many_experts),
         ("router_select::padding_and_rows_apart", padding_and_rows_apart),
+        ("router_select::tokens_without_score", tokens_without_score),
     ]
 }
 
@@ -48,6 +50,7 @@ pub fn routers(
     ]
 }
 
+#[derive(Clone, Copy)]
 struct Case {
     num_tokens: usize,
     valid: usize,
@@ -74,7 +77,7 @@ impl Case {
         let weights = weights.view();
         let num_experts = weights.num_experts();
         let row_words = num_experts.div_ceil(32);
-        let bytes = router_select_workspace_bytes(num_tokens, d_model, &weights);
+        let bytes = router_select_workspace_bytes(num_tokens, &weights);
         let memory = Output::new(gpu, bytes);
         let workspace = Workspace { address: memory.address(), bytes };
         let num_valid = gpu.input(&[valid as u32]);
@@ -143,7 +146,12 @@ impl Case {
 
 /// Where exact scores are further than 1e-4 of the row's largest from the threshold, the expert is
 /// in exactly when its score is above.
-fn assert_outside_band(scores: &[f64], mask: &moefy::ffn::ExpertMask, threshold: f64, case: &str) {
+pub fn assert_outside_band(
+    scores: &[f64],
+    mask: &moefy::ffn::ExpertMask,
+    threshold: f64,
+    case: &str,
+) {
     for (token, row) in scores.chunks_exact(mask.num_experts()).enumerate() {
         let max = row.iter().copied().fold(0.0, f64::max);
         for (expert, &score) in row.iter().enumerate() {
@@ -157,20 +165,22 @@ fn assert_outside_band(scores: &[f64], mask: &moefy::ffn::ExpertMask, threshold:
 
 fn kinds_and_types(gpu: &Gpu) {
     let rng = &mut gpu.rng();
+    let mut cases = Vec::new();
     for dtype in DTYPES {
         for (num_tokens, shape) in [(7, [48, 384, 128]), (1030, [112, 96, 64]), (19, [129, 72, 40])]
         {
-            for router in routers(rng, shape, dtype) {
-                let case = Case::new(num_tokens, shape[1], dtype);
-                case.check(gpu, rng, &router, &Selection::dynamic_k(0.4));
-            }
+            let of_router = |router| (router, Case::new(num_tokens, shape[1], dtype));
+            cases.extend(routers(rng, shape, dtype).into_iter().map(of_router));
         }
+    }
+    for (router, case) in thin(cases, 5) {
+        case.check(gpu, rng, &router, &Selection::dynamic_k(0.4));
     }
 }
 
 fn few_tokens(gpu: &Gpu) {
     let rng = &mut gpu.rng();
-    for (index, num_tokens) in [0, 1, 2, 7, 19, 99, 512, 989].into_iter().enumerate() {
+    for (index, num_tokens) in [0, 1, 2, 7, 19, 64, 99, 512, 989].into_iter().enumerate() {
         for d_model in sizes(&[64, 768, 1000, 4096, 33], 100) {
             if num_tokens * d_model > 500_000 || is_small() && num_tokens > 99 {
                 continue;
@@ -217,10 +227,54 @@ fn many_experts(gpu: &Gpu) {
 
 fn padding_and_rows_apart(gpu: &Gpu) {
     let rng = &mut gpu.rng();
+    let mut cases = Vec::new();
     for (num_tokens, valid) in [(7, 0), (7, 5), (1030, 0), (1030, 65)] {
-        for router in routers(rng, [48, 64, 32], DType::F16) {
-            let case = Case { valid, x_stride: 72, ..Case::new(num_tokens, 64, DType::F16) };
-            case.check(gpu, rng, &router, &Selection::dynamic_k(0.5));
+        let case = Case { valid, x_stride: 72, ..Case::new(num_tokens, 64, DType::F16) };
+        let of_router = |router| (router, case);
+        cases.extend(routers(rng, [48, 64, 32], DType::F16).into_iter().map(of_router));
+    }
+    for (router, case) in thin(cases, 5) {
+        case.check(gpu, rng, &router, &Selection::dynamic_k(0.5));
+    }
+}
+
+/// A token of NaN or infinity has no finite score from a linear router: it selects nothing, and the status
+/// word says so. Its neighbours are as they were.
+fn tokens_without_score(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let (d_model, num_experts) = (64, 40);
+    let device = &gpu.device;
+    for num_tokens in [5, 1030] {
+        let router = &routers(rng, [num_experts, d_model, 32], DType::F32)[0];
+        let mut x = uniform(rng, num_tokens * d_model);
+        x[d_model] = f32::NAN;
+        x[3 * d_model + 7] = f32::INFINITY;
+        let weights = DeviceRouter::new(device, router, DType::F32).unwrap();
+        let input = gpu.input(&x);
+        let input = View::matrix(input.address(), Format::F32, [num_tokens, d_model]);
+        let bytes = router_select_workspace_bytes(num_tokens, &weights.view());
+        let memory = Output::new(gpu, bytes);
+        let status = gpu.input(&[0u32]);
+        let (mask, scores) =
+            (Output::words(gpu, num_tokens * 2), Output::words(gpu, num_tokens * num_experts));
+        let outputs = RouterSelectOutputs {
+            selected: SelectOutputs {
+                mask: View::matrix(mask.address(), Format::Word, [num_tokens, 2]),
+                counts: None,
+                status: Some(View::words(status.address(), 1)),
+            },
+            scores: Some(View::matrix(scores.address(), Format::F32, [num_tokens, num_experts])),
+        };
+        let (stream, selection) = (gpu.raw_stream(), Selection::dynamic_k(0.5));
+        let workspace = Workspace { address: memory.address(), bytes };
+        let router = weights.view();
+        unsafe {
+            router_select(device, stream, &outputs, input, None, &router, &selection, workspace)
+                .expect("arguments that fit");
         }
+        let selected = reference::select(&selection, &scores.read::<f32>(), num_experts);
+        assert_eq!(selected.rows_without_score, 2);
+        assert_eq!(mask.read::<u32>(), selected.mask.words());
+        assert_eq!(status.read::<u32>().unwrap(), [MOEFY_STATUS_ROW_WITHOUT_SCORE]);
     }
 }

@@ -7,11 +7,12 @@ use moefy::reference;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
-use crate::harness::{Gpu, Output, sizes, uniform};
+use crate::harness::{Gpu, Output, sizes, thin, uniform};
 
 pub fn tests() -> crate::Tests {
     vec![
         ("select::every_rule_and_size", every_rule_and_size),
+        ("select::many_tokens", many_tokens),
         ("select::ties_and_special_values", ties_and_special_values),
         ("select::rows_apart_and_padding", rows_apart_and_padding),
     ]
@@ -72,12 +73,28 @@ fn check(gpu: &Gpu, scores: &[f32], num_experts: usize, selection: &Selection, v
 
 fn every_rule_and_size(gpu: &Gpu) {
     let rng = &mut gpu.rng();
+    let mut cases = Vec::new();
     for num_experts in sizes(&[1, 2, 12, 31, 32, 33, 48, 112, 129, 448, 512, 513, 1000, 4096], 33) {
-        for (index, selection) in rules(num_experts).iter().enumerate() {
-            let num_tokens = [0, 1, 2, 7, 19, 64, 99][index % 7];
-            let scores: Vec<f32> =
-                uniform(rng, num_tokens * num_experts).into_iter().map(f32::abs).collect();
-            check(gpu, &scores, num_experts, selection, num_tokens);
+        let of_rule = |(index, rule)| (num_experts, [0, 1, 2, 7, 19, 64, 99][index % 7], rule);
+        cases.extend(rules(num_experts).into_iter().enumerate().map(of_rule));
+    }
+    for (num_experts, num_tokens, selection) in thin(cases, 5) {
+        let scores = uniform(rng, num_tokens * num_experts);
+        let scores: Vec<f32> = scores.into_iter().map(f32::abs).collect();
+        check(gpu, &scores, num_experts, &selection, num_tokens);
+    }
+}
+
+fn many_tokens(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    for num_tokens in sizes(&[512, 989, 4096], 512) {
+        for num_experts in sizes(&[12, 48, 448], 48) {
+            let scores = uniform(rng, num_tokens * num_experts);
+            for selection in
+                [Selection::top_k(5), Selection::dynamic_k(0.3), Selection::cumulative_share(0.5)]
+            {
+                check(gpu, &scores, num_experts, &selection, num_tokens);
+            }
         }
     }
 }
@@ -95,7 +112,7 @@ fn special(rng: &mut ChaCha8Rng) -> f32 {
 fn ties_and_special_values(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     for num_experts in sizes(&[1, 3, 48, 129, 512, 700, 4096], 48) {
-        for selection in rules(num_experts) {
+        for selection in thin(rules(num_experts), 5) {
             let mut scores: Vec<f32> = (0..24 * num_experts).map(|_| special(rng)).collect();
             let mut rows = scores.chunks_exact_mut(num_experts);
             rows.next().unwrap().fill(0.0);

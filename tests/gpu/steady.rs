@@ -2,8 +2,8 @@
 //! no call keeps memory.
 
 use moefy::cuda::{
-    DeviceRouter, Format, RouterSelectOutputs, SelectOutputs, View, Workspace, route_index,
-    router_select,
+    Buffer, DeviceRouter, Format, RouterSelectOutputs, SelectOutputs, View, Workspace, route_index,
+    router_select, router_select_workspace_bytes,
 };
 use moefy::ffn::Selection;
 use moefy::{DType, Tensor};
@@ -29,16 +29,20 @@ struct Pipeline {
     mask: Output,
     lists: Lists,
     router: DeviceRouter,
+    workspace: Buffer,
 }
 
 impl Pipeline {
     fn new(gpu: &Gpu) -> Self {
         let router = &routers(&mut gpu.rng(), [EXPERTS, D_MODEL, 128], DType::BF16)[1];
+        let router = DeviceRouter::new(&gpu.device, router, DType::BF16).unwrap();
+        let bytes = router_select_workspace_bytes(TOKENS, &router.view());
         Self {
             x: Output::new(gpu, TOKENS * D_MODEL * 2),
             mask: Output::words(gpu, TOKENS * EXPERTS.div_ceil(32)),
             lists: Lists::new(gpu, TOKENS, EXPERTS, TOKENS * EXPERTS),
-            router: DeviceRouter::new(&gpu.device, router, DType::BF16).unwrap(),
+            router,
+            workspace: Buffer::new(&gpu.device, bytes).unwrap(),
         }
     }
 
@@ -49,8 +53,10 @@ impl Pipeline {
         let x = View::matrix(self.x.address(), Format::Float(DType::BF16), [TOKENS, D_MODEL]);
         let (device, selection) = (&gpu.device, Selection::dynamic_k(0.5));
         let (router, none) = (self.router.view(), Workspace::NONE);
+        let workspace =
+            Workspace { address: self.workspace.address(), bytes: self.workspace.bytes() };
         unsafe {
-            router_select(device, stream, &outputs, x, None, &router, &selection, none)?;
+            router_select(device, stream, &outputs, x, None, &router, &selection, workspace)?;
             route_index(device, stream, &self.lists.views(None), mask, EXPERTS, None, none)
         }
     }

@@ -1,6 +1,10 @@
 //! The `moefy` command. Exit codes: 0 success, 1 something went wrong (one sentence on standard
 //! error), 2 wrong usage.
 
+#[cfg(feature = "cuda")]
+mod bench;
+#[cfg(feature = "cuda")]
+mod check;
 mod convert;
 mod embed;
 mod eval;
@@ -75,6 +79,12 @@ enum Command {
     Eval(eval::Eval),
     /// Embed texts
     Embed(embed::Embed),
+    /// Compare what the kernels give on the GPU of this machine with the reference
+    #[cfg(feature = "cuda")]
+    Check(check::Check),
+    /// Measure on a GPU
+    #[cfg(feature = "cuda")]
+    Bench(bench::Bench),
 }
 
 fn main() -> ExitCode {
@@ -101,5 +111,9 @@ fn run(Cli { common, command }: Cli) -> moefy::Result<()> {
         Command::Inspect(command) => command.run(&common),
         Command::Eval(command) => command.run(&common),
         Command::Embed(command) => command.run(&common),
+        #[cfg(feature = "cuda")]
+        Command::Check(command) => command.run(&common),
+        #[cfg(feature = "cuda")]
+        Command::Bench(command) => command.run(&common),
     }
 }

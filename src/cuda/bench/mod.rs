@@ -4,144 +4,56 @@
 //! of weights that they come from memory and not from the cache. Everything that an engine would
 //! pay is inside: router, selection, index, experts.
 
-mod layers;
+mod baseline;
+mod batch;
+mod graph;
+mod limits;
+mod row;
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use cudarc::driver::{CudaGraph, CudaStream, sys};
+use cudarc::driver::CudaStream;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use serde::Serialize;
 
-use self::layers::{Inputs, Layers, draw_masks, random, random_layer, union};
+pub use self::graph::TimedGraph;
+pub use self::limits::Limits;
+pub use self::row::FfnRow;
+pub use super::synthetic::{LayerSpec, Routing};
 
-use super::cublaslt::{CublasLt, Epilogue, Operands, Product, ProductShape, WORKSPACE_BYTES};
+use self::batch::{Batch, Layers};
+use self::graph::{pairs, spread};
 use super::driver::cannot;
 use super::plan::Stage;
-use super::{Buffer, Device, Fallback, MoeFfn, Path, PlanOptions};
-use crate::dtype::DType;
-use crate::error::Result;
-use crate::ffn::{self, Activation, ExpertMask};
+use super::{Device, Fallback, MoeFfn, Path, PlanOptions};
+use crate::error::{Error, Result};
+use crate::ffn::{self, ExpertMask};
 
-/// Executed bytes of one rotation, in sizes of the second-level cache.
+/// Executed bytes of one rotation over the sets of weights, in sizes of the second-level cache.
 const ROTATION: usize = 4;
-/// No more sets of weights than this.
-const MAX_SETS: usize = 64;
-/// Pairs of a sparse and a dense time.
-const PAIRS: usize = 15;
+/// No more sets of weights than this, nor more than half of the memory.
+const MAX_SETS: usize = 512;
+/// A graph takes at least about so long: what lies between two graphs hardly counts then.
+const MIN_GRAPH_US: f64 = 500.0;
+/// What a layer takes at least, whatever its bound.
+const MIN_LAYER_US: f64 = 5.0;
+/// Launches of a graph that stops after a stage.
+const STAGE_LAUNCHES: usize = 5;
 
-/// What the machine can do at best, as measured.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Limits {
-    /// Bytes read and written by a copy from memory to memory.
-    pub bytes_per_second: f64,
-    /// A large product of the element type.
-    pub flops_per_second: f64,
-}
-
-/// A layer to measure; its weights are random.
-#[derive(Clone, Copy, Debug)]
-pub struct LayerSpec {
-    /// Width of a token.
-    pub d_model: usize,
-    /// Neurons, shared ones included.
-    pub d_ff: usize,
-    /// Whether it is gated.
-    pub glu: bool,
-    /// φ.
-    pub activation: Activation,
-    /// E.
-    pub num_experts: usize,
-    /// Neurons that every token runs.
-    pub shared: usize,
-    /// Of weights and activations.
-    pub dtype: DType,
-    /// Hidden units of the D2DMoE router; 0 for the linear router.
-    pub router_hidden: usize,
-    /// Draws weights, tokens and routing.
-    pub seed: u64,
-}
-
-/// Which experts the tokens run. It is imposed through the scores that selection reads, after the
-/// router has run.
+/// One measurement of a layer.
 #[derive(Clone, Debug)]
-pub enum Routing {
-    /// Independent random experts, as many for each token as make the density exact.
-    Random {
-        /// Executed share of the routed neurons.
-        density: f64,
-    },
-    /// Masks that were recorded.
-    Trace {
-        /// What to call it.
-        name: String,
-        /// Consecutive rows are used, from the beginning again at the end.
-        masks: ExpertMask,
-    },
-}
-
-/// One measurement.
-#[derive(Clone, Copy, Debug)]
 pub struct RunSpec {
     /// T.
     pub tokens: usize,
+    /// Which experts they run.
+    pub routing: Routing,
     /// The path, or `None` for what the plan chooses.
     pub path: Option<Path>,
     /// What the plan may fall back to.
     pub fallback: Fallback,
-}
-
-/// What one measurement found; times are microseconds for one layer.
-#[derive(Clone, Debug, Serialize)]
-pub struct FfnRow {
-    /// Width of a token.
-    pub d_model: usize,
-    /// Neurons.
-    pub d_ff: usize,
-    /// Whether the layer is gated.
-    pub glu: bool,
-    /// φ.
-    pub activation: Activation,
-    /// E.
-    pub num_experts: usize,
-    /// Neurons that every token runs.
-    pub shared: usize,
-    /// Of weights and activations.
-    pub dtype: DType,
-    /// "linear", or "d2dmoe-" and the hidden units.
-    pub router: String,
-    /// T.
-    pub tokens: usize,
-    /// "random", or "trace:" and its name.
-    pub routing: String,
-    /// Executed neurons / d_ff.
-    pub density: f64,
-    /// "exact" or "masked".
-    pub fallback: &'static str,
-    /// The path that ran.
-    pub path: &'static str,
-    /// Whether it was forced.
-    pub path_forced: bool,
-    /// Median time.
-    pub us: f64,
-    /// Median time of the dense layer, by turns with it.
-    pub dense_us: f64,
-    /// Median of the ratios of neighbouring pairs, dense to this.
-    pub speedup: f64,
-    /// Largest less smallest of those ratios, divided by their median.
-    pub spread: f64,
-    /// The time that executed bytes or operations need at best.
-    pub bound_us: f64,
-    /// bound_us / us.
-    pub share_of_bound: f64,
-    /// Weights of the executed experts of all tokens, shared neurons and router.
-    pub executed_bytes: usize,
-    /// Router and selection.
-    pub router_select_us: f64,
-    /// Lists from masks.
-    pub index_us: f64,
-    /// The rest.
-    pub experts_us: f64,
+    /// The density that the plan is told; `None`: what the routing has.
+    pub calibrated_density: Option<f64>,
 }
 
 /// Copies of a layer in memory of their own, and what the machine can do.
@@ -152,6 +64,8 @@ pub struct FfnBench {
     limits: Limits,
     layer: ffn::MoeFfn,
     sets: Vec<Arc<MoeFfn>>,
+    max_sets: usize,
+    batch: Option<Batch>,
 }
 
 impl FfnBench {
@@ -160,74 +74,44 @@ impl FfnBench {
     /// # Errors
     /// When the sizes do not fit together or the device has too little memory.
     pub fn new(device: &Arc<Device>, spec: LayerSpec, limits: Limits) -> Result<Self> {
-        let layer = random_layer(&spec)?;
+        let layer = spec.draw()?;
         let stream = device.cudarc_context().new_stream().map_err(cannot("create a stream"))?;
-        let device = device.clone();
-        Ok(Self { device, stream, spec, limits, layer, sets: Vec::new() })
+        let (free, _) =
+            device.cudarc_context().mem_get_info().map_err(cannot("ask for free memory"))?;
+        let mut bench = Self {
+            device: device.clone(),
+            stream,
+            spec,
+            limits,
+            layer,
+            sets: Vec::new(),
+            max_sets: MAX_SETS,
+            batch: None,
+        };
+        bench.max_sets = (free / 2 / bench.dense_bytes()).clamp(2, MAX_SETS);
+        Ok(bench)
     }
 
-    /// Measures one number of tokens under one routing.
+    /// What it measures.
+    pub fn layer(&self) -> &LayerSpec {
+        &self.spec
+    }
+
+    /// Measures. Runs with the same number of tokens one after another share what is timed for it.
     ///
     /// # Errors
-    /// When the device has too little memory, or cuBLASLt is missing.
-    pub fn run(&mut self, run: RunSpec, routing: &Routing) -> Result<FfnRow> {
-        let spec = self.spec;
-        let rng = &mut ChaCha8Rng::seed_from_u64(spec.seed ^ run.tokens as u64);
-        let width = self.layer.expert_width();
-        let neuron_bytes = (2 + usize::from(spec.glu)) * spec.d_model * spec.dtype.bytes();
-        let router_bytes = self.layer.router().macs_per_token() as usize * spec.dtype.bytes();
-        let first = draw_masks(rng, routing, run.tokens, spec.num_experts, 0);
-        let executed = (union(&first) * width + spec.shared) * neuron_bytes + router_bytes;
-        let rotation = ROTATION * self.device.properties().l2_bytes;
-        let num_sets = rotation.div_ceil(executed.max(1)).clamp(2, MAX_SETS);
-        while self.sets.len() < num_sets {
-            self.sets.push(Arc::new(MoeFfn::new(&self.device, &self.layer)?));
-        }
-
-        let options =
-            PlanOptions { path: run.path, fallback: run.fallback, ..PlanOptions::default() };
-        let exact = PlanOptions { path: Some(Path::DenseExact), ..options };
-        let sparse = Layers::new(self, num_sets, run.tokens, options)?;
-        let dense = Layers::new(self, num_sets, run.tokens, exact)?;
-        let mut inputs = Vec::with_capacity(num_sets);
-        let mut pairs = 0;
-        for set in 0..num_sets {
-            let masks = draw_masks(rng, routing, run.tokens, spec.num_experts, set * run.tokens);
-            pairs += masks.num_pairs();
-            inputs.push(Inputs::new(&self.device, rng, &spec, &masks)?);
-        }
-
-        let whole = sparse.capture(&self.stream, &inputs, Stage::Experts)?;
-        let baseline = dense.capture(&self.stream, &inputs, Stage::Experts)?;
-        let mut times = Vec::with_capacity(PAIRS);
-        for pair in 0..PAIRS + 2 {
-            let time = [self.time(&whole, num_sets)?, self.time(&baseline, num_sets)?];
-            // The first ones warm up.
-            if pair >= 2 {
-                times.push(time);
-            }
-        }
-        let path = sparse.plans[0].path(run.tokens);
-        let mut stages = [0.0; 2];
-        if matches!(path, Path::Few | Path::ExpertMajor) {
-            for (time, stage) in stages.iter_mut().zip([Stage::Route, Stage::Index]) {
-                let graph = sparse.capture(&self.stream, &inputs, stage)?;
-                let repeated: Result<Vec<f64>> =
-                    (0..5).map(|_| self.time(&graph, num_sets)).collect();
-                *time = median(repeated?);
-            }
-        }
-
-        let ratios: Vec<f64> = times.iter().map(|[sparse, dense]| dense / sparse).collect();
-        let us = median(times.iter().map(|pair| pair[0]).collect());
-        let speedup = median(ratios.clone());
-        let extreme = |pick: fn(f64, f64) -> f64| ratios.iter().copied().reduce(pick);
-        let range = extreme(f64::max).zip(extreme(f64::min)).map_or(0.0, |(max, min)| max - min);
-        let mean_k = pairs as f64 / (num_sets * run.tokens.max(1)) as f64;
-        let flops = 2.0 * self.layer.macs_per_token(mean_k) * run.tokens as f64;
-        let bound_us = 1e6
-            * (executed as f64 / self.limits.bytes_per_second)
-                .max(flops / self.limits.flops_per_second);
+    /// When the path cannot do it, the device has too little memory, or cuBLASLt is missing.
+    pub fn run(&mut self, run: &RunSpec) -> Result<FfnRow> {
+        let set_up = self.set_up(run)?;
+        let SetUp { bench, layers, path, .. } = &set_up;
+        let whole = set_up.capture(layers, Stage::Experts)?;
+        let times = pairs([&whole, &layers.batch.baseline.graph])?;
+        let column = |pick: fn(&[f64; 2]) -> f64| times.iter().map(pick).collect::<Vec<f64>>();
+        let us = median(&column(|pair| pair[0]));
+        let ratios = column(|pair| pair[1] / pair[0]);
+        let [router_select_us, index_us, experts_us] = set_up.stages(us)?;
+        let bound_us = bench.bound_us(set_up.executed_bytes, set_up.mean_k, run.tokens);
+        let spec = &bench.spec;
         Ok(FfnRow {
             d_model: spec.d_model,
             d_ff: spec.d_ff,
@@ -241,11 +125,8 @@ impl FfnBench {
                 hidden => format!("d2dmoe-{hidden}"),
             },
             tokens: run.tokens,
-            routing: match routing {
-                Routing::Random { .. } => "random".into(),
-                Routing::Trace { name, .. } => format!("trace:{name}"),
-            },
-            density: self.layer.density(mean_k),
+            routing: run.routing_name(),
+            density: bench.layer.density(set_up.mean_k),
             fallback: match run.fallback {
                 Fallback::Exact => "exact",
                 Fallback::Masked => "masked",
@@ -253,89 +134,207 @@ impl FfnBench {
             path: path.name(),
             path_forced: run.path.is_some(),
             us,
-            dense_us: median(times.iter().map(|pair| pair[1]).collect()),
-            speedup,
-            spread: range / speedup,
+            dense_us: median(&column(|pair| pair[1])),
+            speedup: median(&ratios),
+            spread: spread(&ratios),
             bound_us,
             share_of_bound: bound_us / us,
-            executed_bytes: executed,
-            router_select_us: stages[0],
-            index_us: (stages[1] - stages[0]).max(0.0),
-            experts_us: us - stages[1],
+            executed_bytes: set_up.executed_bytes,
+            router_select_us,
+            index_us,
+            experts_us,
         })
     }
 
-    /// Microseconds per layer of one launch.
-    fn time(&self, graph: &CudaGraph, layers: usize) -> Result<f64> {
-        elapsed_ms(&self.stream, || graph.launch().map_err(cannot("launch a graph")))
-            .map(|ms| ms * 1e3 / layers as f64)
+    /// The layers that [`run`](Self::run) measures, for another harness.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn capture(&mut self, run: &RunSpec) -> Result<Captured<'_>> {
+        let set_up = self.set_up(run)?;
+        let graph = set_up.capture(&set_up.layers, Stage::Experts)?;
+        Ok(Captured { graph, _layers: set_up.layers })
+    }
+
+    /// Sets of weights, inputs and plans.
+    fn set_up(&mut self, run: &RunSpec) -> Result<SetUp<'_>> {
+        if run.tokens == 0 {
+            return Err(Error::argument("bench", "tokens", "at least 1", 0));
+        }
+        let mut masks = self.draw_masks(run)?;
+        let dense_sets = self.rotation().div_ceil(self.dense_bytes()).clamp(2, self.max_sets);
+        self.prepare(run.tokens, dense_sets, masks.len())?;
+        let batch = self.batch.as_ref().expect("just prepared");
+
+        let density = self.layer.density(mean_k(&masks));
+        let options = PlanOptions {
+            path: run.path,
+            fallback: run.fallback,
+            density: Some(run.calibrated_density.unwrap_or(density)),
+            statistics: false,
+        };
+        let path = batch.plan(&self.sets[0], options)?.path(run.tokens);
+        if matches!(path, Path::DenseExact | Path::DenseMasked) {
+            // It reads everything, so fewer sets are enough.
+            masks.truncate(dense_sets);
+        }
+        let executed_bytes = masks.iter().map(|mask| self.bytes(union(mask))).sum::<usize>();
+        let executed_bytes = executed_bytes / masks.len();
+        let mean_k = mean_k(&masks);
+        let layers = batch.layers(&self.sets[..masks.len()], &masks, options)?;
+        Ok(SetUp { bench: self, masks, options, path, layers, executed_bytes, mean_k })
+    }
+
+    /// Bytes that a rotation reads at least.
+    fn rotation(&self) -> usize {
+        ROTATION * self.device.properties().l2_bytes
+    }
+
+    /// Weights of so many experts, of the shared neurons and of the router.
+    fn bytes(&self, num_experts: usize) -> usize {
+        let neurons = num_experts * self.layer.expert_width() + self.spec.shared;
+        let neuron = self.dense_bytes() / self.spec.d_ff;
+        neurons * neuron + self.layer.router().macs_per_token() as usize * self.spec.dtype.bytes()
+    }
+
+    /// Weights of the dense layer.
+    fn dense_bytes(&self) -> usize {
+        self.layer.neurons().macs_per_token() as usize * self.spec.dtype.bytes()
+    }
+
+    fn bound_us(&self, bytes: usize, mean_k: f64, tokens: usize) -> f64 {
+        let flops = 2.0 * self.layer.macs_per_token(mean_k) * tokens as f64;
+        let reading = bytes as f64 / self.limits.read_bytes_per_second;
+        1e6 * reading.max(flops / self.limits.flops_per_second)
+    }
+
+    /// Masks of as many layers as a rotation has.
+    fn draw_masks(&self, run: &RunSpec) -> Result<Vec<ExpertMask>> {
+        let rng = &mut ChaCha8Rng::seed_from_u64(self.spec.seed ^ run.tokens as u64);
+        let (mut masks, mut bytes) = (Vec::new(), 0);
+        while masks.len() < 2 || bytes < self.rotation() && masks.len() < self.max_sets {
+            let (first, num_experts) = (masks.len() * run.tokens, self.spec.num_experts);
+            let mask = run.routing.draw(rng, first, run.tokens, num_experts)?;
+            bytes += self.bytes(union(&mask));
+            masks.push(mask);
+        }
+        Ok(masks)
+    }
+
+    /// Sets of weights, tokens for each of them, and the baseline.
+    fn prepare(&mut self, tokens: usize, dense_sets: usize, num_sets: usize) -> Result<()> {
+        while self.sets.len() < num_sets.max(dense_sets) {
+            let set = match self.sets.first() {
+                Some(first) => first.copy(self.layer.router())?,
+                None => MoeFfn::new(&self.device, &self.layer)?,
+            };
+            self.sets.push(Arc::new(set));
+        }
+        if self.batch.as_ref().is_none_or(|batch| batch.tokens != tokens) {
+            // Its memory first.
+            self.batch = None;
+            let all_experts = self.spec.num_experts as f64;
+            let bound_us = self.bound_us(self.dense_bytes(), all_experts, tokens);
+            let (sets, passes) = (&self.sets[..dense_sets], passes(bound_us, dense_sets));
+            self.batch = Some(Batch::new(&self.stream, self.spec, sets, tokens, passes)?);
+        }
+        let batch = self.batch.as_mut().expect("just made");
+        batch.draw_tokens(&self.device, num_sets)
     }
 }
 
-/// What the machine can do, for products of `dtype`.
-///
-/// # Errors
-/// When cuBLASLt is missing or the device has too little memory.
-pub fn measure_limits(device: &Arc<Device>, dtype: DType) -> Result<Limits> {
-    const COPY_BYTES: usize = 1 << 30;
-    const SIDE: usize = 8192;
-    let stream = device.cudarc_context().new_stream().map_err(cannot("create a stream"))?;
-    let best = |run: &dyn Fn() -> Result<()>| -> Result<f64> {
-        let times: Result<Vec<f64>> = (0..6).map(|_| elapsed_ms(&stream, run)).collect();
-        Ok(times?.into_iter().fold(f64::INFINITY, f64::min) / 1e3)
-    };
-    let [from, to] = [Buffer::new(device, COPY_BYTES)?, Buffer::new(device, COPY_BYTES)?];
-    let copy = || {
-        // SAFETY: both buffers have this size.
-        unsafe {
-            sys::cuMemcpyDtoDAsync_v2(to.address(), from.address(), COPY_BYTES, stream.cu_stream())
+/// A run that waits to be timed.
+struct SetUp<'a> {
+    bench: &'a FfnBench,
+    masks: Vec<ExpertMask>,
+    options: PlanOptions,
+    path: Path,
+    layers: Layers<'a>,
+    executed_bytes: usize,
+    mean_k: f64,
+}
+
+impl SetUp<'_> {
+    /// Enough layers, each up to a stage.
+    fn capture(&self, layers: &Layers<'_>, last: Stage) -> Result<TimedGraph> {
+        let num_sets = self.masks.len();
+        let tokens = layers.batch.tokens;
+        let bound_us = self.bench.bound_us(self.executed_bytes, self.mean_k, tokens);
+        layers.capture(&self.bench.stream, num_sets * passes(bound_us, num_sets), last)
+    }
+
+    /// Microseconds of router and selection, lists, and experts, of `us` in all.
+    fn stages(&self, us: f64) -> Result<[f64; 3]> {
+        let up_to = |layers, stage| -> Result<f64> {
+            Ok(median(&self.capture(layers, stage)?.times(STAGE_LAUNCHES)?))
+        };
+        let ends = self.path.stages().iter().map(|&stage| up_to(&self.layers, stage));
+        Ok(match ends.collect::<Result<Vec<_>>>()?[..] {
+            [route] => [route, 0.0, us - route],
+            [route, index] => [route, index - route, us - index],
+            _ if self.path == Path::DenseExact => [0.0, 0.0, us],
+            _ => {
+                let sets = &self.bench.sets[..self.masks.len()];
+                let in_stages = PlanOptions { path: Some(Path::ExpertMajor), ..self.options };
+                let layers = self.layers.batch.layers(sets, &self.masks, in_stages)?;
+                [up_to(&layers, Stage::Route)?, 0.0, us]
+            }
+        })
+    }
+}
+
+/// Layers one after another, each on weights of its own.
+pub struct Captured<'a> {
+    graph: TimedGraph,
+    /// What the graph uses.
+    _layers: Layers<'a>,
+}
+
+impl Captured<'_> {
+    /// The device's time for so many layers.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn time(&self, layers: u64) -> Result<Duration> {
+        self.graph.time(layers)
+    }
+}
+
+impl RunSpec {
+    fn routing_name(&self) -> String {
+        let name = match &self.routing {
+            Routing::Random { .. } => "random".into(),
+            Routing::Trace { name, .. } => format!("trace:{name}"),
+        };
+        match self.calibrated_density {
+            Some(density) => format!("{name}, calibrated for {density}"),
+            None => name,
         }
-        .result()
-        .map_err(cannot("copy on the device"))
-    };
-    let copy_seconds = best(&copy)?;
-
-    let rng = &mut ChaCha8Rng::seed_from_u64(0);
-    let matrix = random(rng, [SIDE, SIDE], 1.0, dtype);
-    let matrix = Buffer::from_slice(device, matrix.as_bytes())?;
-    let out = Buffer::new(device, matrix.bytes())?;
-    let workspace = Buffer::new(device, WORKSPACE_BYTES)?;
-    let library = CublasLt::open()?;
-    let shape = ProductShape {
-        dtype,
-        rows: SIDE,
-        depth: SIDE,
-        depth_major: false,
-        epilogue: Epilogue::Nothing,
-    };
-    let operands = Operands {
-        tokens: SIDE,
-        weights: matrix.address(),
-        input: matrix.address(),
-        out: out.address(),
-        workspace: workspace.address(),
-    };
-    // SAFETY: the buffers have the shape's sizes.
-    let product = unsafe { Product::tune(&library, &shape, 0, &operands)? };
-    let product_seconds =
-        best(&|| unsafe { product.run(&library, stream.as_ref().into(), &operands) })?;
-    Ok(Limits {
-        bytes_per_second: 2.0 * COPY_BYTES as f64 / copy_seconds,
-        flops_per_second: 2.0 * (SIDE as f64).powi(3) / product_seconds,
-    })
+    }
 }
 
-/// Milliseconds on the stream.
-fn elapsed_ms(stream: &Arc<CudaStream>, run: impl FnOnce() -> Result<()>) -> Result<f64> {
-    let doing = "time a layer";
-    let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
-    let start = stream.record_event(flags).map_err(cannot(doing))?;
-    run()?;
-    let end = stream.record_event(flags).map_err(cannot(doing))?;
-    start.elapsed_ms(&end).map(f64::from).map_err(cannot(doing))
+/// Rotations that make a graph long enough, of layers with this bound.
+fn passes(bound_us: f64, num_sets: usize) -> usize {
+    (MIN_GRAPH_US / (bound_us.max(MIN_LAYER_US) * num_sets as f64)).ceil() as usize
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+/// Experts that any token runs.
+fn union(mask: &ExpertMask) -> usize {
+    let mut all = vec![0; mask.num_experts().div_ceil(32)];
+    for token in 0..mask.num_tokens() {
+        all.iter_mut().zip(mask.row(token)).for_each(|(all, word)| *all |= word);
+    }
+    all.into_iter().map(|word: u32| word.count_ones() as usize).sum()
+}
+
+fn mean_k(masks: &[ExpertMask]) -> f64 {
+    let pairs: usize = masks.iter().map(ExpertMask::num_pairs).sum();
+    let tokens: usize = masks.iter().map(ExpertMask::num_tokens).sum();
+    pairs as f64 / tokens as f64
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -1,0 +1,43 @@
+import io
+import unittest
+
+from gpu_record import Machine, events, is_good, sanitizer_errors, test_results
+
+
+class GpuRecordTest(unittest.TestCase):
+    def test_only_objects_are_events(self):
+        self.assertEqual(list(events('{"us": 1}\n[1]\n3\nnot JSON\n')), [{"us": 1}])
+
+    def test_results_of_tests(self):
+        output = '{"type": "test", "event": "started", "name": "a"}\n' \
+                 '{"type": "test", "event": "ok", "name": "a"}\n{"type": "test", "event": "ignored", "name": "b"}\n'
+        passed, skipped = {"name": "a", "result": "passed"}, {"name": "b", "result": "skipped"}
+        self.assertEqual(test_results(0, output), [passed, skipped])
+        self.assertEqual(test_results(101, '{"type": "test", "event": "ok", "name": "a"}\n')[-1]["result"], "failed")
+
+    def test_sanitizer_summaries(self):
+        self.assertEqual(sanitizer_errors(0, "x\n========= ERROR SUMMARY: 0 errors\n"), 0)
+        self.assertEqual(sanitizer_errors(1, "========= ERROR SUMMARY: 2 errors\n"), 2)
+        self.assertEqual(sanitizer_errors(0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)"), 0)
+        # A test failed beneath it.
+        self.assertEqual(sanitizer_errors(1, "========= ERROR SUMMARY: 0 errors\n"), 1)
+        self.assertIsNone(sanitizer_errors(124, "========= ERROR SUMMARY: 0 errors\n"))
+        self.assertIsNone(sanitizer_errors(0, "no summary"))
+
+    def test_time_limits(self):
+        log = io.StringIO()
+        machine = Machine(log, 100)
+        self.assertEqual(machine.run(["sh", "-c", "echo a; sleep 60; echo b"], 0.5), (124, "a\n\nout of time\n"))
+        self.assertEqual(machine.run(["sh", "-c", "echo $X; exit 3"], 10, X="b"), (3, "b\n"))
+        self.assertEqual(Machine(log, 0).run(["true"], 10)[0], 124)
+        self.assertIn("sh -c echo $X; exit 3: exit code 3", log.getvalue())
+
+    def test_what_is_good(self):
+        passed = {"name": "a", "result": "passed"}
+        self.assertTrue(is_good({"tests": [passed], "sanitizers": {"memcheck": 0}}))
+        self.assertFalse(is_good({"tests": [{"name": "a", "result": "skipped"}], "sanitizers": {}}))
+        self.assertFalse(is_good({"tests": [passed], "sanitizers": {"memcheck": None}}))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,260 @@
+//! `moefy bench ffn`
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use moefy::cuda::bench::{FfnBench, FfnRow, LayerSpec, Limits, RunSpec};
+use moefy::cuda::{Device, Fallback, Path};
+use moefy::ffn::Activation;
+use moefy::{DType, Error, Result};
+
+use super::sets::Set;
+use super::traces::Source;
+use super::{Case, machine, plot, shapes, table};
+use crate::{Common, output};
+
+#[derive(clap::Args)]
+pub struct Ffn {
+    /// Layers by name: d768-e96 has the d_model 768 of BERT and 96 experts; also d384, d1024, d4096
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = shapes::named)]
+    #[arg(conflicts_with_all = ["d_model", "d_ff", "experts", "glu"])]
+    named: Vec<LayerSpec>,
+    /// Width of a token
+    #[arg(long, value_name = "D", requires_all = ["d_ff", "experts"])]
+    d_model: Option<usize>,
+    /// Neurons
+    #[arg(long, value_name = "F", requires_all = ["d_model", "experts"])]
+    d_ff: Option<usize>,
+    /// A gated layer
+    #[arg(long, requires = "d_model")]
+    glu: bool,
+    /// Experts, which share the neurons equally
+    #[arg(long, value_name = "E", requires_all = ["d_model", "d_ff"])]
+    experts: Option<usize>,
+    /// Neurons that every token runs
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    shared: usize,
+    /// relu, gelu, gelu_tanh, silu or identity [default: gelu_tanh, of a gated layer silu]
+    #[arg(long, value_name = "NAME", value_parser = activation)]
+    activation: Option<Activation>,
+    /// f32, f16, bf16
+    #[arg(long, value_name = "TYPE", value_delimiter = ',', value_parser = dtype, default_value = "bf16")]
+    dtype: Vec<DType>,
+    /// linear, or d2dmoe-N with N hidden units
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = shapes::router_hidden)]
+    #[arg(default_value = "d2dmoe-128")]
+    router: Vec<usize>,
+    /// Numbers of tokens
+    #[arg(long, value_name = "T", value_delimiter = ',', value_parser = tokens)]
+    #[arg(default_value = "1,8,32,128,512,2048,8192")]
+    tokens: Vec<usize>,
+    /// Shares of the routed neurons that a token runs, of random routing
+    #[arg(long, value_name = "SHARE", value_delimiter = ',', value_parser = share)]
+    #[arg(default_value = "0.1,0.2,0.4")]
+    density: Vec<f64>,
+    /// random, trace:NAME of a trace that comes with moefy, or FILE.npy: u8 [tokens, experts/8], first
+    /// expert in the highest bit
+    #[arg(long, value_name = "WHAT", value_delimiter = ',', value_parser = Source::parse)]
+    #[arg(default_value = "random")]
+    routing: Vec<Source>,
+    /// auto, or paths by name
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = Choice::parse)]
+    #[arg(default_value = "auto")]
+    path: Vec<Choice>,
+    /// What auto may fall back to: exact (the original layer), masked (the sparse layer's function)
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = fallback)]
+    #[arg(default_value = "exact")]
+    fallback: Vec<Fallback>,
+    /// The density that the plan is told [default: the one that it gets]
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    calibrated_density: Option<f64>,
+    /// Rows that belong into a record, instead of those of the options above
+    #[arg(long, value_enum, value_delimiter = ',')]
+    #[arg(required_unless_present_any = ["named", "d_model"], conflicts_with_all = ["named", "d_model"])]
+    set: Vec<Set>,
+    /// Plot the speed-up: over density where there are several, else over tokens
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+}
+
+/// What `--path` names: `None` is auto.
+#[derive(Clone, Copy)]
+struct Choice(Option<Path>);
+
+impl Choice {
+    fn parse(name: &str) -> Result<Self, String> {
+        let path = Path::ALL.into_iter().find(|path| path.name() == name);
+        if path.is_some() || name == "auto" {
+            return Ok(Self(path));
+        }
+        Err(format!("expected auto, {}", Path::ALL.map(Path::name).join(", ")))
+    }
+}
+
+fn activation(name: &str) -> Result<Activation, String> {
+    serde_json::from_value(name.into()).map_err(|error| error.to_string())
+}
+
+fn dtype(name: &str) -> Result<DType, String> {
+    serde_json::from_value(name.into()).map_err(|error| error.to_string())
+}
+
+fn fallback(name: &str) -> Result<Fallback, String> {
+    match name {
+        "exact" => Ok(Fallback::Exact),
+        "masked" => Ok(Fallback::Masked),
+        _ => Err("expected exact or masked".into()),
+    }
+}
+
+fn tokens(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&tokens| tokens > 0).ok_or("expected a positive number".into())
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or("expected a number between 0 and 1".into())
+}
+
+impl Ffn {
+    pub fn run(self, common: &Common) -> Result<()> {
+        // What is wrong with the arguments is said before a GPU is looked for.
+        let cases = self.cases()?;
+        let device = std::sync::Arc::new(Device::open(0)?);
+        let mut rows = Vec::new();
+        let measured = measure(&device, &cases, common, |row| {
+            if common.json {
+                output::line(&serde_json::to_string(&row).expect("numbers and strings"));
+            }
+            rows.push(row);
+        });
+        if !common.json && !rows.is_empty() {
+            output::line(&table::table(&rows));
+        }
+        measured?;
+        match &self.svg {
+            Some(file) => std::fs::write(file, plot::svg(&rows)).map_err(Error::io("write", file)),
+            None => Ok(()),
+        }
+    }
+
+    fn cases(&self) -> Result<Vec<Case>> {
+        let mut cases = Vec::new();
+        for set in &self.set {
+            cases.extend(set.cases()?);
+        }
+        for layer in self.layers() {
+            layer.expert_width()?;
+            for source in &self.routing {
+                let routings = source.routings(layer.num_experts, &self.density)?;
+                for (&tokens, routing) in
+                    self.tokens.iter().flat_map(|tokens| routings.iter().map(move |r| (tokens, r)))
+                {
+                    for (path, fallback) in self.choices() {
+                        let calibrated_density = self.calibrated_density;
+                        let routing = routing.clone();
+                        let run = RunSpec { tokens, routing, path, fallback, calibrated_density };
+                        cases.push(Case { layer, run, may_be_refused: false });
+                    }
+                }
+            }
+        }
+        in_groups(&mut cases);
+        Ok(cases)
+    }
+
+    fn layers(&self) -> Vec<LayerSpec> {
+        let own = || {
+            let num_experts = self.experts?;
+            Some(shapes::layer(self.d_model?, self.d_ff?, self.glu, num_experts))
+        };
+        let shapes: Vec<LayerSpec> = self.named.iter().copied().chain(own()).collect();
+        let mut layers = Vec::new();
+        for shape in shapes {
+            let activation = self.activation.unwrap_or(shape.activation);
+            for &dtype in &self.dtype {
+                for &router_hidden in &self.router {
+                    let shared = self.shared;
+                    layers.push(LayerSpec { activation, dtype, router_hidden, shared, ..shape });
+                }
+            }
+        }
+        layers
+    }
+
+    /// A path by name does not fall back.
+    fn choices(&self) -> Vec<(Option<Path>, Fallback)> {
+        let of_path = |&Choice(path)| {
+            let fallbacks = if path.is_some() { &self.fallback[..1] } else { &self.fallback[..] };
+            fallbacks.iter().map(move |&fallback| (path, fallback)).collect::<Vec<_>>()
+        };
+        self.path.iter().flat_map(of_path).collect()
+    }
+}
+
+/// Rows of one layer together, and among them those with the same number of tokens: they share weights
+/// and what was timed.
+fn in_groups(cases: &mut [Case]) {
+    let mut layers: Vec<LayerSpec> = Vec::new();
+    for case in cases.iter() {
+        if !layers.contains(&case.layer) {
+            layers.push(case.layer);
+        }
+    }
+    let group = |case: &Case| {
+        let layer = layers.iter().position(|layer| *layer == case.layer);
+        (layer, case.run.tokens)
+    };
+    cases.sort_by_key(group);
+}
+
+fn measure(
+    device: &std::sync::Arc<Device>,
+    cases: &[Case],
+    common: &Common,
+    mut found: impl FnMut(FfnRow),
+) -> Result<()> {
+    let begin = Instant::now();
+    let note = |text: String| {
+        if !common.quiet {
+            eprintln!("{:6.1} s  {text}", begin.elapsed().as_secs_f64());
+        }
+    };
+    let mut limits: Vec<(DType, Limits)> = Vec::new();
+    let mut bench: Option<FfnBench> = None;
+    let mut last_tokens = 0;
+    for (index, Case { layer, run, may_be_refused }) in cases.iter().enumerate() {
+        if limits.iter().all(|(dtype, _)| *dtype != layer.dtype) {
+            let measured = Limits::measure(device, layer.dtype)?;
+            let header = machine::describe(device, layer.dtype, &measured);
+            if common.json {
+                note(header)
+            } else {
+                output::line(&header)
+            }
+            limits.push((layer.dtype, measured));
+        }
+        if bench.as_ref().is_none_or(|bench| bench.layer() != layer) {
+            // Its memory first.
+            drop(bench.take());
+            let (_, limits) =
+                limits.iter().find(|(dtype, _)| *dtype == layer.dtype).expect("measured");
+            bench = Some(FfnBench::new(device, *layer, *limits)?);
+            last_tokens = 0;
+        }
+        if run.tokens != last_tokens {
+            last_tokens = run.tokens;
+            let LayerSpec { d_model, d_ff, glu, num_experts, dtype, .. } = *layer;
+            let name = shapes::label(d_model, d_ff, glu, num_experts);
+            note(format!("row {} of {}: {name} {dtype}, T {}", index + 1, cases.len(), run.tokens));
+        }
+        match bench.as_mut().expect("just made").run(run) {
+            Ok(row) => found(row),
+            Err(refused @ Error::Argument { .. }) if *may_be_refused => {
+                note(format!("left out: {refused}"));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}

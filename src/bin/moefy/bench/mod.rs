@@ -1,0 +1,42 @@
+//! `moefy bench`
+
+mod ffn;
+mod machine;
+mod npy;
+mod plot;
+mod sets;
+mod shapes;
+mod table;
+mod traces;
+
+use moefy::Result;
+use moefy::cuda::bench::{LayerSpec, RunSpec};
+
+use crate::Common;
+
+#[derive(clap::Args)]
+pub struct Bench {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// One FFN layer on a GPU: MoEfied against the fastest dense one of cuBLASLt
+    Ffn(ffn::Ffn),
+}
+
+impl Bench {
+    pub fn run(self, common: &Common) -> Result<()> {
+        let What::Ffn(ffn) = self.what;
+        ffn.run(common)
+    }
+}
+
+/// One row to measure.
+pub struct Case {
+    pub layer: LayerSpec,
+    pub run: RunSpec,
+    /// Whether the other rows go on where the path cannot do this one.
+    pub may_be_refused: bool,
+}

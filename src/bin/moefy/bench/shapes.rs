@@ -1,0 +1,78 @@
+//! Names of layers.
+
+use moefy::DType;
+use moefy::cuda::bench::LayerSpec;
+use moefy::ffn::Activation;
+
+/// d_model, d_ff and whether it is a GLU, of layers that models have.
+const LAYERS: [(usize, usize, bool); 4] =
+    [(384, 1536, false), (768, 3072, false), (1024, 4096, false), (4096, 14336, true)];
+
+/// `d768-e96`: the layer of models with this d_model, split into so many experts.
+pub fn named(name: &str) -> Result<LayerSpec, String> {
+    let sizes = name.strip_prefix('d').and_then(|rest| rest.split_once("-e"));
+    let sizes = sizes.and_then(|(d, e)| Some((d.parse::<usize>().ok()?, e.parse().ok()?)));
+    let found = sizes.and_then(|(d_model, num_experts)| {
+        let layer = LAYERS.into_iter().find(|(d, ..)| *d == d_model)?;
+        Some((layer, num_experts))
+    });
+    let Some(((d_model, d_ff, glu), num_experts)) = found else {
+        let known = LAYERS.map(|(d, ..)| format!("d{d}-eN")).join(", ");
+        return Err(format!("expected one of {known}, with a number of experts as N"));
+    };
+    let spec = layer(d_model, d_ff, glu, num_experts);
+    spec.expert_width().map_err(|error| error.to_string())?;
+    Ok(spec)
+}
+
+/// A layer in bf16 with a D2DMoE router of 128 hidden units.
+pub fn layer(d_model: usize, d_ff: usize, glu: bool, num_experts: usize) -> LayerSpec {
+    LayerSpec {
+        d_model,
+        d_ff,
+        glu,
+        // The only GELU that cuBLASLt fuses; what GLUs have.
+        activation: if glu { Activation::Silu } else { Activation::GeluTanh },
+        num_experts,
+        shared: 0,
+        dtype: DType::BF16,
+        router_hidden: 128,
+        seed: 0,
+    }
+}
+
+/// `linear`, or `d2dmoe-` and the hidden units, which are returned; 0 for linear.
+pub fn router_hidden(name: &str) -> Result<usize, String> {
+    if name == "linear" {
+        return Ok(0);
+    }
+    let hidden = name.strip_prefix("d2dmoe-").and_then(|hidden| hidden.parse().ok());
+    hidden
+        .filter(|&hidden| hidden > 0)
+        .ok_or("expected linear or d2dmoe-N, such as d2dmoe-128".into())
+}
+
+/// What a layer is called where the columns are few.
+pub fn label(d_model: usize, d_ff: usize, glu: bool, num_experts: usize) -> String {
+    let glu = if glu { " GLU" } else { "" };
+    format!("d{d_model} F{d_ff}{glu} E{num_experts}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_layers() {
+        let spec = named("d768-e96").unwrap();
+        assert_eq!((spec.d_ff, spec.glu, spec.expert_width().unwrap()), (3072, false, 32));
+        let spec = named("d4096-e448").unwrap();
+        assert_eq!((spec.d_ff, spec.glu, spec.expert_width().unwrap()), (14336, true, 32));
+        assert!(named("d768-e7").unwrap_err().contains("3072"));
+        for wrong in ["", "d768", "d5-e1", "d768-e", "768-e96"] {
+            assert!(named(wrong).unwrap_err().contains("d768-eN"), "{wrong}");
+        }
+        assert_eq!((router_hidden("linear"), router_hidden("d2dmoe-64")), (Ok(0), Ok(64)));
+        assert!(router_hidden("d2dmoe-0").is_err());
+    }
+}
