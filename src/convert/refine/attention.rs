@@ -78,3 +78,26 @@ fn head_backward(
     write(1, scale, d_scores.transposed(), q);
     write(2, 1.0, Matrix::new(&p, square).transposed(), d_context);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::finite_differences::{assert_gradient, dot, random};
+    use super::*;
+    use crate::cpu::Cpu;
+    use crate::model::Backend;
+
+    #[test]
+    fn gradient_is_that_of_finite_differences() {
+        let (d_model, num_heads) = (6, 2);
+        let batch = Batch::pack([vec![0; 4], vec![0; 1], vec![0; 3]]).unwrap();
+        let cpu_batch = Cpu.batch(&batch, Vec::new()).unwrap();
+        let qkv = random(0, batch.num_tokens() * 3 * d_model);
+        let direction = random(1, batch.num_tokens() * d_model);
+        let gradient = backward(&qkv, &direction, &batch, d_model, num_heads);
+        assert_gradient(&qkv, &gradient, |qkv| {
+            let mut context = vec![0.0; direction.len()];
+            Cpu.attention(&mut context, &qkv.to_vec(), &cpu_batch, d_model, num_heads).unwrap();
+            dot(&context, &direction)
+        });
+    }
+}

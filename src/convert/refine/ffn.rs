@@ -247,3 +247,91 @@ fn column_sums(matrix: &[f32], cols: usize) -> Vec<f32> {
     }
     sums
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::finite_differences::{assert_gradient, dot, random};
+    use super::*;
+    use crate::ffn::{Partition, Router, Selection};
+
+    const D: usize = 5;
+    const TOKENS: usize = 4;
+    const RANK: usize = 2;
+
+    /// Three experts of two neurons and two shared ones.
+    fn layer(activation: Activation, compensated: bool) -> MoeFfn {
+        let matrix = |seed, rows| Tensor::matrix(random(seed, rows * D), [rows, D]).unwrap();
+        let vector = |seed, len| Tensor::vector(random(seed, len));
+        let neurons = DenseFfn::from_neuron_major(
+            activation,
+            false,
+            matrix(0, 8),
+            Some(vector(1, 8)),
+            matrix(2, 8),
+            Some(vector(3, D)),
+        );
+        let partition = Partition::new(3, vec![0, 0, 1, 1, 2, 2, 3, 3]).unwrap();
+        let router = Router::Linear { w: matrix(4, 3) };
+        let rule = Selection::dynamic_k(0.5);
+        let moe = MoeFfn::from_expert_order(neurons.unwrap(), partition, router, rule).unwrap();
+        if !compensated {
+            return moe;
+        }
+        let [u, v, c] = [matrix(5, RANK), matrix(6, RANK), vector(7, D)];
+        moe.with_compensation(Compensation::Linear { u, v, c }).unwrap()
+    }
+
+    fn mask() -> ExpertMask {
+        let mut mask = ExpertMask::none(TOKENS, 3);
+        for (token, expert) in [(0, 0), (0, 2), (1, 1), (2, 0), (2, 1), (2, 2)] {
+            mask.insert(token, expert);
+        }
+        mask
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        let smooth = [Activation::Gelu, Activation::GeluTanh, Activation::Silu];
+        for (activation, compensated) in smooth.into_iter().zip([true, false, true]) {
+            let mut trained = Trained::new(layer(activation, compensated)).unwrap();
+            let (x, direction) = (random(8, TOKENS * D), random(9, TOKENS * D));
+            let (_, trace) = trained.forward(x.clone(), &mask());
+            let mut gradient = direction.clone();
+            let gradients = trained.backward(&mut gradient, &trace);
+            assert_gradient(&x, &gradient, |x| {
+                dot(&trained.forward(x.to_vec(), &mask()).0, &direction)
+            });
+            for array in 0..6 {
+                let at = trained.weights.arrays()[array].clone();
+                if at.is_empty() {
+                    continue;
+                }
+                assert_gradient(&at, gradients.arrays()[array], |values| {
+                    trained.weights.arrays_mut()[array].copy_from_slice(values);
+                    dot(&trained.forward(x.clone(), &mask()).0, &direction)
+                });
+                trained.weights.arrays_mut()[array].copy_from_slice(&at);
+            }
+        }
+    }
+
+    #[test]
+    fn untrained_weights_come_back_as_they_were() {
+        for compensated in [false, true] {
+            let moe = layer(Activation::Gelu, compensated);
+            assert_eq!(Trained::new(moe.clone()).unwrap().to_moe().unwrap(), moe);
+        }
+    }
+
+    #[test]
+    fn forward_is_the_layer_with_its_residual() {
+        let moe = layer(Activation::Relu, true);
+        let x = random(8, TOKENS * D);
+        let (sums, _) = Trained::new(moe.clone()).unwrap().forward(x.clone(), &mask());
+        let x: Vec<f64> = x.into_iter().map(f64::from).collect();
+        let expected = crate::reference::experts(&moe, &x, &mask(), None);
+        for ((sum, y), x) in sums.iter().zip(expected).zip(x) {
+            assert!((f64::from(*sum) - y - x).abs() < 1e-5, "{sum} is not {}", x + y);
+        }
+    }
+}

@@ -41,3 +41,21 @@ pub(super) fn backward(gradient: &mut [f32], normalised: &Normalised, norm: &Lay
         g.iter_mut().zip(unit).for_each(|(g, u)| *g = (*g - mean - u * along) * inverse);
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::finite_differences::{assert_gradient, dot, random};
+    use super::*;
+
+    #[test]
+    fn gradient_is_that_of_finite_differences() {
+        let d = 7;
+        let norm =
+            LayerNorm { weight: random(0, d), bias: random(1, d), d_model: d, epsilon: 1e-3 };
+        let (x, direction) = (random(2, 3 * d), random(3, 3 * d));
+        let (_, normalised) = forward(x.clone(), &norm);
+        let mut gradient = direction.clone();
+        backward(&mut gradient, &normalised, &norm);
+        assert_gradient(&x, &gradient, |x| dot(&forward(x.to_vec(), &norm).0, &direction));
+    }
+}

@@ -61,3 +61,31 @@ fn mean_of(rows: &[f32], d: usize) -> (Vec<f32>, f32) {
     let length = mean.iter().map(|m| m * m).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
     (mean, length)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::finite_differences::{assert_gradient, random};
+    use super::*;
+
+    #[test]
+    fn gradient_is_that_of_finite_differences() {
+        let d = 5;
+        let batch = Batch::pack([vec![0; 2], vec![0; 1], vec![0; 3]]).unwrap();
+        let states = random(0, batch.num_tokens() * d);
+        let dense = random(1, batch.num_tokens() * d);
+        let (_, gradient) = loss_and_gradient(&states, &dense, &batch, d);
+        assert_gradient(&states, &gradient, |states| {
+            let (loss, _) = loss_and_gradient(states, &dense, &batch, d);
+            loss.tokens + loss.embeddings
+        });
+    }
+
+    #[test]
+    fn the_dense_model_loses_nothing() {
+        let batch = Batch::pack([vec![0; 2], vec![0; 3]]).unwrap();
+        let dense = random(0, batch.num_tokens() * 4);
+        let (loss, gradient) = loss_and_gradient(&dense, &dense, &batch, 4);
+        assert_eq!((loss.tokens, loss.embeddings), (0.0, 0.0));
+        assert!(gradient.iter().all(|g| *g == 0.0));
+    }
+}

@@ -9,6 +9,8 @@
 
 mod attention;
 mod ffn;
+#[cfg(test)]
+mod finite_differences;
 mod layer_norm;
 mod loss;
 mod student;
