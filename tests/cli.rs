@@ -148,12 +148,46 @@ fn the_same_seed_gives_the_same_bytes_for_any_number_of_threads() {
 }
 
 #[test]
-fn every_partition_and_scope_converts() {
+fn every_method_converts() {
     let scene = Scene::new();
-    scene.convert("random", "--partition random --threshold-scope layer");
-    let inspected = scene.json("inspect random --json");
-    assert_eq!(inspected["moefy"]["method"]["partition"], "random");
-    assert_eq!(inspected["moefy"]["method"]["rel_threshold_scope"], "layer");
+    for (index, (options, records)) in [
+        ("--partition random --threshold-scope layer", ["partition", "random"]),
+        ("--partition joint --compensation linear --rank 3", ["compensation", "linear"]),
+        ("--router moefication --selection top-k --epochs 2", ["router", "moefication"]),
+        ("--router centroid --selection cumulative-share", ["router", "centroid"]),
+        ("--compensation mean --shared 8 --shared-by frequency", ["compensation", "mean"]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = format!("moe{index}");
+        scene.convert(&out, options);
+        let inspected = scene.json(&format!("inspect {out} --json"));
+        let [key, value] = records;
+        assert_eq!(inspected["moefy"]["method"][key], value, "{options}");
+        let report = scene.json(&format!("eval {out} --text text --json"));
+        let density = report["density"].as_f64().unwrap();
+        assert!((density - 0.4).abs() < 0.1, "{options}: density {density}");
+    }
+}
+
+#[test]
+fn compensation_and_refinement_come_closer_to_the_dense_model() {
+    let scene = Scene::new();
+    let error_of = |out: &str, options: &str| {
+        scene.convert(out, options);
+        let report = scene.json(&format!("eval {out} --text text --json"));
+        report["hidden_error"].as_f64().unwrap()
+    };
+    let plain = error_of("plain", "--threshold-scope layer");
+    let linear = "--threshold-scope layer --compensation linear --rank 8";
+    let compensated = error_of("compensated", linear);
+    assert!(compensated < 0.9 * plain, "{compensated} is not below {plain}");
+    let refined = error_of("refined", &format!("{linear} --refine 150000"));
+    assert!(refined < 0.95 * compensated, "{refined} is not below {compensated}");
+    scene.refuses("restore refined dense-again", &["refined", "was converted from"]);
+    let arguments = CONVERT.replacen("OUT", "mean", 1) + " --calibration text --refine 9";
+    scene.refuses(&format!("{arguments} --compensation mean"), &["refine", "mean"]);
 }
 
 #[test]

@@ -11,7 +11,11 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use support::{Random, Shape};
 
-const METHODS: [PartitionMethod; 2] = [PartitionMethod::Random, PartitionMethod::Kmeans];
+fn methods() -> impl Iterator<Item = PartitionMethod> {
+    let built =
+        |method: &PartitionMethod| cfg!(feature = "metis") || *method != PartitionMethod::Graph;
+    PartitionMethod::ALL.into_iter().filter(built)
+}
 
 fn dense(d_model: usize, d_ff: usize, glu: bool, dtype: DType, seed: u64) -> DenseFfn {
     Random::new(seed).dense(&Shape {
@@ -33,7 +37,8 @@ fn split(
     shared: &[u32],
     seed: u64,
 ) -> moefy::Result<Partition> {
-    partition(ffn, method, num_experts, shared, &mut ChaCha8Rng::seed_from_u64(seed))
+    let inputs = Random::new(seed).values(64 * ffn.d_model());
+    partition(ffn, method, num_experts, shared, &inputs, &mut ChaCha8Rng::seed_from_u64(seed))
 }
 
 proptest! {
@@ -52,7 +57,7 @@ proptest! {
         let ffn = dense(d_model, d_ff, glu, DType::BF16, seed);
         // Any distinct neurons: multiples of an odd number modulo d_ff may repeat, these do not.
         let shared: Vec<u32> = (0..num_shared as u32).map(|i| d_ff as u32 - 1 - i).rev().collect();
-        for method in METHODS {
+        for method in methods() {
             // `Partition::new` refuses experts that differ in width.
             let split_once = split(&ffn, method, num_experts, &shared, seed).unwrap();
             prop_assert_eq!(split_once.expert_width(), width);
@@ -98,6 +103,50 @@ fn kmeans_looks_at_directions_of_gate_rows_only() {
     let split = split(&ffn, PartitionMethod::Kmeans, groups, &[], 0).unwrap();
     for (neuron, &label) in split.labels().iter().enumerate() {
         assert_eq!(label, split.labels()[neuron % groups], "neuron {neuron}");
+    }
+}
+
+/// 6 groups of 4 neurons that fire together, with input rows that have nothing in common: half of a
+/// group looks at one coordinate, half at another, and the two coordinates are always equal.
+#[test]
+fn neurons_that_fire_together_form_an_expert() {
+    let (groups, per_group) = (6, 4);
+    let (d_ff, d_model) = (groups * per_group, 2 * groups);
+    let mut random = Random::new(4);
+    let mut w_in = vec![0.0; d_ff * d_model];
+    for neuron in 0..d_ff {
+        let (group, half) = (neuron % groups, neuron / groups % 2);
+        w_in[neuron * d_model + 2 * group + half] = 1.0 + 0.1 * random.values(1)[0];
+    }
+    let inputs: Vec<f32> =
+        (0..256).flat_map(|_| random.values(groups)).flat_map(|x| [x, x]).collect();
+    let w_out = random.values(d_ff * d_model);
+    let matrix = |data| TensorRef::matrix(data, [d_ff, d_model]).unwrap();
+    let tensors = FfnTensors::plain(matrix(&w_in), matrix(&w_out).transposed());
+    let ffn = DenseFfn::new(Activation::Relu, tensors).unwrap();
+    // Pairs of a group that share an expert.
+    let pairs = |method| {
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        let split = partition(&ffn, method, groups, &[], &inputs, &mut rng).unwrap();
+        let label = |neuron: usize| split.labels()[neuron];
+        let all = (0..d_ff).flat_map(|n| (0..n).map(move |m| (n, m)));
+        all.filter(|&(n, m)| n % groups == m % groups && label(n) == label(m)).count()
+    };
+    let by_weights = pairs(PartitionMethod::Kmeans);
+    assert!(pairs(PartitionMethod::Joint) > by_weights);
+    if cfg!(feature = "metis") {
+        assert_eq!(pairs(PartitionMethod::Graph), groups * per_group * (per_group - 1) / 2);
+    }
+}
+
+#[test]
+fn a_method_that_looks_at_activations_needs_inputs() {
+    let ffn = dense(4, 12, false, DType::F32, 0);
+    for method in [PartitionMethod::Joint, PartitionMethod::Graph] {
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        let error = partition(&ffn, method, 3, &[], &[], &mut rng).unwrap_err();
+        let expected = format!("inputs must be given for the method `{}`, got none", method.name());
+        assert!(error.to_string().contains(&expected), "{error}");
     }
 }
 

@@ -151,8 +151,8 @@ pub struct ConvertOptions {
 }
 
 impl Default for ConvertOptions {
-    /// 48 experts by k-means, a D2DMoE router, density 0.27 with one τ for all layers, and a linear
-    /// compensation of rank 32.
+    /// 48 experts by k-means, a D2DMoE router, density 0.27 with one τ for all layers, and no
+    /// compensation, so that all experts together are the dense FFN.
     fn default() -> Self {
         Self {
             num_experts: 48,
@@ -163,7 +163,7 @@ impl Default for ConvertOptions {
             selection: SelectionMethod::default(),
             density: 0.27,
             rel_threshold_scope: ThresholdScope::default(),
-            compensation: CompensationMethod::Linear { rank: 32 },
+            compensation: CompensationMethod::None,
             calibration_tokens: 120_000,
             refine_tokens: 0,
             seed: 0,
@@ -176,8 +176,8 @@ impl ConvertOptions {
     ///
     /// # Errors
     /// When `num_experts` is 0 or does not divide d_ff − `shared`, when the density is outside
-    /// (0, 1] or below one expert per token, when the router has no width or no epoch, or when a linear
-    /// compensation has no rank.
+    /// (0, 1] or below one expert per token, when the router has no width or no epoch, when a linear
+    /// compensation has no rank, or when the layer to be refined is a GLU or has a mean compensation.
     pub fn check(&self, ffn: &DenseFfn) -> Result<()> {
         let width = Partition::width_of_experts(ffn.d_ff(), self.num_experts, self.shared)?;
         check_density(self.density, ffn.d_ff(), self.shared + width)?;
@@ -194,6 +194,10 @@ impl ConvertOptions {
             if value == 0 {
                 return Err(Error::argument("convert", name, "at least 1", value));
             }
+        }
+        if self.refine_tokens > 0 {
+            let is_mean = self.compensation == CompensationMethod::Mean;
+            check_refinable(ffn.is_glu(), is_mean)?;
         }
         Ok(())
     }
@@ -218,6 +222,17 @@ impl ConvertOptions {
             calibration: Some(calibration),
         }
     }
+}
+
+/// The gradient of a GLU is not written, and means would no longer be those of trained neurons.
+pub(super) fn check_refinable(is_glu: bool, has_mean: bool) -> Result<()> {
+    if is_glu {
+        return Err(Error::argument("refine", "ffn", "a plain FFN", "a GLU"));
+    }
+    if has_mean {
+        return Err(Error::argument("refine", "compensation", "`linear` or `none`", "`mean`"));
+    }
+    Ok(())
 }
 
 /// ρ lies between one expert per token, which with the shared ones is `least` neurons, and 1.

@@ -121,11 +121,11 @@ enum SharedBy {
 #[derive(Clone, Copy, Default, clap::ValueEnum)]
 enum Compensation {
     /// Nothing
+    #[default]
     None,
     /// The mean of every neuron
     Mean,
     /// A low-rank linear map of the token
-    #[default]
     Linear,
 }
 

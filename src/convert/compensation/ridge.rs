@@ -92,7 +92,7 @@ impl Moments {
         // Sᵀ C S, because C S is `cross`.
         let explained = product_of_columns(&full, &cross, d_in, d_out);
         let explained = product_of_columns(&explained, &factor, d_out, d_out);
-        let explained = product_of_columns(&factor, &transposed(&explained, d_out), d_out, d_out);
+        let explained = product_of_columns(&factor, &explained, d_out, d_out);
         let p = leading_eigenvectors(&explained, d_out, rank);
         // L P, and L⁻ᵀ P, as rows.
         let mut u = Vec::with_capacity(rank * d_out);
@@ -153,10 +153,6 @@ fn solve_upper(l: &[f64], x: &mut [f64], n: usize) {
         }
         row.iter_mut().for_each(|x| *x /= l[i * n + i]);
     }
-}
-
-fn transposed(a: &[f64], n: usize) -> Vec<f64> {
-    (0..n * n).map(|i| a[i % n * n + i / n]).collect()
 }
 
 /// aᵀ b \[cols, cols\] for a, b \[rows, cols\].
@@ -257,7 +253,8 @@ mod tests {
     /// M = A Aᵀ, and A.
     fn random_metric(rng: &mut ChaCha8Rng, n: usize) -> (Vec<f64>, Vec<f64>) {
         let a: Vec<f64> = random(rng, n * n).into_iter().map(f64::from).collect();
-        (product_of_columns(&transposed(&a, n), &transposed(&a, n), n, n), a)
+        let transposed: Vec<f64> = (0..n * n).map(|i| a[i % n * n + i / n]).collect();
+        (product_of_columns(&transposed, &transposed, n, n), a)
     }
 
     /// Σ w ‖Aᵀ (y − U V x − c)‖².

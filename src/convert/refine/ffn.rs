@@ -2,8 +2,9 @@
 
 use rayon::prelude::*;
 
+use crate::convert::options::check_refinable;
 use crate::cpu::{Matrix, MatrixMut, activate_with_slope, gemm, linear};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ffn::{Activation, Compensation, DenseFfn, ExpertMask, MoeFfn};
 use crate::tensor::Tensor;
 
@@ -58,27 +59,21 @@ pub(super) struct Trace {
 
 impl Trained {
     /// # Errors
-    /// For a GLU, and for a mean compensation, whose means would no longer be those of the neurons.
+    /// For a GLU, and for a mean compensation.
     pub(super) fn new(moe: MoeFfn) -> Result<Self> {
-        let refuse =
-            |argument, expected, got| Err(Error::argument("refine", argument, expected, got));
         let neurons = moe.neurons();
-        if neurons.is_glu() {
-            return refuse("ffn", "a plain FFN", "a GLU");
-        }
+        let has_mean = matches!(moe.compensation(), Some(Compensation::Mean { .. }));
+        check_refinable(neurons.is_glu(), has_mean)?;
         let values = |tensor: Option<&Tensor>, len: usize| {
             tensor.map_or_else(|| vec![0.0; len], |tensor| tensor.to_f32().into_owned())
         };
         let b_out = values(neurons.b_out(), moe.d_model());
         let (fixed_bias, bias, u, v) = match moe.compensation() {
-            None => (vec![0.0; moe.d_model()], b_out, Vec::new(), Vec::new()),
             Some(Compensation::Linear { u, v, c }) => {
                 let [u, v, c] = [u, v, c].map(|tensor| tensor.to_f32().into_owned());
                 (b_out, c, u, v)
             }
-            Some(Compensation::Mean { .. }) => {
-                return refuse("compensation", "`linear` or `none`", "`mean`");
-            }
+            _ => (vec![0.0; moe.d_model()], b_out, Vec::new(), Vec::new()),
         };
         let weights = Weights {
             w_in: neurons.w_in().to_f32().into_owned(),
