@@ -172,6 +172,41 @@ fn every_method_converts() {
 }
 
 #[test]
+fn pictures_and_words() {
+    let scene = Scene::new();
+    let arguments = CONVERT.replacen("OUT", "layered", 1) + " --calibration text --explain";
+    let output = scene.moefy(&format!("{arguments} --threshold-scope layer")).assert().success();
+    let words = String::from_utf8(output.get_output().stdout.clone()).unwrap();
+    for layer in 0..common::LAYERS {
+        assert!(words.contains(&format!("\nLayer {layer}: a token runs every expert")), "{words}");
+    }
+    scene.convert("shared", "");
+    let sweep = "eval layered shared --text text --sts sts --sweep --json --svg sweep.svg";
+    let reports = scene.json(sweep);
+    let points = |model: usize| reports[model]["points"].as_array().unwrap();
+    assert!(points(0).iter().all(|point| point["rel_threshold"].is_null()));
+    assert!(points(1).iter().all(|point| point["rel_threshold"].is_number()));
+    let density = |point: &Value| point["density"].as_f64().unwrap();
+    for model in 0..2 {
+        let densities: Vec<f64> = points(model).iter().map(density).collect();
+        assert!(densities.is_sorted() && densities[0] < 0.3, "{densities:?}");
+        assert_eq!(densities.last(), Some(&1.0));
+    }
+    // As stored.
+    let own = points(0).iter().find(|point| point["threshold_exponent"] == 1.0).unwrap();
+    assert_eq!(own["hidden_error"], reports[0]["hidden_error"]);
+
+    scene.moefy("inspect shared --svg use.svg").assert().success();
+    for (file, words) in [
+        ("sweep.svg", ["hidden error", "STS Spearman", "layered", "shared"]),
+        ("use.svg", ["layer 0", "layer 1", "tokens that run it", "most used first"]),
+    ] {
+        let picture = fs::read_to_string(scene.path(file)).unwrap();
+        words.iter().for_each(|word| assert!(picture.contains(word), "{file} lacks {word}"));
+    }
+}
+
+#[test]
 fn compensation_and_refinement_come_closer_to_the_dense_model() {
     let scene = Scene::new();
     let error_of = |out: &str, options: &str| {

@@ -53,6 +53,21 @@ impl Selection {
         Self { rule: SelectionRule::CumulativeShare { share }, max_experts: None }
     }
 
+    /// The same rule, stricter for exponents below 1 and laxer for those above: τ becomes τ^exponent,
+    /// and p becomes p^(1/exponent). Top-k stays.
+    pub fn raised(self, exponent: f32) -> Self {
+        let rule = match self.rule {
+            SelectionRule::TopK { k } => SelectionRule::TopK { k },
+            SelectionRule::DynamicK { rel_threshold } => {
+                SelectionRule::DynamicK { rel_threshold: rel_threshold.powf(exponent) }
+            }
+            SelectionRule::CumulativeShare { share } => {
+                SelectionRule::CumulativeShare { share: share.powf(exponent.recip()) }
+            }
+        };
+        Self { rule, ..self }
+    }
+
     /// Checks the parameters.
     ///
     /// # Errors

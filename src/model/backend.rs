@@ -60,6 +60,9 @@ pub enum FfnRun {
     Dense,
     /// A MoEfied layer with this selection instead of its own; a dense layer as it is.
     Selection(Selection),
+    /// A MoEfied layer with its own selection [raised](Selection::raised) to this exponent; a dense
+    /// layer as it is.
+    Raised(f32),
     /// y = b2, as if no neuron ran: the baseline that shows what the FFNs contribute at all.
     Zero,
 }

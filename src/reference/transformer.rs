@@ -112,6 +112,9 @@ impl Backend for Reference {
         let moe = match (ffn, run) {
             (Ffn::Moe(moe), FfnRun::Stored) => Some(moe.clone()),
             (Ffn::Moe(moe), FfnRun::Selection(rule)) => Some(moe.clone().with_selection(rule)?),
+            (Ffn::Moe(moe), FfnRun::Raised(exponent)) => {
+                Some(moe.clone().with_selection(moe.selection().raised(exponent))?)
+            }
             _ => None,
         };
         match (moe, run) {

@@ -10,9 +10,10 @@ use moefy::convert::{
 use moefy::cpu::Cpu;
 use moefy::model::{Encoder, Folder, Output, write_moefied};
 
+use crate::explain::explain;
 use crate::progress::{Bar, interrupted};
 use crate::text::{file_name_of, tokenise_calibration};
-use crate::{Common, inspect};
+use crate::{Common, inspect, output};
 
 #[derive(clap::Args)]
 pub struct Convert {
@@ -69,6 +70,9 @@ pub struct Convert {
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Say in words what was chosen for every layer, and why
+    #[arg(long)]
+    explain: bool,
     /// Replace OUT if it exists
     #[arg(long)]
     overwrite: bool,
@@ -168,7 +172,11 @@ impl Convert {
         }
         drop(bar);
         write_moefied(&folder, &conversion, output)?;
-        inspect::show(&Folder::open(&self.out)?, common);
+        let converted = Folder::open(&self.out)?;
+        inspect::show(&converted, common);
+        if self.explain && !common.json {
+            explain(&converted).iter().for_each(|line| output::line(&format!("\n{line}")));
+        }
         Ok(())
     }
 

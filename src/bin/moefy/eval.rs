@@ -7,23 +7,28 @@ use moefy::cpu::Cpu;
 use moefy::eval::{
     FfnCost, FlopsSaved, LayerOutcome, Outcome, Variant, cosines, evaluate, spearman,
 };
-use moefy::ffn::Selection;
+use moefy::ffn::{Selection, SelectionRule};
 use moefy::model::{Encoder, FfnRun, Folder, Tokenizer};
 use moefy::{Error, Result};
 use serde::Serialize;
 
+use crate::chart::{self, Axis, Panel, Series};
 use crate::progress::Bar;
 use crate::text::{SentencePairs, read_lines};
 use crate::{Common, output};
 
-/// τ of a sweep, from hardly any expert to all of them.
+/// τ of a sweep, from hardly any expert to all of them, where all layers share one.
 const SWEEP: [f32; 14] = [0.95, 0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.2, 0.1, 0.0];
+/// Elsewhere every layer's τ raised to these.
+const EXPONENTS: [f32; 14] =
+    [0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, f32::INFINITY];
 
 #[derive(clap::Args)]
 pub struct Eval {
-    /// A model folder, converted or not
-    model: PathBuf,
-    /// The dense original [default: the dense FFNs that MODEL holds]
+    /// Model folders, converted or not
+    #[arg(required = true, value_name = "MODEL")]
+    models: Vec<PathBuf>,
+    /// The dense original [default: the dense FFNs that each MODEL holds]
     #[arg(long, value_name = "DENSE")]
     reference: Option<PathBuf>,
     /// Text to compare hidden states and speed on, one text per line
@@ -35,9 +40,13 @@ pub struct Eval {
     /// Sentence pairs with similarity scores (CSV: sentence, sentence, score) to rank
     #[arg(long, value_name = "CSV")]
     sts: Option<PathBuf>,
-    /// Also evaluate a range of thresholds
+    /// Also evaluate a range of thresholds: the same for all layers where they share one, else the
+    /// layers' own raised to a range of exponents
     #[arg(long)]
     sweep: bool,
+    /// Draw quality against density, a line for each MODEL
+    #[arg(long, value_name = "FILE", requires = "sweep")]
+    svg: Option<PathBuf>,
     /// Where to run
     #[arg(long, value_enum, default_value_t)]
     device: crate::Device,
@@ -65,6 +74,9 @@ struct Point {
     /// Of a sweep; otherwise every layer has its own.
     #[serde(skip_serializing_if = "Option::is_none")]
     rel_threshold: Option<f32>,
+    /// Of a sweep of layers that have their own; JSON has no infinity, and gives null.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    threshold_exponent: Option<f32>,
     spearman: Option<f64>,
     sts_density: Option<f64>,
     density: Option<f64>,
@@ -93,7 +105,27 @@ struct Baseline {
 impl Eval {
     pub fn run(self, common: &Common) -> Result<()> {
         self.device.check()?;
-        let folder = Folder::open(&self.model)?;
+        let mut reports = Vec::new();
+        for model in &self.models {
+            let report = self.evaluate(model, common)?;
+            if !common.json {
+                report.print(self.models.len() > 1);
+            }
+            reports.push(report);
+        }
+        match &reports[..] {
+            [report] if common.json => output::json(report),
+            reports if common.json => output::json(&reports),
+            _ => {}
+        }
+        match &self.svg {
+            Some(file) => chart::write(file, &svg(&reports)),
+            None => Ok(()),
+        }
+    }
+
+    fn evaluate(&self, model: &Path, common: &Common) -> Result<Report> {
+        let folder = Folder::open(model)?;
         let backend = Cpu;
         let encoder = Encoder::load(backend, &folder)?;
         let reference = self.reference.as_deref().map(Folder::open).transpose()?;
@@ -108,9 +140,9 @@ impl Eval {
             run: FfnRun::Dense,
             costs: &costs,
         };
-        let mut runs = vec![FfnRun::Stored, FfnRun::Zero];
-        let thresholds = if self.sweep && folder.moefy().is_some() { &SWEEP[..] } else { &[] };
-        runs.extend(thresholds.iter().map(|&tau| FfnRun::Selection(Selection::dynamic_k(tau))));
+        let sweep = if self.sweep { sweep(&folder) } else { Vec::new() };
+        let runs = [FfnRun::Stored, FfnRun::Zero].into_iter().chain(sweep.iter().copied());
+        let runs: Vec<FfnRun> = runs.collect();
         let variants: Vec<_> =
             runs.iter().map(|&run| Variant { encoder: &encoder, run, costs: &costs }).collect();
 
@@ -131,13 +163,7 @@ impl Eval {
         let sts: Option<Vec<Sts>> = sts.transpose()?;
         drop(bar);
 
-        let report = self.report(&folder, thresholds, text, sts);
-        if common.json {
-            output::json(&report)
-        } else {
-            report.print()
-        }
-        Ok(())
+        Ok(self.report(&folder, &sweep, text, sts))
     }
 
     /// As many texts of a file as fit into `max_tokens`.
@@ -159,9 +185,9 @@ impl Eval {
     }
 
     fn report(
-        self,
+        &self,
         folder: &Folder,
-        thresholds: &[f32],
+        sweep: &[FfnRun],
         text: Option<Comparison>,
         sts: Option<Vec<Sts>>,
     ) -> Report {
@@ -173,8 +199,18 @@ impl Eval {
             hidden_error: outcome(i).map(|o| o.hidden_error),
             embedding_cosine: outcome(i).map(|o| o.embedding_cosine),
         };
-        let point = |i: usize, rel_threshold| Point {
-            rel_threshold,
+        let point = |i: usize, run: FfnRun| Point {
+            rel_threshold: match run {
+                FfnRun::Selection(Selection {
+                    rule: SelectionRule::DynamicK { rel_threshold },
+                    ..
+                }) => Some(rel_threshold),
+                _ => None,
+            },
+            threshold_exponent: match run {
+                FfnRun::Raised(exponent) => Some(exponent),
+                _ => None,
+            },
             spearman: sts(i).map(|s| s.spearman),
             sts_density: sts(i).map(|s| s.density),
             density: outcome(i).map(|o| o.density),
@@ -189,19 +225,66 @@ impl Eval {
             }),
             layers: outcome(i).map(|o| o.layers.clone()).unwrap_or_default(),
         };
-        let points = thresholds.iter().enumerate().map(|(i, &tau)| point(3 + i, Some(tau)));
+        let points = sweep.iter().enumerate().map(|(i, &run)| point(3 + i, run));
         Report {
             device: self.device,
             threads: rayon::current_num_threads(),
             num_tokens: text.as_ref().map(|text| text.num_tokens),
-            point: point(1, None),
+            point: point(1, FfnRun::Stored),
             dense: baseline(0),
             zero_ffn: baseline(2),
             points: points.collect(),
             model: folder.path().to_path_buf(),
-            reference: self.reference,
+            reference: self.reference.clone(),
         }
     }
+}
+
+/// How the layers of a converted model run in a sweep.
+fn sweep(folder: &Folder) -> Vec<FfnRun> {
+    let layers = folder.moefy().map_or(&[][..], |moefy| &moefy.layers);
+    let dynamic = |rule| matches!(rule, SelectionRule::DynamicK { .. });
+    let rules: Vec<_> = layers.iter().map(|layer| layer.selection.rule).collect();
+    if rules.is_empty() {
+        Vec::new()
+    } else if rules.iter().all(|&rule| dynamic(rule) && rule == rules[0]) {
+        SWEEP.map(|tau| FfnRun::Selection(Selection::dynamic_k(tau))).into()
+    } else {
+        EXPONENTS.map(FfnRun::Raised).into()
+    }
+}
+
+/// Hidden error, and where pairs were ranked Spearman, over density.
+fn svg(reports: &[Report]) -> String {
+    let panel = |name: &str,
+                 density: fn(&Point) -> Option<f64>,
+                 value: fn(&Point) -> Option<f64>| {
+        let line = |report: &Report| {
+            let points = report.points.iter().chain([&report.point]);
+            let points = points.filter_map(|p| Some((100.0 * density(p)?, value(p)?)));
+            let mut points: Vec<(f64, f64)> = points.collect();
+            points.sort_by(|a, b| a.0.total_cmp(&b.0));
+            let name = report.model.file_name().unwrap_or(report.model.as_os_str());
+            Series { name: name.to_string_lossy().into_owned(), points }
+        };
+        let series: Vec<Series> = reports.iter().map(line).collect();
+        let values = || series.iter().flat_map(|series| &series.points).map(|point| point.1);
+        let (least, most) = (values().fold(f64::INFINITY, f64::min), values().fold(0.0, f64::max));
+        let percent = "executed density, %".into();
+        let range = if name == "hidden error" { 0.0..1.05 * most } else { least..most + 0.005 };
+        Panel {
+            x: Axis { name: percent, range: 0.0..100.0, labels: 10, label: |x| format!("{x:.0}") },
+            y: Axis { name: name.into(), range, labels: 10, label: |y| format!("{y:.2}") },
+            level: None,
+            series,
+        }
+    };
+    let panels = [
+        panel("hidden error", |p| p.density, |p| p.hidden_error),
+        panel("STS Spearman", |p| p.sts_density, |p| p.spearman),
+    ];
+    let drawn = panels.into_iter().filter(|p| p.series.iter().any(|s| !s.points.is_empty()));
+    chart::svg(&drawn.collect::<Vec<_>>())
 }
 
 /// Outcomes over one set of texts: dense first, then one per variant.
@@ -242,7 +325,10 @@ impl Sts {
 }
 
 impl Report {
-    fn print(&self) {
+    fn print(&self, one_of_several: bool) {
+        if one_of_several {
+            output::line(&format!("\n{}", self.model.display()));
+        }
         let number = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.4}"));
         let share = |value: Option<f64>| value.map_or("-".into(), output::percent);
         let per_second =
@@ -288,8 +374,10 @@ impl Report {
         }
         if !self.points.is_empty() {
             let rows = self.points.iter().map(|point| {
+                let threshold = point.rel_threshold.map(|tau| tau.to_string());
+                let exponent = point.threshold_exponent.map(|e| format!("^ {e}"));
                 [
-                    point.rel_threshold.map_or("-".into(), |tau| tau.to_string()),
+                    threshold.or(exponent).unwrap_or("-".into()),
                     share(point.density),
                     number(point.hidden_error),
                     share(point.sts_density),

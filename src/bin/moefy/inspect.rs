@@ -5,21 +5,62 @@ use std::path::PathBuf;
 use moefy::Result;
 use moefy::ffn::SelectionRule;
 use moefy::model::Folder;
+use moefy::model::format::LayerConfig;
 use serde_json::json;
 
+use crate::chart::{self, Axis, Panel, Series};
 use crate::{Common, output};
 
 #[derive(clap::Args)]
 pub struct Inspect {
     /// A model folder, converted or not
     model: PathBuf,
+    /// Draw how many tokens run each expert, a line for each layer
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
 }
 
 impl Inspect {
     pub fn run(self, common: &Common) -> Result<()> {
-        show(&Folder::open(&self.model)?, common);
-        Ok(())
+        let folder = Folder::open(&self.model)?;
+        show(&folder, common);
+        match &self.svg {
+            Some(file) => chart::write(file, &expert_use(&folder)),
+            None => Ok(()),
+        }
     }
+}
+
+/// The share of the calibration tokens that run an expert, experts in descending order.
+fn expert_use(folder: &Folder) -> String {
+    let layers = folder.moefy().map_or(&[][..], |moefy| &moefy.layers);
+    let line = |layer: &LayerConfig| {
+        let statistics = layer.statistics.as_ref()?;
+        let mut shares = statistics.hotness.clone();
+        shares.sort_by(|a, b| b.total_cmp(a));
+        let name = format!("layer {}: {}", layer.layer, output::percent(statistics.density));
+        let points = shares.iter().enumerate().map(|(i, share)| ((i + 1) as f64, 100.0 * share));
+        Some(Series { name, points: points.collect() })
+    };
+    let series: Vec<Series> = layers.iter().filter_map(line).collect();
+    let most = series.iter().map(|series| series.points.len()).max().unwrap_or(1).max(2);
+    let number = |value: f64| format!("{value:.0}");
+    chart::svg(&[Panel {
+        x: Axis {
+            name: "experts, most used first".into(),
+            range: 1.0..most as f64,
+            labels: 12,
+            label: number,
+        },
+        y: Axis {
+            name: "tokens that run it, %".into(),
+            range: 0.0..100.0,
+            labels: 10,
+            label: number,
+        },
+        level: None,
+        series,
+    }])
 }
 
 /// Prints what a folder holds.

@@ -3,11 +3,13 @@
 
 #[cfg(feature = "cuda")]
 mod bench;
+mod chart;
 #[cfg(feature = "cuda")]
 mod check;
 mod convert;
 mod embed;
 mod eval;
+mod explain;
 mod inspect;
 mod output;
 mod progress;

@@ -153,6 +153,10 @@ impl Backend for Cpu {
             (Neurons::Moe(moe), FfnRun::Selection(selection)) => {
                 *mask = Some(moe.run_with_selection(selection, x, y, memory)?.mask.clone());
             }
+            (Neurons::Moe(moe), FfnRun::Raised(exponent)) => {
+                let selection = moe.selection().raised(exponent);
+                *mask = Some(moe.run_with_selection(selection, x, y, memory)?.mask.clone());
+            }
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use moefy::{DType, Error, Result};
 use super::sets::Set;
 use super::traces::Source;
 use super::{Case, machine, plot, shapes, table};
-use crate::{Common, output};
+use crate::{Common, chart, output};
 
 #[derive(clap::Args)]
 pub struct Ffn {
@@ -133,7 +133,7 @@ impl Ffn {
         }
         measured?;
         match &self.svg {
-            Some(file) => std::fs::write(file, plot::svg(&rows)).map_err(Error::io("write", file)),
+            Some(file) => chart::write(file, &plot::svg(&rows)),
             None => Ok(()),
         }
     }

@@ -1,27 +1,34 @@
 //! The speed-up as a picture: over density where there are several, else over tokens.
 
 use moefy::cuda::bench::FfnRow;
-use plotters::prelude::*;
 
 use super::shapes::label;
+use crate::chart::{self, Axis, Panel, Series};
 use crate::output::percent;
-
-const SIZE: (u32, u32) = (860, 480);
-
-/// A line of the picture.
-struct Series {
-    name: String,
-    points: Vec<(f64, f64)>,
-}
 
 /// The rows as SVG: a line for every way in which they differ, and one where the dense layer is.
 pub fn svg(rows: &[FfnRow]) -> String {
     let over_density = rows.iter().any(|row| differ(row.density, rows[0].density));
     let series = series(rows, over_density);
-    let mut text = String::new();
-    let drawn = draw(&mut text, &series, over_density);
-    drawn.expect("a string takes any picture");
-    text
+    let points = || series.iter().flat_map(|series| &series.points);
+    let most = |pick: fn(&(f64, f64)) -> f64| points().map(pick).fold(1.0, f64::max);
+    let end = most(|point| point.0);
+    let x = if over_density {
+        let name = "executed density, %".into();
+        Axis { name, range: 0.0..end, labels: 10, label: |x| format!("{x:.0}") }
+    } else {
+        let start = points().map(|point| point.0).fold(end, f64::min);
+        let label = |x: f64| format!("{:.0}", x.exp2());
+        let labels = (end - start) as usize + 1;
+        Axis { name: "tokens".into(), range: start..end, labels, label }
+    };
+    let y = Axis {
+        name: "speed-up over dense".into(),
+        range: 0.0..1.08 * most(|point| point.1),
+        labels: 10,
+        label: |y| format!("{y:.1}"),
+    };
+    chart::svg(&[Panel { x, y, level: Some(1.0), series }])
 }
 
 fn differ(a: f64, b: f64) -> bool {
@@ -60,51 +67,6 @@ fn series(rows: &[FfnRow], over_density: bool) -> Vec<Series> {
         series.points.sort_by(|a, b| a.0.total_cmp(&b.0));
     }
     series
-}
-
-fn draw(
-    text: &mut String,
-    series: &[Series],
-    over_density: bool,
-) -> Result<(), DrawingAreaErrorKind<std::io::Error>> {
-    let points = || series.iter().flat_map(|series| &series.points);
-    let most = |pick: fn(&(f64, f64)) -> f64| points().map(pick).fold(1.0, f64::max);
-    let least_x = points().map(|point| point.0).fold(f64::INFINITY, f64::min).min(most(|p| p.0));
-    let xs = if over_density { 0.0..most(|p| p.0) } else { least_x..most(|p| p.0) };
-    let area = SVGBackend::with_string(text, SIZE).into_drawing_area();
-    area.fill(&WHITE)?;
-    // The names stand beside the lines, however many there are.
-    let longest = series.iter().map(|series| series.name.len()).max().unwrap_or(0) as u32;
-    let (picture, names) =
-        area.split_horizontally(SIZE.0.saturating_sub(60 + 7 * longest).max(360));
-    let mut chart = ChartBuilder::on(&picture)
-        .margin(12)
-        .x_label_area_size(40)
-        .y_label_area_size(56)
-        .build_cartesian_2d(xs.clone(), 0.0..1.08 * most(|p| p.1))?;
-    chart
-        .configure_mesh()
-        .light_line_style(TRANSPARENT)
-        .x_labels(if over_density { 10 } else { (xs.end - xs.start) as usize + 1 })
-        .x_desc(if over_density { "executed density, %" } else { "tokens" })
-        .x_label_formatter(&|x| {
-            if over_density { format!("{x:.0}") } else { format!("{:.0}", x.exp2()) }
-        })
-        .y_desc("speed-up over dense")
-        .y_label_formatter(&|y| format!("{y:.1}"))
-        .draw()?;
-    chart.draw_series(LineSeries::new([(xs.start, 1.0), (xs.end, 1.0)], BLACK))?;
-    for (index, Series { name, points }) in series.iter().enumerate() {
-        let colour = Palette99::pick(index).to_rgba();
-        chart.draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))?;
-        let dot = |&point: &(f64, f64)| Circle::new(point, 3, colour.filled());
-        chart.draw_series(points.iter().map(dot))?;
-        let y = 24 + 16 * index as i32;
-        names.draw(&Circle::new((8, y + 6), 4, colour.filled()))?;
-        names.draw(&Text::new(name.clone(), (18, y), ("sans-serif", 12)))?;
-    }
-    drop(chart);
-    area.present()
 }
 
 #[cfg(test)]
