@@ -19,7 +19,7 @@ export MOEFY_NVCC ?= $(INSTALLED_NVCC)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all inputs toolchain fmt fmt-check clippy docs licences spills abi abi-check test-scripts \
+.PHONY: help demo test test-all inputs annalog toolchain fmt fmt-check clippy docs licences spills abi abi-check test-scripts \
   test-rust gpu-bundle gpu-bundle-all tools clean-inputs
 # The steps of `test` share one build folder: they would only wait for each other.
 .NOTPARALLEL:
@@ -42,6 +42,11 @@ inputs: ## fetch the model and the text that demo and test use (110 MB, once)
 
 toolchain: ## install nvcc 13.0 and libclang into .toolchain/ (270 MB, once)
 	$(if $(WITHOUT_NVCC),@echo no kernels: WITHOUT_NVCC is set,$(PYTHON) scripts/install_nvcc.py)
+
+annalog: ## convert the FFNs of a real ReLU model and see how close they stay (40 MB, ten minutes)
+	$(PYTHON) -m pip install --quiet --no-deps --only-binary=:all: --upgrade --target inputs/python numpy==2.2.6
+	$(PYTHON) scripts/annalog.py
+	cargo run $(CARGO_FLAGS) --example relu_layers -- inputs/annalog/ffns.safetensors
 
 gpu-bundle: toolchain ## build gpu-bundle/, whose run.sh tests and measures on a machine with a GPU
 	@$(MAKE) --no-print-directory gpu-bundle-all
