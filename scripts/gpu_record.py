@@ -33,11 +33,14 @@ RESULTS = {"ok": "passed", "failed": "failed", "ignored": "skipped"}
 SETS = ("b4",)
 # What reads the device's free memory has the device to itself; the other tests run in these parts beside each other.
 ALONE = "memory_stays_flat"
-MODULES = ("experts::", "ffn_few::", "layers::", "plan::")
+MODULES = ("experts::", "ffn_few::", "layers::", "plan::", "dense::")
 PARTS = [[module, "--skip", ALONE] for module in MODULES]
 PARTS.append([argument for name in (ALONE, *MODULES) for argument in ("--skip", name)])
 # Only this project's kernels: those of cuBLASLt take most of the time. Of them, memcheck sees which addresses they get.
 SANITIZER_ARGUMENTS = {tool: [] if tool == "memcheck" else ["--kernel-name", "kns=moefy_"] for tool in SANITIZERS}
+# racecheck (2025.3) fails as soon as cuBLASLt's kernels for Hopper run, even when told to check none. The tests that need
+# them have no other kernel with shared memory, which is all that racecheck looks at.
+LEFT_OUT = {"racecheck": "dense::"}
 # Seconds that each run may take, and all together.
 TESTS_LIMIT, SANITIZERS_LIMIT, SET_LIMIT, LIMIT = 120, 150, 130, 355
 
@@ -129,7 +132,8 @@ def run_sanitizers(machine, pool):
         command = [program, "--tool", tool, "--report-api-errors", "no", *SANITIZER_ARGUMENTS[tool], TESTS, *part]
         return sanitizer_errors(*machine.run(command, SANITIZERS_LIMIT, MOEFY_REQUIRE_GPU="1", MOEFY_TEST_SMALL="1"))
 
-    parts = {tool: [pool.submit(errors_of, tool, part) for part in PARTS] for tool in SANITIZERS}
+    parts = {tool: [pool.submit(errors_of, tool, part) for part in PARTS if part[0] != LEFT_OUT.get(tool)]
+             for tool in SANITIZERS}
 
     def wait():
         errors = {tool: [part.result() for part in parts[tool]] for tool in SANITIZERS}
