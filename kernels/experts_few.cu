@@ -1,9 +1,14 @@
-// The op `experts` for few tokens: two launches that stream every executed neuron once.
+// The op `experts` for few tokens: launches that stream every executed neuron once.
 //
-// moefy_experts_few_hidden computes h of the union of the tokens' experts, moefy_experts_few_combine multiplies it by
-// the output rows. Neurons, not experts, are dealt out: any width of expert fills the chip. Weights go from memory
-// straight into fragments, 16 bytes a lane: a sum over k may run in any order as long as both factors agree on it, so a
-// lane takes the k that it can load at once. Every sum has a fixed order.
+// moefy_experts_few_hidden computes h of the union of the tokens' experts, moefy_experts_few_output multiplies it by the
+// output rows, each block those of a share of the neurons, and moefy_add_shares adds the shares in their order. Every block finds the union in the masks by itself, which costs less than a launch that does, and the
+// second kernel asks for its first rows while the first one still runs. Neurons, not experts, are dealt out: any width of
+// expert fills the chip. Weights go from memory straight into fragments, 16 bytes a lane, and the next ones are under way
+// while these are multiplied: a sum over k may run in any order as long as both factors agree on it, so a lane takes the
+// k that it can load at once. Every sum has a fixed order.
+#include <type_traits>
+
+#include "dependency.cuh"
 #include "experts.cuh"
 #include "mma.cuh"
 
@@ -11,6 +16,7 @@ namespace moefy {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr uint32_t kThreads = kWarps * 32;
 constexpr int kTile = 8;  // tokens of one fragment
 
 template <class T>
@@ -59,84 +65,151 @@ struct Dots<float> {
   }
 };
 
-/// Number of executed neurons: `routed` of the union's experts, then the shared and the linear ones.
-struct Executed {
-  uint32_t routed;
-  uint32_t all;
+/// The experts that any token runs, ascending.
+struct Union {
+  uint32_t words[MOEFY_MAX_EXPERTS / 32];
+  uint16_t experts[MOEFY_MAX_EXPERTS];
 
-  __device__ explicit Executed(const moefy_experts_params& p)
-      : routed(*p.num_union * p.neurons.expert_width), all(routed + p.neurons.shared + p.neurons.rank) {}
-
-  /// Expert and neuron of a column of h; a column beyond the last gets a neuron whose weights can be read.
-  __device__ void find(const moefy_experts_params& p, uint32_t column, uint32_t& expert, uint32_t& neuron) const {
-    expert = kNoExpert;
-    neuron = 0;
-    if (column < routed) {
-      expert = p.union_ids[column / p.neurons.expert_width];
-      neuron = expert * p.neurons.expert_width + column % p.neurons.expert_width;
-    } else if (column < all) {
-      neuron = routed_neurons(p.neurons) + column - routed;
+  /// Finds them in the masks, with all threads; returns how many there are.
+  __device__ __forceinline__ uint32_t find(const moefy_experts_params& p) {
+    const uint32_t num_experts = p.neurons.num_experts, row_words = ceil_div(num_experts, 32);
+    for (uint32_t w = threadIdx.x; w < row_words; w += kThreads) words[w] = 0;
+    __syncthreads();
+    const uint32_t valid = valid_tokens(p);
+    for (uint32_t i = threadIdx.x; i < p.num_tokens * row_words; i += kThreads) {
+      const uint32_t w = i % row_words, beyond = (w + 1) * 32 - min((w + 1) * 32, num_experts);
+      const uint32_t word = __ldcg(p.mask + i) << beyond >> beyond;
+      if (word != 0 && i < valid * row_words) atomicOr(&words[w], word);
     }
+    __syncthreads();
+    uint32_t count = 0, w = 0;
+    for (uint32_t expert = threadIdx.x; expert < num_experts; expert += kThreads) {
+      for (; w < expert / 32; ++w) count += __popc(words[w]);
+      const uint32_t bit = 1u << expert % 32;
+      if (words[w] & bit) experts[count + __popc(words[w] & (bit - 1))] = expert;
+    }
+    for (; w < row_words; ++w) count += __popc(words[w]);
+    __syncthreads();
+    return count;
   }
 };
 
-/// One block takes 16 rows of w_in at a time (16 neurons, or 8 of a GLU with gate and up rows together); its warps
-/// split d_model.
+/// The executed neurons, which are the columns of h: those of the union's experts, then the shared and the linear ones.
+struct Executed {
+  const moefy_neurons& n;
+  const Union& united;
+  uint32_t routed;
+  uint32_t all;
+
+  __device__ Executed(const moefy_experts_params& p, Union& memory)
+      : n(p.neurons), united(memory), routed(memory.find(p) * n.expert_width), all(routed + n.shared + n.rank) {}
+
+  /// Expert and neuron of a column; a column beyond the last gets a neuron whose weights can be read.
+  __device__ uint32_t find(uint32_t column, uint32_t& expert) const {
+    expert = kNoExpert;
+    if (column < routed) {
+      expert = united.experts[column / n.expert_width];
+      return expert * n.expert_width + column % n.expert_width;
+    }
+    return column < all ? routed_neurons(n) + column - routed : 0;
+  }
+
+  /// Where the share of a block begins, if so many share the columns evenly.
+  __device__ uint32_t share(uint32_t block, uint32_t num_blocks) const {
+    return static_cast<uint64_t>(all) * block / num_blocks;
+  }
+};
+
+/// The blocks share the neurons evenly. One takes 16 rows of w_in at a time (16 neurons, or 8 of a GLU with gate and up
+/// rows together), and less at the end of its share; its warps split d_model.
 template <class T, int kTiles>
 __device__ __forceinline__ void few_hidden(const moefy_experts_params& p) {
-  constexpr int kStep = kWarps * 4 * kVector<T>;
+  constexpr uint32_t kStep = kWarps * 4 * kVector<T>;  // of d_model
   constexpr int kUnroll = 4;
-  __shared__ float sums[kWarps][16][kTiles * kTile];
+  constexpr uint32_t kBatch = kUnroll * kStep;
+  constexpr uint32_t kTokens = kTiles * kTile;
+  constexpr int kItems = (16 * kTokens + kThreads - 1) / kThreads;  // values of h of a thread
+  __shared__ Union united;
+  __shared__ float sums[2][kWarps][16][kTokens];
   const moefy_neurons& n = p.neurons;
-  const int warp = threadIdx.x / 32;
-  const int g = threadIdx.x % 32 / 4;
-  const int t = threadIdx.x % 4;
-  const uint32_t token0 = blockIdx.y * kTiles * kTile;
-  const T* w_in = static_cast<const T*>(n.w_in);
-  const T* x[kTiles];
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const uint32_t token = token0 + tile * kTile + g;
-    x[tile] = token < p.num_tokens ? static_cast<const T*>(p.x) + token * n.d_model : nullptr;
-  }
-
-  if (blockIdx.x == 0 && blockIdx.y == 0) {
-    for (uint32_t i = threadIdx.x; i < p.num_arrivals; i += blockDim.x) p.arrivals[i] = 0;
-  }
-
-  const Executed executed(p);
+  const uint32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const uint32_t k0 = (warp * 4 + t) * kVector<T>;
+  const uint32_t token0 = blockIdx.y * kTokens;
   const uint32_t per_group = n.glu ? 8 : 16;
-  const uint32_t num_groups = ceil_div(executed.all, 16) * (16 / per_group);
-  for (uint32_t group = blockIdx.x; group < num_groups; group += gridDim.x) {
-    uint32_t expert, low, high;
-    executed.find(p, group * per_group + g, expert, low);
-    if (n.glu) {
-      high = up_row(n, low);
-    } else {
-      executed.find(p, group * per_group + g + 8, expert, high);
-      high = input_row(n, high);
+  const uint32_t num_batches = ceil_div(n.d_model, kBatch);
+  const T* w_in = static_cast<const T*>(n.w_in);
+  const T* x = static_cast<const T*>(p.x) + static_cast<uint64_t>(token0 + g) * n.d_model;
+  wait_for_dependencies();
+  // Not earlier: the next kernel reads masks before it waits for this one.
+  launch_dependents();
+  const Executed executed(p, united);
+  const uint32_t begin = executed.share(blockIdx.x, gridDim.x), end = executed.share(blockIdx.x + 1, gridDim.x);
+  // Columns come in fours; the last ones may be nobody's.
+  const uint32_t end_of_columns = blockIdx.x + 1 < gridDim.x ? end : ceil_div(end, 4) * 4;
+
+  const T *row_low, *row_high;
+  bool has_low, has_high;
+  const auto begin_group = [&](uint32_t first) {
+    uint32_t expert;
+    const uint32_t low = executed.find(first + g, expert);
+    const uint32_t high = n.glu ? up_row(n, low) : input_row(n, executed.find(first + g + 8, expert));
+    row_low = w_in + static_cast<uint64_t>(input_row(n, low)) * n.d_model;
+    row_high = w_in + static_cast<uint64_t>(high) * n.d_model;
+    has_low = first + g < end;
+    has_high = n.glu ? has_low : first + g + 8 < end;
+  };
+  uint4 next[kUnroll][2];
+  const auto load = [&](uint32_t batch) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t k = batch * kBatch + u * kStep + k0;
+      next[u][0] = load_streaming_if(has_low && k < n.d_model, row_low + k);
+      next[u][1] = load_streaming_if(has_high && k < n.d_model, row_high + k);
     }
-    const T* row_low = w_in + input_row(n, low) * n.d_model;
-    const T* row_high = w_in + high * n.d_model;
+  };
+  if (begin < end_of_columns) {
+    begin_group(begin);
+    load(0);
+  }
+  uint32_t turn = 0;
+#pragma unroll 1
+  for (uint32_t first = begin; first < end_of_columns; first += per_group, turn ^= 1) {
+    // What belongs to this thread's values arrives while the rows do.
+    const uint32_t column = first + threadIdx.x % per_group;
+    uint32_t expert;
+    const uint32_t neuron = executed.find(column, expert);
+    const NeuronConstants constants = neuron_constants(n, neuron);
+    float gates[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const uint32_t token = token0 + (threadIdx.x + i * kThreads) / per_group;
+      const bool runs = column < executed.all && token < p.num_tokens &&
+                        (expert == kNoExpert || selects(p.mask, n.num_experts, token, expert));
+      gates[i] = !runs ? 0.0f : expert == kNoExpert ? 1.0f : gate_of(p.gates, n.num_experts, token, expert);
+    }
 
     Dots<T> dots[kTiles];
-    // The bound is the same for all lanes of a warp: they work together.
-    for (uint64_t first = warp * 4 * kVector<T>; first < n.d_model; first += kUnroll * kStep) {
-      const uint64_t k = first + t * kVector<T>;
+#pragma unroll 1
+    for (uint32_t batch = 0; batch < num_batches; ++batch) {
       uint4 w[kUnroll][2];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const bool inside = k + u * kStep < n.d_model;
-        w[u][0] = inside ? load_streaming(row_low + k + u * kStep) : uint4{};
-        w[u][1] = inside ? load_streaming(row_high + k + u * kStep) : uint4{};
+        w[u][0] = next[u][0];
+        w[u][1] = next[u][1];
+      }
+      if (batch + 1 < num_batches) {
+        load(batch + 1);
+      } else if (first + per_group < end_of_columns) {
+        begin_group(first + per_group);
+        load(0);
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
+        const uint32_t k = batch * kBatch + u * kStep + k0;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          const bool inside = x[tile] != nullptr && k + u * kStep < n.d_model;
-          const T* from = x[tile] + k + u * kStep;
-          dots[tile].add(w[u][0], w[u][1], inside ? __ldg(reinterpret_cast<const uint4*>(from)) : uint4{});
+          const bool inside = k < n.d_model && token0 + tile * kTile + g < p.num_tokens;
+          dots[tile].add(w[u][0], w[u][1], load_cached_vector_if(inside, x + tile * kTile * n.d_model + k));
         }
       }
     }
@@ -144,36 +217,29 @@ __device__ __forceinline__ void few_hidden(const moefy_experts_params& p) {
     for (int tile = 0; tile < kTiles; ++tile) {
       float c[4];
       dots[tile].finish(c);
-      for (int i = 0; i < 4; ++i) sums[warp][g + i / 2 * 8][tile * kTile + 2 * t + i % 2] = c[i];
+      for (int i = 0; i < 4; ++i) sums[turn][warp][g + i / 2 * 8][tile * kTile + 2 * t + i % 2] = c[i];
     }
+    // The only one of a turn: before a thread writes here again, all have passed that of the next turn.
     __syncthreads();
-
-    for (uint32_t i = threadIdx.x; i < per_group * kTiles * kTile; i += blockDim.x) {
-      const uint32_t row = i % per_group;
-      const uint32_t token = i / per_group;
-      float pre = 0.0f;
-      float up = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const uint32_t token = (threadIdx.x + i * kThreads) / per_group, row = threadIdx.x % per_group;
+      if (token >= kTokens || column >= end_of_columns) continue;
+      float pre = 0.0f, up = 0.0f;
+#pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        pre += sums[w][row][token];
-        if (n.glu) up += sums[w][row + 8][token];
+        pre += sums[turn][w][row][token];
+        if (n.glu) up += sums[turn][w][row + 8][token];
       }
-      const uint32_t column = group * per_group + row;
-      uint32_t expert, neuron;
-      executed.find(p, column, expert, neuron);
-      const uint32_t global = token0 + token;
-      const bool runs = column < executed.all && global < p.num_tokens &&
-                        (expert == kNoExpert || selects(p.mask, n.num_experts, global, expert));
-      float value = 0.0f;
-      if (runs) {
-        value = neuron_value<T>(n, neuron, pre, up);
-        if (expert != kNoExpert) value *= gate_of(p.gates, n.num_experts, global, expert);
-      }
-      static_cast<T*>(p.hidden)[global * p.hidden_stride + column] = from_float<T>(value);
-      if (global == 0) p.neuron_ids[column] = neuron;
+      const float value = gates[i] == 0.0f ? 0.0f : gates[i] * neuron_value<T>(n, neuron, constants, pre, up);
+      static_cast<T*>(p.hidden)[(token0 + token) * p.hidden_stride + column] = from_float<T>(value);
     }
-    __syncthreads();
   }
 }
+
+/// h of four neurons.
+template <class T>
+using Four = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
 
 /// Sums of four neurons' output rows, weighted by h of eight tokens: lane 4g + t brings the g-th 16 bytes of columns of
 /// neurons 4t to 4t + 3 and h of token g for the same neurons. c[j][i] belongs to column 2j + i / 2 of the lane's and
@@ -182,8 +248,7 @@ template <class T>
 struct Rows {
   float c[kVector<T> / 2][4] = {};
 
-  __device__ void add(const uint4 (&w)[4], const T* h) {
-    const uint2 of_token = h == nullptr ? uint2{} : *reinterpret_cast<const uint2*>(h);
+  __device__ void add(const uint4 (&w)[4], uint2 h) {
     const uint32_t words[4][4] = {{w[0].x, w[0].y, w[0].z, w[0].w},
                                   {w[1].x, w[1].y, w[1].z, w[1].w},
                                   {w[2].x, w[2].y, w[2].z, w[2].w},
@@ -193,7 +258,7 @@ struct Rows {
       const uint32_t a[4] = {
           __byte_perm(words[0][j], words[1][j], 0x5410), __byte_perm(words[0][j], words[1][j], 0x7632),
           __byte_perm(words[2][j], words[3][j], 0x5410), __byte_perm(words[2][j], words[3][j], 0x7632)};
-      mma(c[j], a, of_token.x, of_token.y, T());
+      mma(c[j], a, h.x, h.y, T());
     }
   }
 
@@ -208,12 +273,11 @@ template <>
 struct Rows<float> {
   float c[kTile][4] = {};
 
-  __device__ void add(const uint4 (&w)[4], const float* h) {
-    const float4 own = h == nullptr ? float4{} : *reinterpret_cast<const float4*>(h);
+  __device__ void add(const uint4 (&w)[4], uint4 h) {
     const float4 row[4] = {as_float4(w[0]), as_float4(w[1]), as_float4(w[2]), as_float4(w[3])};
 #pragma unroll
     for (int token = 0; token < kTile; ++token) {
-      const float4 f = shuffle(own, token * 4 + threadIdx.x % 4);
+      const float4 f = shuffle(as_float4(h), token * 4 + threadIdx.x % 4);
       c[token][0] = dot(f, make_float4(row[0].x, row[1].x, row[2].x, row[3].x), c[token][0]);
       c[token][1] = dot(f, make_float4(row[0].y, row[1].y, row[2].y, row[3].y), c[token][1]);
       c[token][2] = dot(f, make_float4(row[0].z, row[1].z, row[2].z, row[3].z), c[token][2]);
@@ -234,103 +298,124 @@ struct Rows<float> {
   }
 };
 
-/// One block takes eight vectors of columns (blockIdx.x) and a share of the neurons (blockIdx.y); the last block to
-/// finish a stripe of columns adds the shares in their order.
+/// A block takes a stripe of columns (blockIdx.x) and a share of the neurons (blockIdx.y). Four warps lie side by side, so
+/// that a row is read in long pieces, and two have different neurons.
 template <class T, int kTiles>
-__device__ __forceinline__ void few_combine(const moefy_experts_params& p) {
-  constexpr int kPerTile = kVector<T> / 2 * 4;
-  constexpr int kPerLane = kTiles * kPerTile;
-  __shared__ float sums[kWarps / 2][kPerLane][32];
-  __shared__ bool is_last;
+__device__ __forceinline__ void few_output(const moefy_experts_params& p) {
+  constexpr uint32_t kWide = sizeof(T) == 2 && kTiles == 1 ? 2 : 1;  // vectors of a lane, see WIDE in experts_few.rs
+  constexpr uint32_t kAcross = 4;                                    // warps side by side
+  constexpr uint32_t kDown = kWarps / kAcross;
+  constexpr uint32_t kApart = 8 * kVector<T>;  // columns between a lane's vectors
+  constexpr uint32_t kStripe = kAcross * kWide * kApart;
+  constexpr uint32_t kTokens = kTiles * kTile;
+  constexpr int kPerVector = kVector<T> / 2 * 4;  // sums of a lane, for a tile of tokens
+  __shared__ Union united;
+  __shared__ float sums[kAcross][kWide * kPerVector][32];
   const moefy_neurons& n = p.neurons;
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const int g = lane / 4;
-  const int t = lane % 4;
-  const uint32_t split = blockIdx.y;
-  const uint32_t token0 = blockIdx.z * kTiles * kTile;
-  const uint64_t column = (blockIdx.x * 8 + g) * kVector<T>;
-  const T* w_out = static_cast<const T*>(n.w_out) + column;
-  const T* hidden = static_cast<const T*>(p.hidden);
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const uint32_t across = warp % kAcross, down = warp / kAcross;
+  const uint32_t token0 = blockIdx.z * kTokens;
+  const uint32_t column0 = blockIdx.x * kStripe + across * kWide * kApart + g * kVector<T>;
+  const T* w_out = static_cast<const T*>(n.w_out) + column0;
+  const T* hidden = static_cast<const T*>(p.hidden) + (token0 + g) * p.hidden_stride + 4 * t;
+  launch_dependents();
+  const Executed executed(p, united);
+  const uint32_t worker = blockIdx.y * kDown + down, fours = ceil_div(executed.all, 4);
+  const auto share = [&](uint32_t w) { return static_cast<uint32_t>(uint64_t(fours) * w / (kDown * p.num_splits)) * 4; };
+  uint32_t first = share(worker);
+  const uint32_t end = share(worker + 1);
 
-  Rows<T> rows[kTiles];
-  const uint32_t executed = Executed(p).all;
-  for (uint32_t first = (split * kWarps + warp) * 16; first < executed; first += kWarps * p.num_splits * 16) {
-    const uint4 ids = *reinterpret_cast<const uint4*>(p.neuron_ids + first + 4 * t);
-    const uint32_t id[4] = {ids.x, ids.y, ids.z, ids.w};
-    uint4 w[4];
+  uint4 next[kWide][4];
+  const auto load = [&] {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = column < n.d_model ? load_streaming(w_out + id[i] * n.d_model) : uint4{};
+    for (int i = 0; i < 4; ++i) {
+      uint32_t expert;
+      const uint32_t column = first + 4 * t + i;
+      const T* row = w_out + static_cast<uint64_t>(executed.find(column, expert)) * n.d_model;
+#pragma unroll
+      for (uint32_t v = 0; v < kWide; ++v) {
+        const bool exists = column < min(end, executed.all) && column0 + v * kApart < n.d_model;
+        next[v][i] = load_streaming_if(exists, row + v * kApart);
+      }
+    }
+  };
+  if (first < end) load();
+  wait_for_dependencies();
+  Rows<T> rows[kTiles][kWide];
+#pragma unroll 1
+  while (first < end) {
+    Four<T> h[kTiles];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const uint32_t token = token0 + tile * kTile + g;
-      rows[tile].add(w, token < p.num_tokens ? hidden + token * p.hidden_stride + first + 4 * t : nullptr);
+      const bool exists = token0 + tile * kTile + g < p.num_tokens && first + 4 * t < end;
+      h[tile] = exists ? *reinterpret_cast<const Four<T>*>(hidden + tile * kTile * p.hidden_stride + first) : Four<T>{};
+    }
+    uint4 w[kWide][4];
+#pragma unroll
+    for (uint32_t v = 0; v < kWide; ++v) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[v][i] = next[v][i];
+    }
+    first += 16;
+    if (first < end) load();
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (uint32_t v = 0; v < kWide; ++v) rows[tile][v].add(w[v], h[tile]);
     }
   }
 
-  float own[kPerLane];
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    float c[kVector<T> / 2][4];
-    rows[tile].finish(c);
+    float own[kWide][kVector<T> / 2][4];
 #pragma unroll
-    for (int i = 0; i < kPerTile; ++i) own[tile * kPerTile + i] = c[i / 4][i % 4];
-  }
+    for (uint32_t v = 0; v < kWide; ++v) rows[tile][v].finish(own[v]);
+    if (tile > 0) __syncthreads();
 #pragma unroll
-  for (int half = kWarps / 2; half > 0; half /= 2) {
-    if (warp >= half && warp < 2 * half) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) sums[warp - half][i][lane] = own[i];
+    for (uint32_t i = 0; i < kWide * kPerVector; ++i) {
+      if (down == 1) sums[across][i][lane] = own[i / kPerVector][i % kPerVector / 4][i % 4];
     }
     __syncthreads();
-    if (warp < half) {
+    if (down == 1) continue;
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) own[i] += sums[warp][i][lane];
+    for (uint32_t i = 0; i < kWide * kPerVector; ++i) {
+      own[i / kPerVector][i % kPerVector / 4][i % 4] += sums[across][i][lane];
     }
-    __syncthreads();
-  }
-
-  const uint64_t stripe = static_cast<uint64_t>(blockIdx.z) * gridDim.x + blockIdx.x;
-  float* partials = p.partials + stripe * p.num_splits * kPerLane * 32;
-  if (warp == 0) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) partials[(split * kPerLane + i) * 32 + lane] = own[i];
-    __threadfence();
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicAdd(p.arrivals + stripe, 1) == p.num_splits - 1;
-  __syncthreads();
-  if (!is_last) return;
-  __threadfence();
-
-  const uint32_t valid = valid_tokens(p);
-  for (int i = warp; i < kPerLane; i += kWarps) {
-    const uint64_t at = column + i / 4 % (kVector<T> / 2) * 2 + i % 4 / 2;
-    const uint32_t token = token0 + i / kPerTile * kTile + 2 * t + i % 2;
-    if (at >= n.d_model || token >= p.num_tokens) continue;
-    float sum = n.b_out == nullptr ? 0.0f : n.b_out[at];
-    for (uint32_t s = 0; s < p.num_splits; ++s) sum += __ldcg(partials + (s * kPerLane + i) * 32 + lane);
-    static_cast<T*>(p.y)[token * n.d_model + at] = from_float<T>(token < valid ? sum : 0.0f);
+    for (int b = 0; b < 2; ++b) {
+      const uint32_t token = token0 + tile * kTile + 2 * t + b;
+      float* to = p.partials + (static_cast<uint64_t>(blockIdx.y) * p.num_tokens + token) * n.d_model + column0;
+#pragma unroll
+      for (uint32_t v = 0; v < kWide; ++v) {
+        if (token >= p.num_tokens || column0 + v * kApart >= n.d_model) continue;
+#pragma unroll
+        for (int j = 0; j < kVector<T> / 2; j += 2) {
+          const float4 four = {own[v][j][b], own[v][j][2 + b], own[v][j + 1][b], own[v][j + 1][2 + b]};
+          __stcg(reinterpret_cast<float4*>(to + v * kApart + 2 * j), four);
+        }
+      }
+    }
   }
 }
 
 }  // namespace
 }  // namespace moefy
 
-#define MOEFY_EXPERTS_FEW(name, type, tiles)                                                       \
-  extern "C" __global__ void __launch_bounds__(moefy::kWarps * 32)                                 \
+// blocks: of a multiprocessor, at least.
+#define MOEFY_EXPERTS_FEW(name, type, tiles, blocks)                                               \
+  extern "C" __global__ void __launch_bounds__(moefy::kThreads, blocks)                              \
       moefy_experts_few_hidden_##name##_##tiles(const __grid_constant__ moefy_experts_params p) {  \
     moefy::few_hidden<type, tiles>(p);                                                             \
   }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(moefy::kWarps * 32)                                 \
-      moefy_experts_few_combine_##name##_##tiles(const __grid_constant__ moefy_experts_params p) { \
-    moefy::few_combine<type, tiles>(p);                                                            \
+  extern "C" __global__ void __launch_bounds__(moefy::kThreads, blocks)                              \
+      moefy_experts_few_output_##name##_##tiles(const __grid_constant__ moefy_experts_params p) { \
+    moefy::few_output<type, tiles>(p);                                                            \
   }
 
-MOEFY_EXPERTS_FEW(f32, float, 1)
-MOEFY_EXPERTS_FEW(f16, __half, 1)
-MOEFY_EXPERTS_FEW(f16, __half, 2)
-MOEFY_EXPERTS_FEW(f16, __half, 4)
-MOEFY_EXPERTS_FEW(bf16, __nv_bfloat16, 1)
-MOEFY_EXPERTS_FEW(bf16, __nv_bfloat16, 2)
-MOEFY_EXPERTS_FEW(bf16, __nv_bfloat16, 4)
+MOEFY_EXPERTS_FEW(f32, float, 1, 1)
+MOEFY_EXPERTS_FEW(f16, __half, 1, 2)
+MOEFY_EXPERTS_FEW(f16, __half, 2, 2)
+MOEFY_EXPERTS_FEW(f16, __half, 4, 1)
+MOEFY_EXPERTS_FEW(bf16, __nv_bfloat16, 1, 2)
+MOEFY_EXPERTS_FEW(bf16, __nv_bfloat16, 2, 2)
+MOEFY_EXPERTS_FEW(bf16, __nv_bfloat16, 4, 1)

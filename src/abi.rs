@@ -6,12 +6,12 @@ pub const MOEFY_STATUS_MASK_BEYOND_EXPERTS: u32 = 2;
 pub const MOEFY_STATUS_TOO_MANY_PAIRS: u32 = 4;
 pub const MOEFY_MAX_EXPERTS: u32 = 4096;
 pub const MOEFY_ROUTE_INDEX_SMALL: u32 = 256;
+pub const MOEFY_ADD_SHARES_COLUMNS: u32 = 32;
 pub const MOEFY_FFN_FEW_EXPERTS: u32 = 512;
 pub const MOEFY_FFN_FEW_STAGES: u32 = 8;
 pub const MOEFY_FFN_FEW_TILE: u32 = 8;
 pub const MOEFY_FFN_FEW_THREADS: u32 = 256;
 pub const MOEFY_FFN_FEW_ROUTER_ROWS: u32 = 8;
-pub const MOEFY_FFN_FEW_COLUMNS: u32 = 32;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
 pub const MOEFY_ROUTER_TILE: u32 = 64;
@@ -354,25 +354,21 @@ pub struct moefy_experts_params {
     pub mask: u64,
     pub gates: u64,
     pub num_valid_tokens: u64,
-    pub union_ids: u64,
-    pub num_union: u64,
     pub expert_offsets: u64,
     pub token_ids: u64,
     pub hidden: u64,
     pub hidden_stride: u64,
     pub hidden_shared: u64,
     pub hidden_linear: u64,
-    pub neuron_ids: u64,
     pub partials: u64,
-    pub arrivals: u64,
     pub num_tokens: u32,
     pub max_pairs: u32,
     pub num_splits: u32,
-    pub num_arrivals: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 224usize];
+    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 192usize];
     ["Alignment of moefy_experts_params"][::std::mem::align_of::<moefy_experts_params>() - 8usize];
     ["Offset of field: moefy_experts_params::neurons"]
         [::std::mem::offset_of!(moefy_experts_params, neurons) - 0usize];
@@ -386,36 +382,59 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_params, gates) - 104usize];
     ["Offset of field: moefy_experts_params::num_valid_tokens"]
         [::std::mem::offset_of!(moefy_experts_params, num_valid_tokens) - 112usize];
-    ["Offset of field: moefy_experts_params::union_ids"]
-        [::std::mem::offset_of!(moefy_experts_params, union_ids) - 120usize];
-    ["Offset of field: moefy_experts_params::num_union"]
-        [::std::mem::offset_of!(moefy_experts_params, num_union) - 128usize];
     ["Offset of field: moefy_experts_params::expert_offsets"]
-        [::std::mem::offset_of!(moefy_experts_params, expert_offsets) - 136usize];
+        [::std::mem::offset_of!(moefy_experts_params, expert_offsets) - 120usize];
     ["Offset of field: moefy_experts_params::token_ids"]
-        [::std::mem::offset_of!(moefy_experts_params, token_ids) - 144usize];
+        [::std::mem::offset_of!(moefy_experts_params, token_ids) - 128usize];
     ["Offset of field: moefy_experts_params::hidden"]
-        [::std::mem::offset_of!(moefy_experts_params, hidden) - 152usize];
+        [::std::mem::offset_of!(moefy_experts_params, hidden) - 136usize];
     ["Offset of field: moefy_experts_params::hidden_stride"]
-        [::std::mem::offset_of!(moefy_experts_params, hidden_stride) - 160usize];
+        [::std::mem::offset_of!(moefy_experts_params, hidden_stride) - 144usize];
     ["Offset of field: moefy_experts_params::hidden_shared"]
-        [::std::mem::offset_of!(moefy_experts_params, hidden_shared) - 168usize];
+        [::std::mem::offset_of!(moefy_experts_params, hidden_shared) - 152usize];
     ["Offset of field: moefy_experts_params::hidden_linear"]
-        [::std::mem::offset_of!(moefy_experts_params, hidden_linear) - 176usize];
-    ["Offset of field: moefy_experts_params::neuron_ids"]
-        [::std::mem::offset_of!(moefy_experts_params, neuron_ids) - 184usize];
+        [::std::mem::offset_of!(moefy_experts_params, hidden_linear) - 160usize];
     ["Offset of field: moefy_experts_params::partials"]
-        [::std::mem::offset_of!(moefy_experts_params, partials) - 192usize];
-    ["Offset of field: moefy_experts_params::arrivals"]
-        [::std::mem::offset_of!(moefy_experts_params, arrivals) - 200usize];
+        [::std::mem::offset_of!(moefy_experts_params, partials) - 168usize];
     ["Offset of field: moefy_experts_params::num_tokens"]
-        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 208usize];
+        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 176usize];
     ["Offset of field: moefy_experts_params::max_pairs"]
-        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 212usize];
+        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 180usize];
     ["Offset of field: moefy_experts_params::num_splits"]
-        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 216usize];
-    ["Offset of field: moefy_experts_params::num_arrivals"]
-        [::std::mem::offset_of!(moefy_experts_params, num_arrivals) - 220usize];
+        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 184usize];
+    ["Offset of field: moefy_experts_params::reserved"]
+        [::std::mem::offset_of!(moefy_experts_params, reserved) - 188usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_add_shares_params {
+    pub shares: u64,
+    pub b_out: u64,
+    pub num_valid_tokens: u64,
+    pub y: u64,
+    pub d_model: u64,
+    pub num_shares: u32,
+    pub num_tokens: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_add_shares_params"][::std::mem::size_of::<moefy_add_shares_params>() - 48usize];
+    ["Alignment of moefy_add_shares_params"]
+        [::std::mem::align_of::<moefy_add_shares_params>() - 8usize];
+    ["Offset of field: moefy_add_shares_params::shares"]
+        [::std::mem::offset_of!(moefy_add_shares_params, shares) - 0usize];
+    ["Offset of field: moefy_add_shares_params::b_out"]
+        [::std::mem::offset_of!(moefy_add_shares_params, b_out) - 8usize];
+    ["Offset of field: moefy_add_shares_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_add_shares_params, num_valid_tokens) - 16usize];
+    ["Offset of field: moefy_add_shares_params::y"]
+        [::std::mem::offset_of!(moefy_add_shares_params, y) - 24usize];
+    ["Offset of field: moefy_add_shares_params::d_model"]
+        [::std::mem::offset_of!(moefy_add_shares_params, d_model) - 32usize];
+    ["Offset of field: moefy_add_shares_params::num_shares"]
+        [::std::mem::offset_of!(moefy_add_shares_params, num_shares) - 40usize];
+    ["Offset of field: moefy_add_shares_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_add_shares_params, num_tokens) - 44usize];
 };
 impl moefy_gate {
     pub const MOEFY_GATE_ONE: moefy_gate = moefy_gate(0);

@@ -7,12 +7,14 @@ namespace moefy {
 
 constexpr int kChunkBytes = 16;
 
-/// Loads 16 bytes that nobody reads again.
-__device__ __forceinline__ uint4 load_streaming(const void* address) {
+/// Loads 16 bytes that nobody reads again, or gives zeros.
+__device__ __forceinline__ uint4 load_streaming_if(bool valid, const void* address) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address));
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(address), "r"(static_cast<int>(valid)));
   return v;
 }
 
@@ -33,6 +35,18 @@ __device__ __forceinline__ uint4 load_fresh_vector_if(bool valid, const void* ad
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
       "@p ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(address), "r"(static_cast<int>(valid))
+      : "memory");
+  return v;
+}
+
+/// The same of what is read again and again: through the first-level cache.
+__device__ __forceinline__ uint4 load_cached_vector_if(bool valid, const void* address) {
+  uint4 v;
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      "@p ld.global.v4.u32 {%0,%1,%2,%3}, [%4];}"
       : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
       : "l"(address), "r"(static_cast<int>(valid))
       : "memory");

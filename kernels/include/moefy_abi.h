@@ -25,14 +25,15 @@
 /* Threads of moefy_route_index_small. */
 #define MOEFY_ROUTE_INDEX_SMALL 256u
 
-/* ffn_few: experts and stages at most, tokens of a tile, threads of a block, outputs of a block of the first launch,
- * columns of a block of the last. */
+/* Columns of y of a block of moefy_add_shares. */
+#define MOEFY_ADD_SHARES_COLUMNS 32u
+
+/* ffn_few: experts and stages at most, tokens of a tile, threads of a block, outputs of a block of the first launch. */
 #define MOEFY_FFN_FEW_EXPERTS 512u
 #define MOEFY_FFN_FEW_STAGES 8u
 #define MOEFY_FFN_FEW_TILE 8u
 #define MOEFY_FFN_FEW_THREADS 256u
 #define MOEFY_FFN_FEW_ROUTER_ROWS 8u
-#define MOEFY_FFN_FEW_COLUMNS 32u
 
 /* moefy_route_index_transpose: token blocks of 32 per chunk and round, and chunks * words of experts at most. */
 #define MOEFY_ROUTE_INDEX_CHUNK 8u
@@ -183,8 +184,6 @@ typedef struct moefy_experts_params {
   MOEFY_PTR(const uint32_t) mask;             /* [num_tokens, ceil(num_experts/32)] */
   MOEFY_PTR(const float) gates;               /* [num_tokens, num_experts] or null: all 1 */
   MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
-  MOEFY_PTR(const uint32_t) union_ids;        /* few tokens: the experts that any of them runs, ascending */
-  MOEFY_PTR(const uint32_t) num_union;        /* few tokens: [1] */
   MOEFY_PTR(const uint32_t) expert_offsets;   /* many tokens: [num_experts + 1] */
   MOEFY_PTR(const uint32_t) token_ids;        /* many tokens: of each expert, ascending */
   /* Few tokens: [padded tokens, hidden_stride], one column for each executed neuron.
@@ -195,14 +194,23 @@ typedef struct moefy_experts_params {
   uint64_t hidden_stride;
   uint64_t hidden_shared;
   uint64_t hidden_linear;
-  MOEFY_PTR(uint32_t) neuron_ids; /* few tokens: of each column of `hidden` */
-  MOEFY_PTR(float) partials;      /* few tokens: [column stripes, token tiles, num_splits, tile] */
-  MOEFY_PTR(uint32_t) arrivals;   /* few tokens: [column stripes, token tiles] */
+  MOEFY_PTR(float) partials; /* few tokens: [num_splits, num_tokens, d_model] */
   uint32_t num_tokens;
   uint32_t max_pairs;  /* many tokens: entries of token_ids */
-  uint32_t num_splits; /* few tokens: blocks that share a column stripe */
-  uint32_t num_arrivals;
+  uint32_t num_splits; /* few tokens: shares of the neurons */
+  uint32_t reserved;
 } moefy_experts_params;
+
+/* Partial outputs -> y: b_out and all shares, or zeros for a token at or beyond num_valid_tokens. */
+typedef struct moefy_add_shares_params {
+  MOEFY_PTR(const float) shares;              /* [num_shares, num_tokens, d_model] */
+  MOEFY_PTR(const float) b_out;               /* [d_model] or null */
+  MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
+  MOEFY_PTR(void) y;                          /* [num_tokens, d_model] */
+  uint64_t d_model;
+  uint32_t num_shares;
+  uint32_t num_tokens;
+} moefy_add_shares_params;
 
 typedef enum moefy_gate {
   MOEFY_GATE_ONE = 0,

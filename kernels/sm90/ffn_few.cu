@@ -5,7 +5,7 @@
 // launch. The executed neurons of the tokens' union are dealt out one by one over the blocks, so that any width of
 // expert fills the chip. A block streams whole rows of its neurons through a ring in shared memory, multiplies them with
 // all tokens, and keeps its share of y in registers: a warp owns a slice of d_model in both products.
-// moefy_ffn_few_combine adds the shares in their order.
+// moefy_add_shares adds the shares in their order.
 //
 // For one token of a small layer, what costs is the number of instructions that wait for each other: loads are
 // predicated and never branched around, and code that runs once stays in loops.
@@ -544,50 +544,6 @@ struct Stream {
   }
 };
 
-/// y of MOEFY_FFN_FEW_COLUMNS columns of one token: groups of threads take turns at the shares, then add up.
-template <class T>
-__device__ __forceinline__ void combine(const moefy_ffn_few_params& p) {
-  constexpr uint32_t kColumns = MOEFY_FFN_FEW_COLUMNS;
-  constexpr uint32_t kGroups = 256 * 4 / kColumns;
-  constexpr int kBatch = 5;  // shares of 132 multiprocessors at once
-  __shared__ __align__(16) float sums[kGroups][kColumns];
-  const uint64_t d_model = p.neurons.d_model;
-  const uint32_t token = blockIdx.y;
-  const uint32_t group = threadIdx.x / (kColumns / 4);
-  const uint32_t column = threadIdx.x % (kColumns / 4) * 4;
-  const uint32_t column0 = blockIdx.x * kColumns;
-  const uint32_t own = column0 + threadIdx.x;
-  touch(p);
-  launch_dependents();
-  float sum = 0.0f;
-  if (threadIdx.x < kColumns && own < d_model && p.neurons.b_out != nullptr) sum = p.neurons.b_out[own];
-  const float* from =
-      p.partials + (static_cast<uint64_t>(group) * p.router.num_tokens + token) * d_model + column0 + column;
-  const uint64_t step = static_cast<uint64_t>(kGroups) * p.router.num_tokens * d_model;
-  const uint32_t num_shares = column0 + column < d_model ? p.num_blocks : 0;
-  wait_for_dependencies();
-  float4 v = {};
-#pragma unroll 1
-  for (uint32_t first = group; first < num_shares; first += kBatch * kGroups, from += kBatch * step) {
-    uint4 shares[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      shares[i] = load_fresh_vector_if(first + i * kGroups < num_shares, from + i * step);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const float4 share = as_float4(shares[i]);
-      v = make_float4(v.x + share.x, v.y + share.y, v.z + share.z, v.w + share.w);
-    }
-  }
-  *reinterpret_cast<float4*>(&sums[group][column]) = v;
-  __syncthreads();
-  if (threadIdx.x >= kColumns || own >= d_model) return;
-#pragma unroll
-  for (uint32_t g = 0; g < kGroups; ++g) sum += sums[g][threadIdx.x];
-  static_cast<T*>(p.y)[token * d_model + own] = from_float<T>(token < valid_tokens(p.router) ? sum : 0.0f);
-}
-
 }  // namespace
 }  // namespace few
 }  // namespace moefy
@@ -600,19 +556,15 @@ __device__ __forceinline__ void combine(const moefy_ffn_few_params& p) {
     __shared__ moefy::few::Fixed<tiles> fixed;                                                                \
     moefy::few::Stream<type, tiles, steps, neurons>(p, fixed, memory).run();                                  \
   }
-#define MOEFY_FFN_FEW_OF(name, type)                                                 \
-  MOEFY_FFN_FEW(name, type, 1, 4, 8, 2)                                              \
-  MOEFY_FFN_FEW(name, type, 1, 4, 16, 2)                                             \
-  MOEFY_FFN_FEW(name, type, 1, 16, 8, 1)                                             \
-  MOEFY_FFN_FEW(name, type, 1, 16, 16, 1)                                            \
-  MOEFY_FFN_FEW(name, type, 2, 8, 8, 1)                                              \
-  MOEFY_FFN_FEW(name, type, 2, 8, 16, 1)                                             \
-  MOEFY_FFN_FEW(name, type, 4, 4, 8, 1)                                              \
-  MOEFY_FFN_FEW(name, type, 4, 4, 16, 1)                                             \
-  extern "C" __global__ void __launch_bounds__(256)                                  \
-      moefy_ffn_few_combine_##name(const __grid_constant__ moefy_ffn_few_params p) { \
-    moefy::few::combine<type>(p);                                                    \
-  }
+#define MOEFY_FFN_FEW_OF(name, type)      \
+  MOEFY_FFN_FEW(name, type, 1, 4, 8, 2)   \
+  MOEFY_FFN_FEW(name, type, 1, 4, 16, 2)  \
+  MOEFY_FFN_FEW(name, type, 1, 16, 8, 1)  \
+  MOEFY_FFN_FEW(name, type, 1, 16, 16, 1) \
+  MOEFY_FFN_FEW(name, type, 2, 8, 8, 1)   \
+  MOEFY_FFN_FEW(name, type, 2, 8, 16, 1)  \
+  MOEFY_FFN_FEW(name, type, 4, 4, 8, 1)   \
+  MOEFY_FFN_FEW(name, type, 4, 4, 16, 1)
 
 MOEFY_FFN_FEW_OF(f16, __half)
 MOEFY_FFN_FEW_OF(bf16, __nv_bfloat16)

@@ -8,6 +8,7 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver::{result as driver, sys as driver_sys};
 
 use super::driver::{RawStream, cannot};
+use super::{Buffer, Device};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -239,20 +240,20 @@ unsafe impl Send for Product {}
 unsafe impl Sync for Product {}
 
 impl Product {
-    /// Times what cuBLASLt proposes, on the default stream, and keeps the fastest. That also loads
-    /// its kernels, which a stream that is captured must not do. Waits for the device.
+    /// Times what cuBLASLt proposes and keeps the fastest. That also loads its kernels, which a stream
+    /// that is captured must not do. Waits for the device.
     ///
     /// # Safety
     /// The operands and the bias must be memory of the shape's sizes; `out` is overwritten.
     pub(super) unsafe fn tune(
         library: &CublasLt,
+        timer: &Timer,
         shape: &ProductShape,
         bias: u64,
         operands: &Operands,
     ) -> Result<Self> {
         let mut candidates = Self::candidates(library, shape, bias, operands.tokens)?;
         let mut best = (f32::INFINITY, 0);
-        let timer = Timer::new()?;
         for (index, product) in candidates.iter().enumerate() {
             let run = || unsafe { product.run(library, timer.stream(), operands) };
             // The first run loads the kernel.
@@ -333,20 +334,23 @@ impl Product {
     }
 }
 
-/// Time between two events on a stream of its own.
-struct Timer {
+/// Time between two events on a stream of its own, with weights from memory: what was in the second-level cache has been
+/// overwritten. That also keeps the device busy while the host launches, so that the way there is not counted.
+pub(super) struct Timer {
     stream: driver_sys::CUstream,
     events: [driver_sys::CUevent; 2],
+    overwritten: Buffer,
 }
 
 impl Timer {
-    fn new() -> Result<Self> {
+    pub(super) fn new(device: &Device) -> Result<Self> {
         let doing = "time a dense product";
         let event = || driver::event::create(driver_sys::CUevent_flags::CU_EVENT_DEFAULT);
         Ok(Self {
             stream: driver::stream::create(driver::stream::StreamKind::NonBlocking)
                 .map_err(cannot(doing))?,
             events: [event().map_err(cannot(doing))?, event().map_err(cannot(doing))?],
+            overwritten: Buffer::new(device, 2 * device.properties().l2_bytes)?,
         })
     }
 
@@ -357,8 +361,11 @@ impl Timer {
     fn time(&self, run: impl Fn() -> Result<()>) -> Result<f32> {
         let doing = "time a dense product";
         let [start, end] = self.events;
-        // SAFETY: stream and events are ours.
+        let Self { overwritten, .. } = self;
+        // SAFETY: stream, events and buffer are ours.
         unsafe {
+            driver::memset_d8_async(overwritten.address(), 0, overwritten.bytes(), self.stream)
+                .map_err(cannot(doing))?;
             driver::event::record(start, self.stream).map_err(cannot(doing))?;
             run()?;
             driver::event::record(end, self.stream).map_err(cannot(doing))?;

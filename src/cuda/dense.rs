@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use super::Device;
-use super::cublaslt::{CublasLt, Epilogue, Operands, Product, ProductShape, WORKSPACE_BYTES};
+use super::cublaslt::{
+    CublasLt, Epilogue, Operands, Product, ProductShape, Timer, WORKSPACE_BYTES,
+};
 use super::driver::RawStream;
 use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
@@ -165,6 +167,7 @@ impl Dense {
         let places = Places::new(&layer, max_tokens).expect("the workspace exists");
         let library = Arc::new(CublasLt::open()?);
         let mut dense = Self { library, layer, places, sizes: Vec::new() };
+        let timer = Timer::new(device)?;
         for &num_tokens in sizes {
             let [first, second] = layer.products();
             let run = DenseRun { num_tokens, ..*run };
@@ -172,11 +175,11 @@ impl Dense {
             let default_stream = RawStream(std::ptr::null_mut());
             // SAFETY: the caller's promise.
             let products = unsafe {
-                let first = Product::tune(&dense.library, &first, layer.bias_in, &input)?;
+                let first = Product::tune(&dense.library, &timer, &first, layer.bias_in, &input)?;
                 // The second product is timed on what it will read.
                 dense.activate(device, default_stream, &run)?;
                 device.context.synchronize()?;
-                [first, Product::tune(&dense.library, &second, layer.bias_out, &output)?]
+                [first, Product::tune(&dense.library, &timer, &second, layer.bias_out, &output)?]
             };
             dense.sizes.push((num_tokens, products));
         }

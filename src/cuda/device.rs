@@ -5,8 +5,8 @@ use super::kernels::{Modules, build_info};
 #[cfg(feature = "cuda")]
 use super::read_bandwidth;
 use super::{
-    abi_probe, dense, experts, ffn_few, gates, padding, route_index, router_select, select,
-    statistics,
+    abi_probe, add_shares, dense, experts, ffn_few, gates, padding, route_index, router_select,
+    select, statistics,
 };
 use crate::error::Result;
 
@@ -38,6 +38,7 @@ pub struct Device {
     pub(super) dense: dense::Kernels,
     pub(super) experts: experts::Kernels,
     pub(super) ffn_few: Option<ffn_few::Kernels>,
+    pub(super) add_shares: add_shares::Kernels,
     pub(super) gates: gates::Kernels,
     pub(super) padding: padding::Kernels,
     #[cfg(feature = "cuda")]
@@ -65,6 +66,7 @@ impl Device {
             dense: dense::Kernels::load(&modules)?,
             experts: experts::Kernels::load(&modules, properties.max_shared_bytes)?,
             ffn_few: ffn_few::Kernels::load(&modules, properties.max_shared_bytes)?,
+            add_shares: add_shares::Kernels::load(&modules)?,
             gates: gates::Kernels::load(&modules)?,
             padding: padding::Kernels::load(&modules)?,
             #[cfg(feature = "cuda")]

@@ -62,7 +62,7 @@ impl Variants {
 }
 
 pub(super) struct Kernels {
-    few: experts_few::Kernels,
+    pub(super) few: experts_few::Kernels,
     many: experts_many::Kernels,
 }
 
@@ -86,27 +86,18 @@ pub struct ExpertsInputs {
     pub gates: Option<View>,
     /// u32 \[1, 1\]: rows of y at and beyond it become zeros, and it must have bounded the lists too.
     pub num_valid_tokens: Option<View>,
-    /// Which tokens run which experts.
-    pub lists: ExpertLists,
+    /// Which tokens run which experts: each expert goes through its own tokens then. Without lists, for few
+    /// tokens, every neuron of the union of their experts is streamed once, for all of them.
+    pub lists: Option<ExpertLists>,
 }
 
-/// What [`route_index`](super::route_index) found, and with it the path that [`experts`] takes.
+/// What [`route_index`](super::route_index) found.
 #[derive(Clone, Copy, Debug)]
-pub enum ExpertLists {
-    /// Few tokens: streams every neuron of the union of their experts once, for all of them.
-    Union {
-        /// u32 \[1, num_experts\].
-        union_ids: View,
-        /// u32 \[1, 1\].
-        num_union: View,
-    },
-    /// Many tokens: each expert with its own tokens.
-    Tokens {
-        /// u32 \[1, num_experts + 1\].
-        offsets: View,
-        /// u32 \[1, capacity\].
-        token_ids: View,
-    },
+pub struct ExpertLists {
+    /// u32 \[1, num_experts + 1\].
+    pub offsets: View,
+    /// u32 \[1, capacity\].
+    pub token_ids: View,
 }
 
 /// The sizes that decide how the kernels are launched.
@@ -147,7 +138,7 @@ enum Shape {
 }
 
 impl Shape {
-    fn new(check: &Arguments<'_>, launch: &Launch, lists: &ExpertLists) -> Result<Self> {
+    fn new(check: &Arguments<'_>, launch: &Launch, lists: Option<ExpertLists>) -> Result<Self> {
         if launch.num_tokens > MAX_TOKENS {
             return Err(check.error(
                 "num_tokens",
@@ -156,9 +147,9 @@ impl Shape {
             ));
         }
         let shape = match lists {
-            ExpertLists::Union { .. } => experts_few::Shape::new(launch).map(Self::Few),
-            ExpertLists::Tokens { token_ids, .. } => {
-                experts_many::Shape::new(launch, token_ids.shape[1]).map(Self::Many)
+            None => experts_few::Shape::new(launch).map(Self::Few),
+            Some(lists) => {
+                experts_many::Shape::new(launch, lists.token_ids.shape[1]).map(Self::Many)
             }
         };
         shape.ok_or_else(|| check.error("sizes", "such that the workspace can exist", "more"))
@@ -172,8 +163,7 @@ impl Shape {
     }
 }
 
-/// Bytes of workspace that [`experts`] needs for that many tokens; of `lists` only the kind and the
-/// shapes count.
+/// Bytes of workspace that [`experts`] needs for that many tokens; of `lists` only the shapes count.
 ///
 /// # Errors
 /// When the sizes overflow.
@@ -181,7 +171,7 @@ pub fn experts_workspace_bytes(
     device: &Device,
     neurons: &Neurons,
     num_tokens: usize,
-    lists: &ExpertLists,
+    lists: Option<ExpertLists>,
 ) -> Result<usize> {
     let check = Arguments { device, op: "experts" };
     let (_, dtype) = neurons.check(&check)?;
@@ -225,19 +215,13 @@ pub unsafe fn experts(
         num_tokens: check.size("num_tokens", num_tokens)?,
         ..without_addresses(abi)
     };
-    match inputs.lists {
-        ExpertLists::Union { union_ids, num_union } => {
-            params.union_ids = words("union_ids", union_ids, neurons.num_experts)?;
-            params.num_union = words("num_union", num_union, 1)?;
-        }
-        ExpertLists::Tokens { offsets, token_ids } => {
-            params.expert_offsets = words("offsets", offsets, neurons.num_experts + 1)?;
-            check.size("capacity of token_ids", token_ids.shape[1])?;
-            params.token_ids = words("token_ids", token_ids, token_ids.shape[1])?;
-        }
+    if let Some(ExpertLists { offsets, token_ids }) = inputs.lists {
+        params.expert_offsets = words("offsets", offsets, neurons.num_experts + 1)?;
+        check.size("capacity of token_ids", token_ids.shape[1])?;
+        params.token_ids = words("token_ids", token_ids, token_ids.shape[1])?;
     }
     let launch = Launch::new(device, neurons, dtype, num_tokens);
-    let shape = Shape::new(&check, &launch, &inputs.lists)?;
+    let shape = Shape::new(&check, &launch, inputs.lists)?;
     let workspace = check.workspace(workspace, shape.bytes())?;
     if num_tokens == 0 {
         return Ok(());
@@ -248,7 +232,7 @@ pub unsafe fn experts(
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe {
         match shape {
-            Shape::Few(shape) => shape.launch(&kernels.few, stream, &params, workspace),
+            Shape::Few(shape) => shape.launch(device, stream, &params, workspace),
             Shape::Many(shape) => {
                 let available = device.properties().max_shared_bytes;
                 if shape.shared_bytes(&kernels.many) > available {

@@ -1,11 +1,12 @@
 //! The kernels of [`experts`](super::experts) for few tokens: the union of their experts, neuron by
 //! neuron.
 
+use super::Device;
 use super::driver::RawStream;
 use super::experts::{Launch, THREADS, VECTOR_BYTES, Variants, variants};
 use super::kernels::Modules;
 use super::workspace::Layout;
-use crate::abi::moefy_experts_params;
+use crate::abi::{moefy_add_shares_params, moefy_experts_params};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -13,14 +14,17 @@ use crate::error::Result;
 const TILE: usize = 8;
 /// Fragments of a block: of the variants small to large.
 const TILES: [usize; 3] = [1, 2, 4];
+/// Vectors of columns that a lane of the second kernel takes: of f32, and of the variants.
+const WIDE_F32: usize = 1;
+const WIDE: [usize; 3] = [2, 1, 1];
 /// Columns of `hidden` that a warp of the second kernel takes at a time.
 const STEP: usize = 16;
-/// Warps of a block.
-const WARPS: usize = THREADS as usize / 32;
+/// Warps of the second kernel that lie side by side.
+const WARPS_ACROSS: usize = 4;
 
 pub(super) struct Kernels {
     hidden: Variants,
-    combine: Variants,
+    output: Variants,
 }
 
 impl Kernels {
@@ -28,7 +32,7 @@ impl Kernels {
         let load = |names| Variants::load(modules, "experts_few", names, [0; 3]);
         Ok(Self {
             hidden: load(variants!("moefy_experts_few_hidden_", "1", ["1", "2", "4"]))?,
-            combine: load(variants!("moefy_experts_few_combine_", "1", ["1", "2", "4"]))?,
+            output: load(variants!("moefy_experts_few_output_", "1", ["1", "2", "4"]))?,
         })
     }
 }
@@ -44,9 +48,7 @@ pub(super) struct Shape {
     hidden_blocks: usize,
     hidden_stride: usize,
     hidden: u64,
-    neuron_ids: u64,
     partials: u64,
-    arrivals: u64,
     pub(super) bytes: usize,
 }
 
@@ -62,36 +64,32 @@ impl Shape {
         };
         let tile_tokens = TILE * TILES[size];
         let token_tiles = num_tokens.div_ceil(tile_tokens);
-        let stripes = launch.d_model.div_ceil(TILE * vector);
+        let wide = if dtype == DType::F32 { WIDE_F32 } else { WIDE[size] };
+        let stripe = WARPS_ACROSS * TILE * wide * vector;
+        let stripes = launch.d_model.div_ceil(stripe);
         let neurons = launch.d_ff + launch.rank;
-        // Blocks enough for two on every multiprocessor, as long as each warp has a few steps to take.
-        let wanted = (2 * multiprocessors).div_ceil((stripes * token_tiles).max(1));
-        let splits = wanted.min(neurons.div_ceil(STEP * WARPS * 4)).max(1);
+        // Two blocks on every multiprocessor, as long as they have something to do.
+        let wanted = 2 * multiprocessors / (stripes * token_tiles).max(1);
+        let splits = wanted.min(neurons.div_ceil(4 * STEP)).max(1);
         let hidden_stride = neurons.checked_next_multiple_of(STEP)?;
-        let groups = hidden_stride / STEP * launch.halves;
 
         let mut layout = Layout::default();
         let tokens = token_tiles.checked_mul(tile_tokens)?;
         let hidden = layout.place(tokens.checked_mul(hidden_stride)?, dtype.bytes())?;
-        let neuron_ids = layout.place(hidden_stride, 4)?;
-        // A bound on stripes * token_tiles * splits that grows with the tokens, so that a workspace for
-        // many is enough for fewer.
-        let blocks = stripes.checked_mul(token_tiles)?.checked_add(2 * multiprocessors)?;
-        let outputs = tile_tokens * TILE * vector;
-        let partials = layout.place(blocks.checked_mul(outputs)?, 4)?;
-        let arrivals = layout.place(stripes.checked_mul(token_tiles)?, 4)?;
+        // A bound on the shares of all tokens that grows with them, so that a workspace for many is enough for fewer.
+        let one_share = num_tokens.checked_mul(launch.d_model)?;
+        let partials =
+            layout.place(one_share.max(2 * multiprocessors * tile_tokens * stripe), 4)?;
         Some(Self {
             size,
             dtype,
             token_tiles,
             stripes,
             splits,
-            hidden_blocks: groups.min(4 * multiprocessors),
+            hidden_blocks: neurons.min(2 * multiprocessors),
             hidden_stride,
             hidden,
-            neuron_ids,
             partials,
-            arrivals,
             bytes: layout.bytes(),
         })
     }
@@ -101,7 +99,7 @@ impl Shape {
     /// the kernels expect, and the context must be bound.
     pub(super) unsafe fn launch(
         &self,
-        kernels: &Kernels,
+        device: &Device,
         stream: RawStream,
         params: &moefy_experts_params,
         workspace: u64,
@@ -109,27 +107,29 @@ impl Shape {
         let params = moefy_experts_params {
             hidden: workspace + self.hidden,
             hidden_stride: self.hidden_stride as u64,
-            neuron_ids: workspace + self.neuron_ids,
             partials: workspace + self.partials,
-            arrivals: workspace + self.arrivals,
             num_splits: self.splits as u32,
-            num_arrivals: (self.stripes * self.token_tiles) as u32,
             ..*params
         };
         let [tiles, stripes, splits, blocks] =
             [self.token_tiles, self.stripes, self.splits, self.hidden_blocks].map(|n| n as u32);
-        let (hidden, combine) = (&kernels.hidden, &kernels.combine);
+        let Kernels { hidden, output } = &device.experts.few;
+        let shares = moefy_add_shares_params {
+            shares: params.partials,
+            b_out: params.neurons.b_out,
+            num_valid_tokens: params.num_valid_tokens,
+            y: params.y,
+            num_shares: params.num_splits,
+            num_tokens: params.num_tokens,
+            d_model: params.neurons.d_model,
+        };
         // SAFETY: the caller's promise; the places do not overlap.
         unsafe {
-            hidden.get(self.dtype, self.size).launch(
-                stream,
-                [blocks, tiles, 1],
-                THREADS,
-                0,
-                &params,
-            )?;
+            let grid = [blocks, tiles, 1];
+            hidden.get(self.dtype, self.size).launch_early(stream, grid, THREADS, 0, &params)?;
             let grid = [stripes, splits, tiles];
-            combine.get(self.dtype, self.size).launch(stream, grid, THREADS, 0, &params)
+            output.get(self.dtype, self.size).launch_early(stream, grid, THREADS, 0, &params)?;
+            device.add_shares.launch(stream, self.dtype, &shares)
         }
     }
 }

@@ -8,8 +8,8 @@ use super::kernels::Modules;
 use super::workspace::Layout;
 use super::{Device, Neurons, RouterView};
 use crate::abi::{
-    MOEFY_FFN_FEW_COLUMNS, MOEFY_FFN_FEW_EXPERTS, MOEFY_FFN_FEW_ROUTER_ROWS, MOEFY_FFN_FEW_STAGES,
-    MOEFY_FFN_FEW_THREADS, MOEFY_FFN_FEW_TILE, moefy_ffn_few_params,
+    MOEFY_FFN_FEW_EXPERTS, MOEFY_FFN_FEW_ROUTER_ROWS, MOEFY_FFN_FEW_STAGES, MOEFY_FFN_FEW_THREADS,
+    MOEFY_FFN_FEW_TILE, moefy_add_shares_params, moefy_ffn_few_params,
 };
 use crate::dtype::DType;
 use crate::error::Result;
@@ -36,7 +36,6 @@ type Variant = (Function, usize);
 struct OfDType {
     router: [Function; 4],
     stream: [[Variant; 2]; 4],
-    combine: Function,
 }
 
 pub(super) struct Kernels {
@@ -44,8 +43,8 @@ pub(super) struct Kernels {
     bf16: OfDType,
 }
 
-/// Names of entry points: of the first launch, of the second by the neurons of a stage, of the third.
-type Names = ([&'static str; 4], [[&'static str; 2]; 4], &'static str);
+/// Names of entry points: of the first launch, and of the second by the neurons of a stage.
+type Names = ([&'static str; 4], [[&'static str; 2]; 4]);
 
 macro_rules! names {
     ($dtype:literal) => {
@@ -62,7 +61,6 @@ macro_rules! names {
                 names!(@ $dtype, "_2_8"),
                 names!(@ $dtype, "_4_4"),
             ],
-            concat!("moefy_ffn_few_combine_", $dtype),
         )
     };
     (@ $dtype:literal, $sizes:literal) => {
@@ -77,7 +75,7 @@ impl Kernels {
     /// `None` where the device is no Hopper.
     pub(super) fn load(modules: &Modules, max_shared_bytes: usize) -> Result<Option<Self>> {
         let Some(module) = modules.module("sm90_ffn_few") else { return Ok(None) };
-        let load = |(router, stream, combine): Names| {
+        let load = |(router, stream): Names| {
             let mut variants = Vec::with_capacity(8);
             for name in stream.into_iter().flatten() {
                 variants.push(module.function_with_all_shared(name, max_shared_bytes)?);
@@ -90,7 +88,6 @@ impl Kernels {
             Ok(OfDType {
                 router: std::array::from_fn(|i| routers[i]),
                 stream: std::array::from_fn(|i| std::array::from_fn(|j| variants[i * 2 + j])),
-                combine: module.function(combine, 0)?,
             })
         };
         Ok(Some(Self { f16: load(names!("f16"))?, bf16: load(names!("bf16"))? }))
@@ -186,12 +183,11 @@ pub(super) fn parts_of_f16(matrix: &[half::f16]) -> Vec<half::bf16> {
 pub(super) struct Shape {
     first_layer: FirstLayer,
     stream_kernel: Function,
-    combine: Function,
+    dtype: DType,
     shared_bytes: usize,
     stage_neurons: usize,
     num_stages: usize,
     num_blocks: usize,
-    combine_blocks: [usize; 2],
     first: u64,
     partials: u64,
     pub(super) bytes: usize,
@@ -262,12 +258,11 @@ impl Shape {
         Some(Self {
             first_layer,
             stream_kernel,
-            combine: kernels.combine,
+            dtype,
             shared_bytes: fixed + ring_bytes,
             stage_neurons,
             num_stages,
             num_blocks,
-            combine_blocks: [d_model.div_ceil(MOEFY_FFN_FEW_COLUMNS as usize), num_tokens],
             first,
             partials,
             bytes: layout.bytes(),
@@ -279,6 +274,7 @@ impl Shape {
     /// the kernels expect, of at least one token, and the context must be bound.
     pub(super) unsafe fn launch(
         &self,
+        device: &Device,
         stream: RawStream,
         params: &moefy_ffn_few_params,
         workspace: u64,
@@ -289,13 +285,21 @@ impl Shape {
         params.num_blocks = self.num_blocks as u32;
         params.num_stages = self.num_stages as u32;
         params.stage_neurons = self.stage_neurons as u32;
-        let [across, tokens] = self.combine_blocks.map(|blocks| blocks as u32);
+        let shares = moefy_add_shares_params {
+            shares: params.partials,
+            b_out: params.neurons.b_out,
+            num_valid_tokens: params.router.num_valid_tokens,
+            y: params.y,
+            num_shares: params.num_blocks,
+            num_tokens: params.router.num_tokens,
+            d_model: params.neurons.d_model,
+        };
         // SAFETY: the caller's promise.
         unsafe {
             self.first_layer.launch(stream, &params)?;
             let (grid, threads) = ([params.num_blocks, 1, 1], MOEFY_FFN_FEW_THREADS);
             self.stream_kernel.launch_early(stream, grid, threads, self.shared_bytes, &params)?;
-            self.combine.launch_early(stream, [across, tokens, 1], 256, 0, &params)
+            device.add_shares.launch(stream, self.dtype, &shares)
         }
     }
 }

@@ -17,6 +17,7 @@ mod driver;
 mod driver;
 
 mod abi_probe;
+mod add_shares;
 #[cfg(feature = "cuda")]
 pub mod bench;
 mod buffer;

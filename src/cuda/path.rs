@@ -47,8 +47,8 @@ impl Path {
     #[cfg(feature = "cuda")]
     pub(super) fn stages(self) -> &'static [Stage] {
         match self {
-            Self::Few | Self::ExpertMajor => &[Stage::Route, Stage::Index],
-            Self::DenseMasked => &[Stage::Route],
+            Self::ExpertMajor => &[Stage::Route, Stage::Index],
+            Self::Few | Self::DenseMasked => &[Stage::Route],
             _ => &[],
         }
     }

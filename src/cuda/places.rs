@@ -105,10 +105,7 @@ impl MoeFfn {
         let lists = route_index_workspace_bytes(places.chunk, neurons.num_experts);
         let mut bytes = Some(routing.max(lists));
         let mut include = |other: Option<usize>| bytes = bytes.zip(other).map(|(a, b)| a.max(b));
-        let sparse = |tokens, path| {
-            let lists = places.lists(0, path, neurons.num_experts, tokens);
-            experts_workspace_bytes(self.device(), neurons, tokens, &lists)
-        };
+        let sparse = |tokens, lists| experts_workspace_bytes(self.device(), neurons, tokens, lists);
         if let Some(layer) = self.dense_layer_of(max_tokens, options)? {
             include(dense_workspace_bytes(&layer, places.chunk));
         }
@@ -123,11 +120,12 @@ impl MoeFfn {
             ));
         }
         if options.path == Some(Path::ExpertMajor) {
-            include(Some(sparse(places.chunk, Path::ExpertMajor)?));
+            let lists = places.lists(0, neurons.num_experts, places.chunk);
+            include(Some(sparse(places.chunk, Some(lists))?));
         }
         if runs(Path::Few) {
             let tokens = if options.path.is_none() { MAX_FEW_TOKENS } else { places.chunk };
-            include(Some(sparse(tokens.min(places.chunk), Path::Few)?));
+            include(Some(sparse(tokens.min(places.chunk), None)?));
         }
         Ok(bytes)
     }
@@ -135,22 +133,10 @@ impl MoeFfn {
 
 impl Places {
     /// What [`experts`](super::experts) needs of the lists at `base`.
-    pub(super) fn lists(
-        &self,
-        base: u64,
-        path: Path,
-        num_experts: usize,
-        tokens: usize,
-    ) -> ExpertLists {
-        match path {
-            Path::Few => ExpertLists::Union {
-                union_ids: View::words(base + self.union_ids, num_experts),
-                num_union: View::words(base + self.num_union, 1),
-            },
-            _ => ExpertLists::Tokens {
-                offsets: View::words(base + self.offsets, num_experts + 1),
-                token_ids: View::words(base + self.token_ids, tokens * self.max_k),
-            },
+    pub(super) fn lists(&self, base: u64, num_experts: usize, tokens: usize) -> ExpertLists {
+        ExpertLists {
+            offsets: View::words(base + self.offsets, num_experts + 1),
+            token_ids: View::words(base + self.token_ids, tokens * self.max_k),
         }
     }
 }

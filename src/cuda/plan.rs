@@ -252,6 +252,12 @@ impl FfnPlan {
                 let gates = gates.map_or(0, |gates| gates.address);
                 return self.run_dense(stream, y, inputs, [mask.address, gates], op);
             }
+            let (valid, device) = (inputs.num_valid_tokens, ffn.device());
+            let mut inputs_of_experts =
+                ExpertsInputs { x: inputs.x, mask, gates, num_valid_tokens: valid, lists: None };
+            if path == Path::Few {
+                return experts(device, stream, y, neurons, &inputs_of_experts, op);
+            }
             let words = |place, len| View::words(base + place, len);
             let num_experts = neurons.num_experts;
             let places = &self.places;
@@ -268,15 +274,12 @@ impl FfnPlan {
                 num_union: words(places.num_union, 1),
                 status: inputs.status,
             };
-            let valid = inputs.num_valid_tokens;
-            let device = ffn.device();
             route_index(device, stream, &outputs, mask, num_experts, valid, op)?;
             if last == Stage::Index {
                 return Ok(());
             }
-            let lists = places.lists(base, path, num_experts, num_tokens);
-            let inputs = ExpertsInputs { x: inputs.x, mask, gates, num_valid_tokens: valid, lists };
-            experts(device, stream, y, neurons, &inputs, op)
+            inputs_of_experts.lists = Some(places.lists(base, num_experts, num_tokens));
+            experts(device, stream, y, neurons, &inputs_of_experts, op)
         }
     }
 
@@ -361,7 +364,7 @@ impl FfnPlan {
         };
         // SAFETY: the caller's promise.
         unsafe {
-            shape.launch(stream, &params, op.address)?;
+            shape.launch(device, stream, &params, op.address)?;
             if let Some(counters) = &self.counters {
                 let valid = valid.map_or(0, |valid| valid.address);
                 counters.add(device, stream, mask, num_tokens, valid)?;

@@ -137,7 +137,7 @@ fn bad_experts(gpu: &Gpu) {
     let y = Output::new(gpu, 8 * 64 * 2);
     let lists = Lists::new(gpu, 8, 40, 20);
     let views = lists.views(None);
-    let tokens = ExpertLists::Tokens { offsets: views.offsets, token_ids: views.token_ids };
+    let tokens = Some(ExpertLists { offsets: views.offsets, token_ids: views.token_ids });
     let good = ExpertsInputs {
         x: View::matrix(x.address(), format, [8, 64]),
         mask: View::matrix(mask.address(), Format::Word, [8, 2]),
@@ -146,7 +146,7 @@ fn bad_experts(gpu: &Gpu) {
         lists: tokens,
     };
     let good_y = View::matrix(y.address(), format, [8, 64]);
-    let bytes = experts_workspace_bytes(&gpu.device, layer.neurons(), 8, &tokens).unwrap();
+    let bytes = experts_workspace_bytes(&gpu.device, layer.neurons(), 8, tokens).unwrap();
     let memory = Output::new(gpu, bytes);
     let good_workspace = Workspace { address: memory.address(), bytes };
     let call = |y, neurons: &Neurons, inputs: &ExpertsInputs, workspace| unsafe {
@@ -168,7 +168,7 @@ fn bad_experts(gpu: &Gpu) {
     let valid = ExpertsInputs { num_valid_tokens: two, ..good };
     inputs(valid, &["num_valid_tokens", "[1, 1]", "[1, 2]"]);
     let short = View { shape: [1, 40], row_stride: 40, ..views.offsets };
-    let lists = ExpertLists::Tokens { offsets: short, token_ids: views.token_ids };
+    let lists = Some(ExpertLists { offsets: short, token_ids: views.token_ids });
     inputs(ExpertsInputs { lists, ..good }, &["offsets", "[1, 41]", "[1, 40]"]);
     let neurons = |neurons: Neurons, words: &[&str]| {
         assert_refused(call(good_y, &neurons, &good, good_workspace), words);

@@ -178,10 +178,10 @@ fn check(gpu: &Gpu, case: &Case) {
     let lists = Lists::new(gpu, num_tokens, num_experts, num_tokens * num_experts);
     let views = lists.views(None);
     let expert_lists = match which {
-        Which::Few => ExpertLists::Union { union_ids: views.union_ids, num_union: views.num_union },
-        Which::Many => ExpertLists::Tokens { offsets: views.offsets, token_ids: views.token_ids },
+        Which::Few => None,
+        Which::Many => Some(ExpertLists { offsets: views.offsets, token_ids: views.token_ids }),
     };
-    let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, &expert_lists).unwrap();
+    let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, expert_lists).unwrap();
     let bytes = bytes.max(route_index_workspace_bytes(num_tokens, num_experts));
     let scratch = Output::new(gpu, bytes);
     let workspace = Workspace { address: scratch.address(), bytes };
@@ -330,11 +330,10 @@ fn padding(gpu: &Gpu) {
         let word = gpu.input(&[valid]);
         let num_valid = Some(View::words(word.address(), 1));
         let mask_view = View::matrix(mask_device.address(), Format::Word, [num_tokens, 1]);
-        let union = ExpertLists::Union { union_ids: views.union_ids, num_union: views.num_union };
-        let tokens = ExpertLists::Tokens { offsets: views.offsets, token_ids: views.token_ids };
-        for lists in [union, tokens] {
+        let tokens = ExpertLists { offsets: views.offsets, token_ids: views.token_ids };
+        for lists in [None, Some(tokens)] {
             let neurons = on_device.neurons();
-            let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, &lists).unwrap();
+            let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, lists).unwrap();
             let bytes = bytes.max(route_index_workspace_bytes(num_tokens, shape.num_experts));
             let scratch = Output::new(gpu, bytes);
             let inputs = ExpertsInputs {

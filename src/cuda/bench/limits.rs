@@ -9,7 +9,9 @@ use serde::Serialize;
 
 use super::graph::TimedGraph;
 use crate::abi::moefy_read_bandwidth_params;
-use crate::cuda::cublaslt::{CublasLt, Epilogue, Operands, Product, ProductShape, WORKSPACE_BYTES};
+use crate::cuda::cublaslt::{
+    CublasLt, Epilogue, Operands, Product, ProductShape, Timer, WORKSPACE_BYTES,
+};
 use crate::cuda::driver::cannot;
 use crate::cuda::read_bandwidth::{num_threads, read_bandwidth};
 use crate::cuda::synthetic::random;
@@ -99,7 +101,7 @@ fn product_seconds(device: &Device, stream: &Arc<CudaStream>, dtype: DType) -> R
     };
     // SAFETY: the buffers have the shape's sizes and outlive the graph.
     unsafe {
-        let product = Product::tune(&library, &shape, 0, &operands)?;
+        let product = Product::tune(&library, &Timer::new(device)?, &shape, 0, &operands)?;
         best(&TimedGraph::capture(stream, 1, |stream, _| product.run(&library, stream, &operands))?)
     }
 }
