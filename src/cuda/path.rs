@@ -111,14 +111,13 @@ impl MoeFfn {
                     Fallback::Exact => Path::DenseExact,
                     Fallback::Masked => Path::DenseMasked,
                 };
-                let sparse = match self.few_fused(num_tokens) {
-                    Some(_) => Path::FewFused,
-                    None if num_tokens <= MAX_FEW_TOKENS => Path::Few,
-                    None => return dense,
-                };
-                let estimate = |path| self.estimate_us(path, num_tokens, options);
+                let estimate = |path: &Path| self.estimate_us(*path, num_tokens, options);
+                let fused = self.few_fused(num_tokens).map(|_| Path::FewFused);
+                let few = (num_tokens <= MAX_FEW_TOKENS).then_some(Path::Few);
+                let sparse = fused.into_iter().chain(few);
+                let sparse = sparse.min_by(|a, b| estimate(a).total_cmp(&estimate(b)));
                 // Where they are equal, the dense one needs no router.
-                if estimate(sparse) < 0.97 * estimate(dense) { sparse } else { dense }
+                sparse.filter(|path| estimate(path) < 0.97 * estimate(&dense)).unwrap_or(dense)
             }
         }
     }
@@ -133,14 +132,14 @@ impl MoeFfn {
         // If tokens route independently.
         let skipped = (1.0 - options.density.unwrap_or(1.0)).powi(num_tokens.min(1 << 20) as i32);
         let union_us = (1.0 - skipped) * all_us;
-        let dense_us = 9.2 + all_us;
+        let dense_us = 9.2 + 0.965 * all_us;
         match path {
             // Launches and routing; each multiprocessor's share of y; tokens beyond a tile.
             Path::FewFused => {
                 let shares = 132.0 * 8.0 * tokens * d_model / 4e6;
                 7.5 + 0.0008 * d_model + union_us + shares + 0.6 * (tokens - 8.0).max(0.0)
             }
-            Path::Few => 30.0 + union_us,
+            Path::Few => 11.0 + 0.96 * union_us + 0.4 * tokens,
             Path::DenseMasked => dense_us + 10.0,
             Path::DenseExact | Path::ExpertMajor => dense_us,
         }

@@ -310,7 +310,8 @@ fn every_gate(gpu: &Gpu) {
     }
 }
 
-/// Rows beyond the device-side number of tokens are zeros, even with shared neurons and a bias.
+/// Rows beyond the device-side number of tokens are zeros, even with shared neurons and a bias; bits beyond the experts
+/// count for nothing.
 fn padding(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let shape =
@@ -322,7 +323,8 @@ fn padding(gpu: &Gpu) {
     let all = expected(&layer, &x, &mask, None);
     let on_device = MoeFfn::new(&gpu.device, &layer).expect("memory");
     let x_device = gpu.input(x.as_bytes());
-    let mask_device = gpu.input(mask.words());
+    let words: Vec<u32> = mask.words().iter().map(|word| word | !0 << shape.num_experts).collect();
+    let mask_device = gpu.input(&words);
     let lists = Lists::new(gpu, num_tokens, shape.num_experts, num_tokens * shape.num_experts);
     let views = lists.views(None);
     let float = Format::Float(dtype);
