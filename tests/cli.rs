@@ -326,6 +326,23 @@ fn wrong_benchmarks_are_refused_before_a_gpu_is_looked_for() {
     refuses("--named d768-e96 --routing text.npy", &["text.npy", ".npy file"]);
 }
 
+/// The record of this repository as a picture.
+#[cfg(feature = "cuda")]
+#[test]
+fn rows_that_were_measured_earlier() {
+    let scene = Scene::new();
+    let record = concat!(env!("CARGO_MANIFEST_DIR"), "/verification/h100.json");
+    let plot = |rest: &str| format!("bench plot {record} --svg speedup.svg {rest}");
+    scene.moefy(&plot("--tokens 1")).assert().success();
+    let picture = fs::read_to_string(scene.path("speedup.svg")).unwrap();
+    assert!(picture.starts_with("<svg") && picture.contains("d4096"), "{picture}");
+    scene.refuses(&plot("--tokens 3"), &["h100.json", "no row", "tokens"]);
+    fs::write(scene.path("rows.txt"), "{}").unwrap();
+    scene
+        .refuses("bench plot rows.txt --svg speedup.svg", &["rows.txt", "line 1", "missing field"]);
+    scene.refuses("bench plot missing --svg speedup.svg", &["missing", "No such file"]);
+}
+
 /// What needs a GPU says so in one sentence where there is none.
 #[cfg(feature = "cuda")]
 #[test]

@@ -133,7 +133,10 @@ impl Ffn {
         }
         measured?;
         match &self.svg {
-            Some(file) => chart::write(file, &plot::svg(&rows)),
+            Some(file) => chart::write(
+                file,
+                &plot::svg(&rows.iter().map(plot::Row::from).collect::<Vec<_>>()),
+            ),
             None => Ok(()),
         }
     }

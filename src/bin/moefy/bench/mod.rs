@@ -24,12 +24,16 @@ pub struct Bench {
 enum What {
     /// One FFN layer on a GPU: MoEfied against the fastest dense one of cuBLASLt
     Ffn(ffn::Ffn),
+    /// The speed-up of rows that were measured earlier, as a picture
+    Plot(plot::Plot),
 }
 
 impl Bench {
     pub fn run(self, common: &Common) -> Result<()> {
-        let What::Ffn(ffn) = self.what;
-        ffn.run(common)
+        match self.what {
+            What::Ffn(ffn) => ffn.run(common),
+            What::Plot(plot) => plot.run(),
+        }
     }
 }
 

@@ -1,13 +1,128 @@
-//! The speed-up as a picture: over density where there are several, else over tokens.
+//! The speed-up as a picture: over density where there are several, else over tokens; of rows that were just measured,
+//! and `moefy bench plot`.
+
+use std::path::PathBuf;
 
 use moefy::cuda::bench::FfnRow;
+use moefy::{DType, Error, Result};
+use serde::Deserialize;
 
 use super::shapes::label;
 use crate::chart::{self, Axis, Panel, Series};
 use crate::output::percent;
 
+/// Rows that were measured earlier, as a picture.
+#[derive(clap::Args)]
+pub struct Plot {
+    /// A record, or what `moefy bench ffn --json` printed
+    rows: PathBuf,
+    /// Where the picture goes
+    #[arg(long, value_name = "FILE")]
+    svg: PathBuf,
+    /// Only these numbers of tokens
+    #[arg(long, value_name = "T", value_delimiter = ',')]
+    tokens: Vec<usize>,
+    /// Only these paths; auto is what the plan chose
+    #[arg(long, value_name = "NAME", value_delimiter = ',', default_value = "auto")]
+    path: Vec<String>,
+    /// Only this routing
+    #[arg(long, value_name = "WHAT", default_value = "random")]
+    routing: String,
+    /// Only this type
+    #[arg(long, value_name = "TYPE", default_value = "bf16")]
+    dtype: String,
+    /// Only this router
+    #[arg(long, value_name = "NAME", default_value = "d2dmoe-128")]
+    router: String,
+    /// Only with this fallback
+    #[arg(long, value_name = "NAME", default_value = "exact")]
+    fallback: String,
+}
+
+impl Plot {
+    pub fn run(&self) -> Result<()> {
+        let file = self.rows.clone();
+        let text = std::fs::read_to_string(&file).map_err(|source| Error::Io {
+            doing: "read",
+            file: file.clone(),
+            source,
+        })?;
+        let mut rows =
+            read(&text).map_err(|problem| Error::File { file: file.clone(), problem })?;
+        rows.retain(|row| self.wants(row));
+        if rows.is_empty() {
+            let problem =
+                "no row has these tokens, path, routing, type, router and fallback".into();
+            return Err(Error::File { file, problem });
+        }
+        chart::write(&self.svg, &svg(&rows))
+    }
+
+    fn wants(&self, row: &Row) -> bool {
+        let path = if row.path_forced { &row.path } else { "auto" };
+        (self.tokens.is_empty() || self.tokens.contains(&row.tokens))
+            && self.path.iter().any(|name| name == path)
+            && (row.routing == self.routing && row.router == self.router)
+            && (row.dtype.to_string() == self.dtype && row.fallback == self.fallback)
+    }
+}
+
+/// The rows of a record, or one in each line.
+fn read(text: &str) -> Result<Vec<Row>, String> {
+    #[derive(Deserialize)]
+    struct Record {
+        bench: Vec<Row>,
+    }
+    if let Ok(record) = serde_json::from_str::<Record>(text) {
+        return Ok(record.bench);
+    }
+    let row = |(number, line)| {
+        serde_json::from_str(line)
+            .map_err(|error| format!("line {} is no row: {error}", number + 1))
+    };
+    text.lines().enumerate().map(row).collect()
+}
+
+/// What a picture shows of a row.
+#[derive(Deserialize)]
+pub struct Row {
+    d_model: usize,
+    d_ff: usize,
+    glu: bool,
+    num_experts: usize,
+    dtype: DType,
+    router: String,
+    tokens: usize,
+    routing: String,
+    density: f64,
+    fallback: String,
+    path: String,
+    path_forced: bool,
+    speedup: f64,
+}
+
+impl From<&FfnRow> for Row {
+    fn from(row: &FfnRow) -> Self {
+        Self {
+            d_model: row.d_model,
+            d_ff: row.d_ff,
+            glu: row.glu,
+            num_experts: row.num_experts,
+            dtype: row.dtype,
+            router: row.router.clone(),
+            tokens: row.tokens,
+            routing: row.routing.clone(),
+            density: row.density,
+            fallback: row.fallback.into(),
+            path: row.path.into(),
+            path_forced: row.path_forced,
+            speedup: row.speedup,
+        }
+    }
+}
+
 /// The rows as SVG: a line for every way in which they differ, and one where the dense layer is.
-pub fn svg(rows: &[FfnRow]) -> String {
+pub fn svg(rows: &[Row]) -> String {
     let over_density = rows.iter().any(|row| differ(row.density, rows[0].density));
     let series = series(rows, over_density);
     let points = || series.iter().flat_map(|series| &series.points);
@@ -35,8 +150,8 @@ fn differ(a: f64, b: f64) -> bool {
     (a - b).abs() > 0.01
 }
 
-fn series(rows: &[FfnRow], over_density: bool) -> Vec<Series> {
-    let fields = |row: &FfnRow| {
+fn series(rows: &[Row], over_density: bool) -> Vec<Series> {
+    let fields = |row: &Row| {
         let path =
             if row.path_forced { row.path.to_string() } else { format!("auto ({})", row.fallback) };
         [
@@ -65,43 +180,31 @@ fn series(rows: &[FfnRow], over_density: bool) -> Vec<Series> {
     }
     for series in &mut series {
         series.points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        // What two sets have in common was measured twice.
+        series.points.dedup_by(|b, a| !differ(a.0, b.0));
     }
     series
 }
 
 #[cfg(test)]
 mod tests {
-    use moefy::DType;
-    use moefy::ffn::Activation;
-
     use super::*;
 
-    fn row(tokens: usize, density: f64, path: &'static str) -> FfnRow {
-        FfnRow {
+    fn row(tokens: usize, density: f64, path: &str) -> Row {
+        Row {
             d_model: 768,
             d_ff: 3072,
             glu: false,
-            activation: Activation::GeluTanh,
             num_experts: 96,
-            shared: 0,
             dtype: DType::BF16,
             router: "d2dmoe-128".into(),
             tokens,
             routing: "random".into(),
             density,
-            fallback: "exact",
-            path,
+            fallback: "exact".into(),
+            path: path.into(),
             path_forced: true,
-            us: 5.0,
-            dense_us: 10.0,
             speedup: 2.0,
-            spread: 0.01,
-            bound_us: 1.0,
-            share_of_bound: 0.2,
-            executed_bytes: 1,
-            router_select_us: 1.0,
-            index_us: 1.0,
-            experts_us: 3.0,
         }
     }
 
