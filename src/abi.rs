@@ -519,6 +519,174 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_embed_tokens_params {
+    pub token_ids: u64,
+    pub position_ids: u64,
+    pub words: u64,
+    pub positions: u64,
+    pub token_type: u64,
+    pub y: u64,
+    pub num_tokens: u32,
+    pub d_model: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_embed_tokens_params"]
+        [::std::mem::size_of::<moefy_embed_tokens_params>() - 56usize];
+    ["Alignment of moefy_embed_tokens_params"]
+        [::std::mem::align_of::<moefy_embed_tokens_params>() - 8usize];
+    ["Offset of field: moefy_embed_tokens_params::token_ids"]
+        [::std::mem::offset_of!(moefy_embed_tokens_params, token_ids) - 0usize];
+    ["Offset of field: moefy_embed_tokens_params::position_ids"]
+        [::std::mem::offset_of!(moefy_embed_tokens_params, position_ids) - 8usize];
+    ["Offset of field: moefy_embed_tokens_params::words"]
+        [::std::mem::offset_of!(moefy_embed_tokens_params, words) - 16usize];
+    ["Offset of field: moefy_embed_tokens_params::positions"]
+        [::std::mem::offset_of!(moefy_embed_tokens_params, positions) - 24usize];
+    ["Offset of field: moefy_embed_tokens_params::token_type"]
+        [::std::mem::offset_of!(moefy_embed_tokens_params, token_type) - 32usize];
+    ["Offset of field: moefy_embed_tokens_params::y"]
+        [::std::mem::offset_of!(moefy_embed_tokens_params, y) - 40usize];
+    ["Offset of field: moefy_embed_tokens_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_embed_tokens_params, num_tokens) - 48usize];
+    ["Offset of field: moefy_embed_tokens_params::d_model"]
+        [::std::mem::offset_of!(moefy_embed_tokens_params, d_model) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_norm_params {
+    pub x: u64,
+    pub branch: u64,
+    pub residual: u64,
+    pub weight: u64,
+    pub bias: u64,
+    pub num_tokens: u32,
+    pub d_model: u32,
+    pub epsilon: f32,
+    pub is_rms: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_norm_params"][::std::mem::size_of::<moefy_norm_params>() - 56usize];
+    ["Alignment of moefy_norm_params"][::std::mem::align_of::<moefy_norm_params>() - 8usize];
+    ["Offset of field: moefy_norm_params::x"]
+        [::std::mem::offset_of!(moefy_norm_params, x) - 0usize];
+    ["Offset of field: moefy_norm_params::branch"]
+        [::std::mem::offset_of!(moefy_norm_params, branch) - 8usize];
+    ["Offset of field: moefy_norm_params::residual"]
+        [::std::mem::offset_of!(moefy_norm_params, residual) - 16usize];
+    ["Offset of field: moefy_norm_params::weight"]
+        [::std::mem::offset_of!(moefy_norm_params, weight) - 24usize];
+    ["Offset of field: moefy_norm_params::bias"]
+        [::std::mem::offset_of!(moefy_norm_params, bias) - 32usize];
+    ["Offset of field: moefy_norm_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_norm_params, num_tokens) - 40usize];
+    ["Offset of field: moefy_norm_params::d_model"]
+        [::std::mem::offset_of!(moefy_norm_params, d_model) - 44usize];
+    ["Offset of field: moefy_norm_params::epsilon"]
+        [::std::mem::offset_of!(moefy_norm_params, epsilon) - 48usize];
+    ["Offset of field: moefy_norm_params::is_rms"]
+        [::std::mem::offset_of!(moefy_norm_params, is_rms) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_attention_params {
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub y: u64,
+    pub sequence_offsets: u64,
+    pub stride: u64,
+    pub num_heads: u32,
+    pub num_kv_heads: u32,
+    pub scale: f32,
+    pub is_causal: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_attention_params"][::std::mem::size_of::<moefy_attention_params>() - 64usize];
+    ["Alignment of moefy_attention_params"]
+        [::std::mem::align_of::<moefy_attention_params>() - 8usize];
+    ["Offset of field: moefy_attention_params::q"]
+        [::std::mem::offset_of!(moefy_attention_params, q) - 0usize];
+    ["Offset of field: moefy_attention_params::k"]
+        [::std::mem::offset_of!(moefy_attention_params, k) - 8usize];
+    ["Offset of field: moefy_attention_params::v"]
+        [::std::mem::offset_of!(moefy_attention_params, v) - 16usize];
+    ["Offset of field: moefy_attention_params::y"]
+        [::std::mem::offset_of!(moefy_attention_params, y) - 24usize];
+    ["Offset of field: moefy_attention_params::sequence_offsets"]
+        [::std::mem::offset_of!(moefy_attention_params, sequence_offsets) - 32usize];
+    ["Offset of field: moefy_attention_params::stride"]
+        [::std::mem::offset_of!(moefy_attention_params, stride) - 40usize];
+    ["Offset of field: moefy_attention_params::num_heads"]
+        [::std::mem::offset_of!(moefy_attention_params, num_heads) - 48usize];
+    ["Offset of field: moefy_attention_params::num_kv_heads"]
+        [::std::mem::offset_of!(moefy_attention_params, num_kv_heads) - 52usize];
+    ["Offset of field: moefy_attention_params::scale"]
+        [::std::mem::offset_of!(moefy_attention_params, scale) - 56usize];
+    ["Offset of field: moefy_attention_params::is_causal"]
+        [::std::mem::offset_of!(moefy_attention_params, is_causal) - 60usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_rotary_params {
+    pub x: u64,
+    pub position_ids: u64,
+    pub stride: u64,
+    pub log2_base: f64,
+    pub num_tokens: u32,
+    pub num_heads: u32,
+    pub d_head: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_rotary_params"][::std::mem::size_of::<moefy_rotary_params>() - 48usize];
+    ["Alignment of moefy_rotary_params"][::std::mem::align_of::<moefy_rotary_params>() - 8usize];
+    ["Offset of field: moefy_rotary_params::x"]
+        [::std::mem::offset_of!(moefy_rotary_params, x) - 0usize];
+    ["Offset of field: moefy_rotary_params::position_ids"]
+        [::std::mem::offset_of!(moefy_rotary_params, position_ids) - 8usize];
+    ["Offset of field: moefy_rotary_params::stride"]
+        [::std::mem::offset_of!(moefy_rotary_params, stride) - 16usize];
+    ["Offset of field: moefy_rotary_params::log2_base"]
+        [::std::mem::offset_of!(moefy_rotary_params, log2_base) - 24usize];
+    ["Offset of field: moefy_rotary_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_rotary_params, num_tokens) - 32usize];
+    ["Offset of field: moefy_rotary_params::num_heads"]
+        [::std::mem::offset_of!(moefy_rotary_params, num_heads) - 36usize];
+    ["Offset of field: moefy_rotary_params::d_head"]
+        [::std::mem::offset_of!(moefy_rotary_params, d_head) - 40usize];
+    ["Offset of field: moefy_rotary_params::reserved"]
+        [::std::mem::offset_of!(moefy_rotary_params, reserved) - 44usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_pool_params {
+    pub x: u64,
+    pub sequence_offsets: u64,
+    pub y: u64,
+    pub num_sequences: u32,
+    pub d_model: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_pool_params"][::std::mem::size_of::<moefy_pool_params>() - 32usize];
+    ["Alignment of moefy_pool_params"][::std::mem::align_of::<moefy_pool_params>() - 8usize];
+    ["Offset of field: moefy_pool_params::x"]
+        [::std::mem::offset_of!(moefy_pool_params, x) - 0usize];
+    ["Offset of field: moefy_pool_params::sequence_offsets"]
+        [::std::mem::offset_of!(moefy_pool_params, sequence_offsets) - 8usize];
+    ["Offset of field: moefy_pool_params::y"]
+        [::std::mem::offset_of!(moefy_pool_params, y) - 16usize];
+    ["Offset of field: moefy_pool_params::num_sequences"]
+        [::std::mem::offset_of!(moefy_pool_params, num_sequences) - 24usize];
+    ["Offset of field: moefy_pool_params::d_model"]
+        [::std::mem::offset_of!(moefy_pool_params, d_model) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct moefy_activate_params {
     pub neurons: moefy_neurons,
     pub pre: u64,

@@ -247,6 +247,66 @@ typedef struct moefy_gates_params {
   uint32_t reserved;
 } moefy_gates_params;
 
+/* y[t] = words[token_ids[t]] + positions[position_ids[t]] + token_type. */
+typedef struct moefy_embed_tokens_params {
+  MOEFY_PTR(const uint32_t) token_ids;    /* [num_tokens] */
+  MOEFY_PTR(const uint32_t) position_ids; /* [num_tokens] or null */
+  MOEFY_PTR(const void) words;            /* [vocab, d_model] */
+  MOEFY_PTR(const void) positions;        /* [max_positions, d_model] or null */
+  MOEFY_PTR(const void) token_type;       /* [d_model] or null */
+  MOEFY_PTR(void) y;                      /* [num_tokens, d_model] */
+  uint32_t num_tokens;
+  uint32_t d_model; /* a multiple of 8 */
+} moefy_embed_tokens_params;
+
+/* residual = x + branch; x = norm(residual), by mean and variance or by the mean square alone, * weight + bias. */
+typedef struct moefy_norm_params {
+  MOEFY_PTR(void) x;            /* [num_tokens, d_model] */
+  MOEFY_PTR(const void) branch; /* [num_tokens, d_model] or null */
+  MOEFY_PTR(void) residual;     /* [num_tokens, d_model] or null */
+  MOEFY_PTR(const void) weight; /* [d_model] */
+  MOEFY_PTR(const void) bias;   /* [d_model] or null */
+  uint32_t num_tokens;
+  uint32_t d_model; /* a multiple of 8, at most 8192 */
+  float epsilon;
+  uint32_t is_rms;
+} moefy_norm_params;
+
+/* softmax(scale Q K^T) V within each sequence. A key and value head serves num_heads / num_kv_heads heads. */
+typedef struct moefy_attention_params {
+  MOEFY_PTR(const void) q; /* [num_tokens, num_heads, d_head], tokens `stride` elements apart */
+  MOEFY_PTR(const void) k; /* [num_tokens, num_kv_heads, d_head], the same stride */
+  MOEFY_PTR(const void) v;
+  MOEFY_PTR(void) y;                          /* [num_tokens, num_heads, d_head] */
+  MOEFY_PTR(const uint32_t) sequence_offsets; /* [num_sequences + 1] */
+  uint64_t stride;                            /* a multiple of 8 */
+  uint32_t num_heads;
+  uint32_t num_kv_heads;
+  float scale;
+  uint32_t is_causal;
+} moefy_attention_params;
+
+/* Elements i and i + d_head/2 of every head turn by position * base^(-2 i / d_head). */
+typedef struct moefy_rotary_params {
+  MOEFY_PTR(void) x;                      /* [num_tokens, num_heads, d_head], tokens `stride` elements apart */
+  MOEFY_PTR(const uint32_t) position_ids; /* [num_tokens] */
+  uint64_t stride;
+  double log2_base;
+  uint32_t num_tokens;
+  uint32_t num_heads;
+  uint32_t d_head;
+  uint32_t reserved;
+} moefy_rotary_params;
+
+/* y[s] = the mean of the sequence's rows of x, scaled to unit length. */
+typedef struct moefy_pool_params {
+  MOEFY_PTR(const void) x;                    /* [num_tokens, d_model] */
+  MOEFY_PTR(const uint32_t) sequence_offsets; /* [num_sequences + 1] */
+  MOEFY_PTR(void) y;                          /* [num_sequences, d_model] */
+  uint32_t num_sequences;
+  uint32_t d_model; /* a multiple of 8 */
+} moefy_pool_params;
+
 /* Dense products: pre-activations -> h. */
 typedef struct moefy_activate_params {
   moefy_neurons neurons;

@@ -5,8 +5,8 @@ use super::kernels::{Modules, build_info};
 #[cfg(feature = "cuda")]
 use super::read_bandwidth;
 use super::{
-    abi_probe, add_shares, dense, experts, ffn_few, gates, padding, route_index, router_select,
-    select, statistics,
+    abi_probe, add_shares, body, dense, experts, ffn_few, gates, padding, route_index,
+    router_select, select, statistics,
 };
 use crate::error::Result;
 
@@ -35,6 +35,7 @@ pub struct Properties {
 pub struct Device {
     pub(super) context: Context,
     pub(super) abi_probe: abi_probe::Kernels,
+    pub(super) body: body::Kernels,
     pub(super) dense: dense::Kernels,
     pub(super) experts: experts::Kernels,
     pub(super) ffn_few: Option<ffn_few::Kernels>,
@@ -63,6 +64,7 @@ impl Device {
         let modules = Modules::load(&context, &properties)?;
         Ok(Self {
             abi_probe: abi_probe::Kernels::load(&modules)?,
+            body: body::Kernels::load(&modules)?,
             dense: dense::Kernels::load(&modules)?,
             experts: experts::Kernels::load(&modules, properties.max_shared_bytes)?,
             ffn_few: ffn_few::Kernels::load(&modules, properties.max_shared_bytes)?,

@@ -20,6 +20,7 @@ mod abi_probe;
 mod add_shares;
 #[cfg(feature = "cuda")]
 pub mod bench;
+mod body;
 mod buffer;
 #[cfg(feature = "cuda")]
 pub mod check;
@@ -52,10 +53,15 @@ mod select;
 mod statistics;
 #[cfg(feature = "cuda")]
 mod synthetic;
+#[cfg(feature = "cuda")]
+mod transformer;
 mod view;
 mod workspace;
 
 pub use abi_probe::{abi_probe, host_abi};
+pub use body::{
+    AttentionInputs, EmbeddingTables, NormInputs, attention, embed_tokens, norm, pool, rotary,
+};
 pub use buffer::Buffer;
 pub use device::{Device, Properties};
 pub use driver::RawStream;
@@ -72,4 +78,6 @@ pub use router_select::{
 };
 pub use select::{SelectOutputs, select, select_workspace_bytes};
 pub use statistics::RoutingCounts;
+#[cfg(feature = "cuda")]
+pub use transformer::{Gpu, GpuBatch, GpuFfn, GpuFfnWorkspace, GpuTensor};
 pub use view::{Format, View, Workspace};

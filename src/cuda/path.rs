@@ -6,7 +6,7 @@ use super::plan::Stage;
 use super::view::View;
 use super::{MoeFfn, ffn_few};
 use crate::error::Result;
-use crate::ffn::SelectionRule;
+use crate::ffn::Selection;
 
 /// Most tokens for which a choice streams the union of their experts.
 pub(super) const MAX_FEW_TOKENS: usize = 8;
@@ -87,6 +87,8 @@ pub struct FfnInputs {
     /// f32 \[num_tokens, num_experts\]: selection reads these scores instead of the router's, which
     /// runs all the same. For measurements under imposed routing.
     pub scores: Option<View>,
+    /// Instead of the layer's own; it must not be able to select more experts than that.
+    pub selection: Option<Selection>,
     /// Receives S(t), u32 \[num_tokens, ⌈num_experts/32⌉\], on every path but `dense-exact`.
     pub mask: Option<View>,
     /// One word that gains status bits; see [`SelectOutputs`](super::SelectOutputs) and
@@ -97,7 +99,7 @@ pub struct FfnInputs {
 impl FfnInputs {
     /// Nothing but tokens.
     pub fn new(x: View) -> Self {
-        Self { x, num_valid_tokens: None, scores: None, mask: None, status: None }
+        Self { x, num_valid_tokens: None, scores: None, selection: None, mask: None, status: None }
     }
 }
 
@@ -148,7 +150,7 @@ impl MoeFfn {
     /// The fused path for so many tokens, if it can do them.
     pub(super) fn few_fused(&self, num_tokens: usize) -> Option<ffn_few::Shape> {
         let router = self.router().view();
-        let sorts = matches!(self.selection().rule, SelectionRule::CumulativeShare { .. });
+        let sorts = self.selection().sorts();
         let (device, neurons) = (self.device(), self.neurons());
         ffn_few::Shape::new(device, neurons, &router, sorts, self.dtype(), num_tokens)
     }

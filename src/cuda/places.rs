@@ -9,7 +9,6 @@ use super::{
     route_index_workspace_bytes, router_select_workspace_bytes,
 };
 use crate::error::Result;
-use crate::ffn::SelectionRule;
 
 /// Tokens that go through the layer together; more go in turns, so that the workspace is bounded.
 const MAX_CHUNK: usize = 8192;
@@ -44,11 +43,7 @@ impl MoeFfn {
         let neurons = self.neurons();
         let num_experts = neurons.num_experts;
         check.size("max_tokens", max_tokens)?;
-        let max_k = match self.selection().rule {
-            SelectionRule::TopK { k } => k,
-            _ => num_experts,
-        };
-        let max_k = max_k.min(self.selection().max_experts.unwrap_or(num_experts));
+        let max_k = self.selection().most_experts(num_experts);
         let mut chunk = max_tokens.min(MAX_CHUNK);
         let hidden_row = neurons.expert_width.next_multiple_of(8) * self.dtype().bytes() * max_k;
         while chunk > 1024 && chunk * hidden_row > MAX_HIDDEN_BYTES {

@@ -178,6 +178,13 @@ impl FfnPlan {
             let shape = [num_tokens, neurons.num_experts.div_ceil(32)];
             check.dense("mask", mask, Format::Word, shape)?;
         }
+        if let Some(selection) = inputs.selection
+            && (selection.most_experts(neurons.num_experts) > self.places.max_k
+                || selection.sorts() && !self.ffn.selection().sorts())
+        {
+            let expected = format!("for at most {} experts, like the plan's", self.places.max_k);
+            return Err(check.error("selection", expected, format!("{selection:?}")));
+        }
         let num_valid = check.optional_words("num_valid_tokens", inputs.num_valid_tokens, 1)?;
         let base = check.workspace(workspace, self.workspace_bytes())?;
         if num_tokens == 0 {
@@ -303,7 +310,8 @@ impl FfnPlan {
         let valid = inputs.num_valid_tokens;
         let outputs =
             RouterSelectOutputs { selected, scores: (ffn.gate() != Gate::One).then_some(scores) };
-        let (router, selection) = (ffn.router().view(), ffn.selection());
+        let router = ffn.router().view();
+        let selection = inputs.selection.unwrap_or(ffn.selection());
         // SAFETY: the caller's promise.
         unsafe {
             let (x, imposed) = (inputs.x, inputs.scores);
@@ -338,7 +346,8 @@ impl FfnPlan {
         let num_tokens = inputs.x.shape[0];
         let shape = ffn.few_fused(num_tokens).expect("the path was chosen because it can");
         let (neurons, _) = ffn.neurons().check(&check)?;
-        let (selection, view) = (ffn.selection(), ffn.router().view());
+        let selection = inputs.selection.unwrap_or(ffn.selection());
+        let view = ffn.router().view();
         let valid = inputs.num_valid_tokens;
         let (mut router, _) = check_router(&check, inputs.x, valid, &view, &selection)?;
         router.status = check.optional_words("status", inputs.status, 1)?;

@@ -150,6 +150,22 @@ impl DenseFfn {
         Ok(Self { activation, glu, w_in, b_in, w_out, b_out })
     }
 
+    /// The same with every element rounded to another type.
+    ///
+    /// # Errors
+    /// When a value is too large for it.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        let rounded = |tensor: &Tensor| tensor.to_dtype(dtype);
+        Self::from_neuron_major(
+            self.activation,
+            self.glu,
+            rounded(&self.w_in),
+            self.b_in.as_ref().map(rounded),
+            rounded(&self.w_out),
+            self.b_out.as_ref().map(rounded),
+        )
+    }
+
     /// φ.
     pub fn activation(&self) -> Activation {
         self.activation

@@ -1,6 +1,7 @@
 //! A MoEfied FFN as data.
 
 use super::{Compensation, DenseFfn, Gate, Partition, Router, Selection};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 /// One FFN split into experts, with everything that decides which of them run:
@@ -52,6 +53,14 @@ impl MoeFfn {
         selection.check(partition.num_experts())?;
         let gate = Gate::default();
         Ok(Self { neurons, partition, router, selection, gate, compensation: None })
+    }
+
+    /// The same layer with its neurons rounded to another element type.
+    ///
+    /// # Errors
+    /// When a value is too large for it.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        Ok(Self { neurons: self.neurons.to_dtype(dtype)?, ..self.clone() })
     }
 
     /// The same layer with another gate.

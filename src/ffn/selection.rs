@@ -38,6 +38,20 @@ pub struct Selection {
 }
 
 impl Selection {
+    /// The most of so many experts that a token can get.
+    pub fn most_experts(&self, num_experts: usize) -> usize {
+        let of_rule = match self.rule {
+            SelectionRule::TopK { k } => k.min(num_experts),
+            _ => num_experts,
+        };
+        of_rule.min(self.max_experts.unwrap_or(num_experts))
+    }
+
+    /// Whether it puts a row in order as a whole.
+    pub(crate) fn sorts(&self) -> bool {
+        matches!(self.rule, SelectionRule::CumulativeShare { .. })
+    }
+
     /// Top-k without a cap.
     pub fn top_k(k: usize) -> Self {
         Self { rule: SelectionRule::TopK { k }, max_experts: None }

@@ -110,11 +110,11 @@ pub trait Backend: Send + Sync {
     /// When the device refuses.
     fn ffn(&self, ffn: &Ffn) -> Result<Self::Ffn>;
 
-    /// Scratch memory for one FFN at a time.
+    /// Scratch memory for one FFN at a time, of up to `max_tokens` tokens.
     ///
     /// # Errors
     /// When the device has no room.
-    fn ffn_workspace(&self) -> Result<Self::FfnWorkspace>;
+    fn ffn_workspace(&self, max_tokens: usize) -> Result<Self::FfnWorkspace>;
 
     /// y \[T, d_model\] = the sum of each token's word, position and token-type embedding.
     ///

@@ -171,7 +171,7 @@ impl<B: Backend> Encoder<B> {
             qkv: self.backend.activations(max_tokens, 3 * self.d_model)?,
             context: self.activations(max_tokens)?,
             branch: self.activations(max_tokens)?,
-            ffn: self.backend.ffn_workspace()?,
+            ffn: self.backend.ffn_workspace(max_tokens)?,
         })
     }
 

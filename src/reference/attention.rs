@@ -1,6 +1,19 @@
-//! Multi-head self-attention without a mask: every token of a sequence sees all of its sequence.
+//! Softmax attention: every token of a sequence sees all of its sequence, or only itself and those before it.
 
 use super::dot;
+
+/// Heads of an attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Of the queries.
+    pub num_heads: usize,
+    /// Of keys and values, each for `num_heads / num_kv_heads` heads of the queries.
+    pub num_kv_heads: usize,
+    /// Elements of each.
+    pub d_head: usize,
+    /// Whether later tokens stay unseen.
+    pub is_causal: bool,
+}
 
 /// For each head, `softmax(Q Kᵀ / √d_head) V` with d_head = d_model / num_heads.
 ///
@@ -13,21 +26,41 @@ pub fn attention(
     num_heads: usize,
 ) -> Vec<f64> {
     let d_head = d_model / num_heads;
-    let part = |token: usize, part: usize, head: usize| {
-        let at = (token * 3 + part) * d_model + head * d_head;
-        &qkv[at..at + d_head]
+    let heads = Heads { num_heads, num_kv_heads: num_heads, d_head, is_causal: false };
+    let part = |part: usize| -> Vec<f64> {
+        qkv.chunks_exact(3 * d_model)
+            .flat_map(|token| &token[part * d_model..][..d_model])
+            .copied()
+            .collect()
     };
-    let mut y = vec![0.0; qkv.len() / 3];
+    grouped_attention(&part(0), &part(1), &part(2), sequence_offsets, heads)
+}
+
+/// The same of q \[T, num_heads · d_head\] and k, v \[T, num_kv_heads · d_head\].
+pub fn grouped_attention(
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+    sequence_offsets: &[u32],
+    heads: Heads,
+) -> Vec<f64> {
+    let Heads { num_heads, num_kv_heads, d_head, is_causal } = heads;
+    let mut y = vec![0.0; q.len()];
     for sequence in sequence_offsets.windows(2) {
-        let tokens = sequence[0] as usize..sequence[1] as usize;
-        for token in tokens.clone() {
+        let (begin, end) = (sequence[0] as usize, sequence[1] as usize);
+        for token in begin..end {
+            let seen = begin..if is_causal { token + 1 } else { end };
             for head in 0..num_heads {
-                let query = part(token, 0, head);
-                let scores = tokens.clone().map(|other| dot(query, part(other, 1, head)));
+                let at = (token * num_heads + head) * d_head;
+                let query = &q[at..at + d_head];
+                let kv_head = head / (num_heads / num_kv_heads);
+                let of = |matrix: &'_ [f64], other: usize| {
+                    matrix[(other * num_kv_heads + kv_head) * d_head..][..d_head].to_vec()
+                };
+                let scores = seen.clone().map(|other| dot(query, &of(k, other)));
                 let weights = softmax(scores.map(|s| s / (d_head as f64).sqrt()).collect());
-                let at = token * d_model + head * d_head;
-                for (other, weight) in tokens.clone().zip(weights) {
-                    let value = part(other, 2, head);
+                for (other, weight) in seen.clone().zip(weights) {
+                    let value = of(v, other);
                     y[at..at + d_head].iter_mut().zip(value).for_each(|(y, v)| *y += weight * v);
                 }
             }

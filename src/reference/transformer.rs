@@ -44,7 +44,7 @@ impl Backend for Reference {
         Ok(ffn.clone())
     }
 
-    fn ffn_workspace(&self) -> Result<Option<ExpertMask>> {
+    fn ffn_workspace(&self, _: usize) -> Result<Option<ExpertMask>> {
         Ok(None)
     }
 

@@ -5,6 +5,9 @@
 
 mod abi;
 mod bad_input;
+mod body;
+#[path = "../common/mod.rs"]
+mod common;
 mod emulation;
 mod experts;
 mod ffn_few;
@@ -16,6 +19,9 @@ mod route_index;
 mod router_select;
 mod select;
 mod steady;
+#[path = "../support/mod.rs"]
+mod support;
+mod transformer;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -29,6 +35,7 @@ type Tests = Vec<(&'static str, fn(&Gpu))>;
 fn main() -> ExitCode {
     let tests: Tests = [
         abi::tests(),
+        body::tests(),
         bad_input::tests(),
         experts::tests(),
         ffn_few::tests(),
@@ -39,6 +46,7 @@ fn main() -> ExitCode {
         router_select::tests(),
         select::tests(),
         steady::tests(),
+        transformer::tests(),
     ]
     .concat();
     let mut arguments = Arguments::from_args();

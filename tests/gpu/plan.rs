@@ -86,6 +86,7 @@ impl Case {
             x: View::matrix(self.x.address(), float, [num_tokens, self.shape.d_model]),
             num_valid_tokens: padded.then(|| self.valid.view()),
             scores: Some(View::matrix(self.scores.address(), Format::F32, scores)),
+            selection: None,
             mask: None,
             status: None,
         }

@@ -77,7 +77,7 @@ impl Backend for Cpu {
         })
     }
 
-    fn ffn_workspace(&self) -> Result<CpuFfnWorkspace> {
+    fn ffn_workspace(&self, _: usize) -> Result<CpuFfnWorkspace> {
         Ok(CpuFfnWorkspace::default())
     }
 

@@ -1,0 +1,393 @@
+//! A GPU as a backend for whole models.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use cudarc::driver::CudaStream;
+
+use super::cublaslt::{
+    CublasLt, Epilogue, Operands, Product, ProductShape, Timer, WORKSPACE_BYTES,
+};
+use super::driver::cannot;
+use super::{
+    AttentionInputs, Buffer, Device, EmbeddingTables, Fallback, FfnInputs, FfnPlan, Format, MoeFfn,
+    NormInputs, Path, PlanOptions, RawStream, View, Workspace, attention, embed_tokens, norm, pool,
+};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::ffn::{self, ExpertMask, Partition, Router, Selection};
+use crate::model::{Backend, Batch, Embeddings, Ffn, FfnRun, LayerNorm, Linear};
+use crate::tensor::{Tensor, TensorRef};
+
+/// Runs models on a GPU, with weights and activations of one element type, everything queued on one
+/// stream. The first pass with a number of tokens chooses algorithms; later ones only launch, so that they
+/// can be captured into a graph.
+pub struct Gpu {
+    device: Arc<Device>,
+    stream: Arc<CudaStream>,
+    dtype: DType,
+    library: CublasLt,
+    library_memory: Buffer,
+    products: Mutex<HashMap<ProductKey, Arc<Product>>>,
+    plans: Mutex<Vec<(PlanKey, Arc<FfnPlan>)>>,
+}
+
+/// Outputs, inputs, and tokens up to which an algorithm was chosen.
+type ProductKey = [usize; 3];
+/// The most tokens, and whether every neuron runs.
+type PlanKey = (usize, bool);
+
+/// A matrix on the GPU.
+pub struct GpuTensor {
+    buffer: Buffer,
+    shape: [usize; 2],
+}
+
+/// A batch on the GPU.
+pub struct GpuBatch {
+    token_ids: Buffer,
+    position_ids: Buffer,
+    sequence_offsets: Buffer,
+    num_tokens: usize,
+    num_sequences: usize,
+    max_length: usize,
+}
+
+/// An FFN on the GPU.
+pub struct GpuFfn {
+    ffn: Arc<MoeFfn>,
+    is_moe: bool,
+    b_out: Vec<f32>,
+}
+
+/// Scratch memory of FFNs.
+pub struct GpuFfnWorkspace {
+    max_tokens: usize,
+    memory: Option<Buffer>,
+    mask: Option<Buffer>,
+    /// Of the last run: tokens and experts.
+    selected: Option<[usize; 2]>,
+}
+
+impl Gpu {
+    /// A backend on a stream of its own.
+    ///
+    /// # Errors
+    /// When cuBLASLt is missing or the device has too little memory.
+    pub fn new(device: &Arc<Device>, dtype: DType) -> Result<Self> {
+        let stream = device.cudarc_context().new_stream().map_err(cannot("create a stream"))?;
+        device.context.bind()?;
+        Ok(Self {
+            device: device.clone(),
+            stream,
+            dtype,
+            library: CublasLt::open()?,
+            library_memory: Buffer::new(device, WORKSPACE_BYTES)?,
+            products: Mutex::default(),
+            plans: Mutex::default(),
+        })
+    }
+
+    /// Where everything is queued.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    fn raw(&self) -> RawStream {
+        self.stream.as_ref().into()
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.stream.synchronize().map_err(cannot("wait for a stream"))
+    }
+
+    fn view(&self, tensor: &GpuTensor, shape: [usize; 2]) -> View {
+        View::matrix(tensor.buffer.address(), Format::Float(self.dtype), shape)
+    }
+
+    /// The algorithm for so many tokens, chosen now if there is none.
+    fn product(
+        &self,
+        shape: &ProductShape,
+        bias: u64,
+        operands: &Operands,
+    ) -> Result<Arc<Product>> {
+        let key = [shape.rows, shape.depth, operands.tokens.next_power_of_two()];
+        let mut products = self.products.lock().unwrap_or_else(|poison| poison.into_inner());
+        if let Some(product) = products.get(&key) {
+            return Ok(product.clone());
+        }
+        self.wait()?;
+        let timer = Timer::new(&self.device)?;
+        // SAFETY: the operands are what the caller is about to run.
+        let product = unsafe { Product::tune(&self.library, &timer, shape, bias, operands) };
+        let product = Arc::new(product?);
+        products.insert(key, product.clone());
+        Ok(product)
+    }
+
+    /// A plan for up to so many tokens, from that of a layer like it if there is one.
+    fn plan(&self, ffn: &Arc<MoeFfn>, max_tokens: usize, is_dense: bool) -> Result<Arc<FfnPlan>> {
+        let mut plans = self.plans.lock().unwrap_or_else(|poison| poison.into_inner());
+        let key = (max_tokens, is_dense);
+        let alike = |of: &&(PlanKey, Arc<FfnPlan>)| of.0 == key;
+        if let Some((_, plan)) = plans.iter().filter(alike).find(|(_, p)| Arc::ptr_eq(p.ffn(), ffn))
+        {
+            return Ok(plan.clone());
+        }
+        let like = plans.iter().filter(alike).find_map(|(_, plan)| plan.with_ffn(ffn).ok());
+        let plan = match like {
+            Some(plan) => plan,
+            None => {
+                self.wait()?;
+                let path = is_dense.then_some(Path::DenseExact);
+                let fallback = Fallback::Masked;
+                ffn.plan(max_tokens, PlanOptions { path, fallback, ..PlanOptions::default() })?
+            }
+        };
+        plans.push((key, Arc::new(plan)));
+        Ok(plans.last().expect("just pushed").1.clone())
+    }
+}
+
+/// A dense layer as one of a single expert, whose masks nobody asks for.
+fn of_one_expert(dense: &ffn::DenseFfn) -> Result<ffn::MoeFfn> {
+    let labels = Partition::new(1, vec![0; dense.d_ff()])?;
+    let w = Tensor::matrix(vec![0.0; dense.d_model()], [1, dense.d_model()])?;
+    ffn::MoeFfn::from_expert_order(dense.clone(), labels, Router::Linear { w }, Selection::top_k(1))
+}
+
+impl Backend for Gpu {
+    type Tensor = GpuTensor;
+    type Batch = GpuBatch;
+    type Ffn = GpuFfn;
+    type FfnWorkspace = GpuFfnWorkspace;
+
+    fn tensor(&self, host: TensorRef<'_>) -> Result<GpuTensor> {
+        let shape = host.shape();
+        let host = host.to_owned().to_dtype(self.dtype);
+        Ok(GpuTensor { buffer: Buffer::from_slice(&self.device, host.as_bytes())?, shape })
+    }
+
+    fn activations(&self, rows: usize, cols: usize) -> Result<GpuTensor> {
+        let buffer = Buffer::new(&self.device, rows * cols * self.dtype.bytes())?;
+        Ok(GpuTensor { buffer, shape: [rows, cols] })
+    }
+
+    fn to_host(&self, tensor: &GpuTensor, len: usize) -> Result<Vec<f32>> {
+        self.wait()?;
+        let bytes = tensor.buffer.read::<u8>()?;
+        let bytes = &bytes[..len * self.dtype.bytes()];
+        let values = TensorRef::from_bytes(self.dtype, bytes, [1, len])?.to_owned();
+        Ok(values.to_f32().into_owned())
+    }
+
+    fn batch(&self, batch: &Batch, position_ids: Vec<u32>) -> Result<GpuBatch> {
+        Ok(GpuBatch {
+            token_ids: Buffer::from_slice(&self.device, batch.token_ids())?,
+            position_ids: Buffer::from_slice(&self.device, &position_ids)?,
+            sequence_offsets: Buffer::from_slice(&self.device, batch.sequence_offsets())?,
+            num_tokens: batch.num_tokens(),
+            num_sequences: batch.num_sequences(),
+            max_length: batch.sequences().map(<[u32]>::len).max().unwrap_or(0),
+        })
+    }
+
+    fn ffn(&self, ffn: &Ffn) -> Result<GpuFfn> {
+        let neurons = ffn.neurons();
+        let zeros = || vec![0.0; neurons.d_model()];
+        let b_out = neurons.b_out().map_or_else(zeros, |b_out| b_out.to_f32().into_owned());
+        let (moe, is_moe) = match ffn {
+            Ffn::Moe(moe) => (moe.to_dtype(self.dtype)?, true),
+            Ffn::Dense(dense) => (of_one_expert(&dense.to_dtype(self.dtype)?)?, false),
+        };
+        Ok(GpuFfn { ffn: Arc::new(MoeFfn::new(&self.device, &moe)?), is_moe, b_out })
+    }
+
+    fn ffn_workspace(&self, max_tokens: usize) -> Result<GpuFfnWorkspace> {
+        Ok(GpuFfnWorkspace { max_tokens, memory: None, mask: None, selected: None })
+    }
+
+    fn embed_tokens(
+        &self,
+        y: &mut GpuTensor,
+        batch: &GpuBatch,
+        embeddings: &Embeddings<GpuTensor>,
+    ) -> Result<()> {
+        let words = |buffer: &Buffer| View::words(buffer.address(), batch.num_tokens);
+        let table = |tensor: &GpuTensor| self.view(tensor, tensor.shape);
+        let tables = EmbeddingTables {
+            words: table(&embeddings.words),
+            positions: Some(table(&embeddings.positions)),
+            token_type: Some(self.view(&embeddings.token_type, [1, embeddings.d_model])),
+        };
+        let y = self.view(y, [batch.num_tokens, embeddings.d_model]);
+        let (tokens, positions) = (words(&batch.token_ids), words(&batch.position_ids));
+        // SAFETY: the encoder has checked the ids, and everything lives until the stream is done.
+        unsafe { embed_tokens(&self.device, self.raw(), y, tokens, Some(positions), &tables) }
+    }
+
+    fn layer_norm(
+        &self,
+        x: &mut GpuTensor,
+        branch: Option<&GpuTensor>,
+        layer_norm: &LayerNorm<GpuTensor>,
+        num_tokens: usize,
+    ) -> Result<()> {
+        let shape = [num_tokens, layer_norm.d_model];
+        let vector = |tensor| self.view(tensor, [1, layer_norm.d_model]);
+        let inputs = NormInputs {
+            branch: branch.map(|branch| self.view(branch, shape)),
+            weight: vector(&layer_norm.weight),
+            bias: Some(vector(&layer_norm.bias)),
+            epsilon: layer_norm.epsilon as f32,
+            is_rms: false,
+        };
+        // SAFETY: everything lives until the stream is done.
+        unsafe { norm(&self.device, self.raw(), self.view(x, shape), None, &inputs) }
+    }
+
+    fn linear(
+        &self,
+        y: &mut GpuTensor,
+        x: &GpuTensor,
+        linear: &Linear<GpuTensor>,
+        num_tokens: usize,
+    ) -> Result<()> {
+        if num_tokens == 0 {
+            return Ok(());
+        }
+        let shape = ProductShape {
+            dtype: self.dtype,
+            rows: linear.d_out,
+            out_stride: linear.d_out,
+            depth: linear.d_in,
+            depth_major: false,
+            epilogue: Epilogue::Bias,
+        };
+        let operands = Operands {
+            tokens: num_tokens,
+            weights: linear.weight.buffer.address(),
+            input: x.buffer.address(),
+            out: y.buffer.address(),
+            workspace: self.library_memory.address(),
+        };
+        self.device.context.bind()?;
+        let bias = linear.bias.buffer.address();
+        let product = self.product(&shape, bias, &operands)?.with_bias(bias)?;
+        // SAFETY: the tensors have these sizes and live until the stream is done.
+        unsafe { product.run(&self.library, self.raw(), &operands) }
+    }
+
+    fn attention(
+        &self,
+        y: &mut GpuTensor,
+        qkv: &GpuTensor,
+        batch: &GpuBatch,
+        d_model: usize,
+        num_heads: usize,
+    ) -> Result<()> {
+        let shape = [batch.num_tokens, d_model];
+        let part = |part: usize| View {
+            address: qkv.buffer.address() + (part * d_model * self.dtype.bytes()) as u64,
+            row_stride: 3 * d_model,
+            ..self.view(qkv, shape)
+        };
+        let inputs = AttentionInputs {
+            q: part(0),
+            k: part(1),
+            v: part(2),
+            sequence_offsets: View::words(
+                batch.sequence_offsets.address(),
+                batch.num_sequences + 1,
+            ),
+            max_length: batch.max_length,
+            num_heads,
+            num_kv_heads: num_heads,
+            is_causal: false,
+        };
+        // SAFETY: a batch has such offsets, and everything lives until the stream is done.
+        unsafe { attention(&self.device, self.raw(), self.view(y, shape), &inputs) }
+    }
+
+    fn run_ffn(
+        &self,
+        y: &mut GpuTensor,
+        x: &GpuTensor,
+        GpuFfn { ffn, is_moe, b_out }: &GpuFfn,
+        run: FfnRun,
+        num_tokens: usize,
+        workspace: &mut GpuFfnWorkspace,
+    ) -> Result<()> {
+        workspace.selected = None;
+        let shape = [num_tokens, b_out.len()];
+        if run == FfnRun::Zero {
+            return self.fill_rows(y, b_out, num_tokens);
+        }
+        let selection = match run {
+            FfnRun::Selection(selection) => Some(selection),
+            FfnRun::Raised(exponent) => Some(ffn.selection().raised(exponent)),
+            _ => None,
+        };
+        let is_dense = !is_moe || run == FfnRun::Dense;
+        let plan = self.plan(ffn, workspace.max_tokens, is_dense)?;
+        let memory = grown(&self.device, &mut workspace.memory, plan.workspace_bytes())?;
+        let memory = Workspace { address: memory.address(), bytes: memory.bytes() };
+        let mut inputs = FfnInputs::new(self.view(x, shape));
+        inputs.selection = selection.filter(|_| !is_dense);
+        if !is_dense {
+            let num_experts = ffn.neurons().num_experts;
+            let words = num_experts.div_ceil(32);
+            let mask = grown(&self.device, &mut workspace.mask, 4 * num_tokens * words)?;
+            inputs.mask = Some(View::matrix(mask.address(), Format::Word, [num_tokens, words]));
+            workspace.selected = Some([num_tokens, num_experts]);
+        }
+        // SAFETY: everything lives until the stream is done.
+        unsafe { plan.run(self.raw(), self.view(y, shape), &inputs, memory) }
+    }
+
+    fn mask(&self, workspace: &GpuFfnWorkspace) -> Result<Option<ExpertMask>> {
+        let (Some([num_tokens, num_experts]), Some(mask)) = (workspace.selected, &workspace.mask)
+        else {
+            return Ok(None);
+        };
+        self.wait()?;
+        let mut words = mask.read::<u32>()?;
+        words.truncate(num_tokens * num_experts.div_ceil(32));
+        ExpertMask::from_words(num_tokens, num_experts, words).map(Some)
+    }
+
+    fn pool(
+        &self,
+        y: &mut GpuTensor,
+        x: &GpuTensor,
+        batch: &GpuBatch,
+        d_model: usize,
+    ) -> Result<()> {
+        let x = self.view(x, [batch.num_tokens, d_model]);
+        let y = self.view(y, [batch.num_sequences, d_model]);
+        let offsets = View::words(batch.sequence_offsets.address(), batch.num_sequences + 1);
+        // SAFETY: a batch has such offsets, and everything lives until the stream is done.
+        unsafe { pool(&self.device, self.raw(), y, x, offsets) }
+    }
+}
+
+impl Gpu {
+    /// The same row for every token, copied from the host.
+    fn fill_rows(&self, y: &mut GpuTensor, row: &[f32], num_tokens: usize) -> Result<()> {
+        self.wait()?;
+        let rows = Tensor::vector(row.repeat(num_tokens)).to_dtype(self.dtype);
+        // SAFETY: a tensor has at least the rows of the tokens.
+        unsafe { self.device.context.copy_to_device(y.buffer.address(), rows.as_bytes()) }
+    }
+}
+
+/// Memory of at least this size, kept for the next time.
+fn grown<'a>(device: &Device, memory: &'a mut Option<Buffer>, bytes: usize) -> Result<&'a Buffer> {
+    if memory.as_ref().is_none_or(|buffer| buffer.bytes() < bytes) {
+        // The old one first; freeing it waits for the device.
+        *memory = None;
+        *memory = Some(Buffer::new(device, bytes)?);
+    }
+    memory.as_ref().ok_or_else(|| Error::argument("transformer", "memory", "some", "none"))
+}
