@@ -279,7 +279,7 @@ fn bad_input_is_one_sentence_and_leaves_nothing() {
     scene.refuses("convert missing out --experts 8 --density 0.4 --calibration text", &["missing"]);
     scene.refuses("convert text out --experts 8 --density 0.4 --calibration text", &["text"]);
     scene.refuses("convert dense text --experts 8 --density 0.4 --calibration text", &["text"]);
-    scene.refuses("eval dense --text text --device cuda", &["--device", "cuda"]);
+    scene.refuses("eval dense --text text --device cuda", &["no GPU can be used"]);
     scene.refuses("eval dense --text text --max-tokens 1", &["--max-tokens"]);
     scene.refuses("eval dense --sts text", &["row 1"]);
     scene.refuses("restore dense out", &["dense"]);

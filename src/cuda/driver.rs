@@ -4,7 +4,7 @@ use std::ffi::{CStr, CString, c_void};
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use cudarc::driver::{CudaContext, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::Properties;
 use crate::error::{Error, Result};
@@ -20,6 +20,24 @@ pub(super) fn cannot(doing: impl Into<String>) -> impl FnOnce(DriverError) -> Er
         let name =
             error.error_name().map_or("an error without a name".into(), CStr::to_string_lossy);
         Error::Cuda { doing, code: error.0 as i32, name: name.into_owned() }
+    }
+}
+
+/// A stream of our own.
+pub(super) struct Stream(pub(super) Arc<CudaStream>);
+
+impl Stream {
+    pub(super) fn new(context: &Context) -> Result<Self> {
+        context.0.new_stream().map(Self).map_err(cannot("create a stream"))
+    }
+
+    pub(super) fn raw(&self) -> RawStream {
+        RawStream(self.0.cu_stream().cast())
+    }
+
+    /// Until everything queued on it is done.
+    pub(super) fn wait(&self) -> Result<()> {
+        self.0.synchronize().map_err(cannot("wait for a stream"))
     }
 }
 

@@ -53,7 +53,6 @@ mod select;
 mod statistics;
 #[cfg(feature = "cuda")]
 mod synthetic;
-#[cfg(feature = "cuda")]
 mod transformer;
 mod view;
 mod workspace;
@@ -78,6 +77,5 @@ pub use router_select::{
 };
 pub use select::{SelectOutputs, select, select_workspace_bytes};
 pub use statistics::RoutingCounts;
-#[cfg(feature = "cuda")]
 pub use transformer::{Gpu, GpuBatch, GpuFfn, GpuFfnWorkspace, GpuTensor};
 pub use view::{Format, View, Workspace};

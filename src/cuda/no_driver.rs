@@ -66,6 +66,22 @@ impl Context {
     }
 }
 
+pub(super) struct Stream(Infallible);
+
+impl Stream {
+    pub(super) fn new(context: &Context) -> Result<Self> {
+        match context.0 {}
+    }
+
+    pub(super) fn raw(&self) -> RawStream {
+        match self.0 {}
+    }
+
+    pub(super) fn wait(&self) -> Result<()> {
+        match self.0 {}
+    }
+}
+
 pub(super) struct Module(Infallible);
 
 impl Module {

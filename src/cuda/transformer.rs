@@ -3,12 +3,10 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use cudarc::driver::CudaStream;
-
 use super::cublaslt::{
     CublasLt, Epilogue, Operands, Product, ProductShape, Timer, WORKSPACE_BYTES,
 };
-use super::driver::cannot;
+use super::driver::Stream;
 use super::{
     AttentionInputs, Buffer, Device, EmbeddingTables, Fallback, FfnInputs, FfnPlan, Format, MoeFfn,
     NormInputs, Path, PlanOptions, RawStream, View, Workspace, attention, embed_tokens, norm, pool,
@@ -21,21 +19,23 @@ use crate::tensor::{Tensor, TensorRef};
 
 /// Runs models on a GPU, with weights and activations of one element type, everything queued on one
 /// stream. The first pass with a number of tokens chooses algorithms; later ones only launch, so that they
-/// can be captured into a graph.
+/// can be captured into a graph. Copies share the stream and what was chosen.
+#[derive(Clone)]
 pub struct Gpu {
     device: Arc<Device>,
-    stream: Arc<CudaStream>,
+    stream: Arc<Stream>,
     dtype: DType,
-    library: CublasLt,
-    library_memory: Buffer,
-    products: Mutex<HashMap<ProductKey, Arc<Product>>>,
-    plans: Mutex<Vec<(PlanKey, Arc<FfnPlan>)>>,
+    library: Arc<CublasLt>,
+    library_memory: Arc<Buffer>,
+    products: Arc<Mutex<HashMap<ProductKey, Arc<Product>>>>,
+    plans: Arc<Mutex<Plans>>,
 }
 
 /// Outputs, inputs, and tokens up to which an algorithm was chosen.
 type ProductKey = [usize; 3];
 /// The most tokens, and whether every neuron runs.
 type PlanKey = (usize, bool);
+type Plans = Vec<(PlanKey, Arc<FfnPlan>)>;
 
 /// A matrix on the GPU.
 pub struct GpuTensor {
@@ -75,30 +75,26 @@ impl Gpu {
     /// # Errors
     /// When cuBLASLt is missing or the device has too little memory.
     pub fn new(device: &Arc<Device>, dtype: DType) -> Result<Self> {
-        let stream = device.cudarc_context().new_stream().map_err(cannot("create a stream"))?;
+        let stream = Arc::new(Stream::new(&device.context)?);
         device.context.bind()?;
         Ok(Self {
             device: device.clone(),
             stream,
             dtype,
-            library: CublasLt::open()?,
-            library_memory: Buffer::new(device, WORKSPACE_BYTES)?,
-            products: Mutex::default(),
-            plans: Mutex::default(),
+            library: Arc::new(CublasLt::open()?),
+            library_memory: Arc::new(Buffer::new(device, WORKSPACE_BYTES)?),
+            products: Arc::default(),
+            plans: Arc::default(),
         })
     }
 
-    /// Where everything is queued.
-    pub fn stream(&self) -> &Arc<CudaStream> {
-        &self.stream
-    }
-
-    fn raw(&self) -> RawStream {
-        self.stream.as_ref().into()
+    /// Where everything is queued; valid as long as this or a copy of it.
+    pub fn raw_stream(&self) -> RawStream {
+        self.stream.raw()
     }
 
     fn wait(&self) -> Result<()> {
-        self.stream.synchronize().map_err(cannot("wait for a stream"))
+        self.stream.wait()
     }
 
     fn view(&self, tensor: &GpuTensor, shape: [usize; 2]) -> View {
@@ -224,7 +220,9 @@ impl Backend for Gpu {
         let y = self.view(y, [batch.num_tokens, embeddings.d_model]);
         let (tokens, positions) = (words(&batch.token_ids), words(&batch.position_ids));
         // SAFETY: the encoder has checked the ids, and everything lives until the stream is done.
-        unsafe { embed_tokens(&self.device, self.raw(), y, tokens, Some(positions), &tables) }
+        unsafe {
+            embed_tokens(&self.device, self.raw_stream(), y, tokens, Some(positions), &tables)
+        }
     }
 
     fn layer_norm(
@@ -244,7 +242,7 @@ impl Backend for Gpu {
             is_rms: false,
         };
         // SAFETY: everything lives until the stream is done.
-        unsafe { norm(&self.device, self.raw(), self.view(x, shape), None, &inputs) }
+        unsafe { norm(&self.device, self.raw_stream(), self.view(x, shape), None, &inputs) }
     }
 
     fn linear(
@@ -276,7 +274,7 @@ impl Backend for Gpu {
         let bias = linear.bias.buffer.address();
         let product = self.product(&shape, bias, &operands)?.with_bias(bias)?;
         // SAFETY: the tensors have these sizes and live until the stream is done.
-        unsafe { product.run(&self.library, self.raw(), &operands) }
+        unsafe { product.run(&self.library, self.raw_stream(), &operands) }
     }
 
     fn attention(
@@ -307,7 +305,7 @@ impl Backend for Gpu {
             is_causal: false,
         };
         // SAFETY: a batch has such offsets, and everything lives until the stream is done.
-        unsafe { attention(&self.device, self.raw(), self.view(y, shape), &inputs) }
+        unsafe { attention(&self.device, self.raw_stream(), self.view(y, shape), &inputs) }
     }
 
     fn run_ffn(
@@ -343,7 +341,7 @@ impl Backend for Gpu {
             workspace.selected = Some([num_tokens, num_experts]);
         }
         // SAFETY: everything lives until the stream is done.
-        unsafe { plan.run(self.raw(), self.view(y, shape), &inputs, memory) }
+        unsafe { plan.run(self.raw_stream(), self.view(y, shape), &inputs, memory) }
     }
 
     fn mask(&self, workspace: &GpuFfnWorkspace) -> Result<Option<ExpertMask>> {
@@ -368,7 +366,7 @@ impl Backend for Gpu {
         let y = self.view(y, [batch.num_sequences, d_model]);
         let offsets = View::words(batch.sequence_offsets.address(), batch.num_sequences + 1);
         // SAFETY: a batch has such offsets, and everything lives until the stream is done.
-        unsafe { pool(&self.device, self.raw(), y, x, offsets) }
+        unsafe { pool(&self.device, self.raw_stream(), y, x, offsets) }
     }
 }
 

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use moefy::Result;
 use moefy::cpu::Cpu;
-use moefy::model::{Encoder, FfnRun, Folder, Tokenizer, embed};
+use moefy::model::{Backend, Encoder, FfnRun, Folder, Tokenizer, embed};
 use serde::Serialize;
 
 use crate::text::read_lines;
-use crate::{Common, output};
+use crate::{Common, Device, Place, output};
 
 #[derive(clap::Args)]
 pub struct Embed {
@@ -20,9 +20,8 @@ pub struct Embed {
     /// A file with one text per line, instead of texts on the command line
     #[arg(long, value_name = "TEXT", conflicts_with = "texts")]
     text: Option<PathBuf>,
-    /// Where to run
-    #[arg(long, value_enum, default_value_t)]
-    device: crate::Device,
+    #[command(flatten)]
+    place: Place,
 }
 
 #[derive(Serialize)]
@@ -33,13 +32,19 @@ struct Embedded<'a> {
 
 impl Embed {
     pub fn run(self, common: &Common) -> Result<()> {
-        self.device.check()?;
+        match self.place.device {
+            Device::Cpu => self.run_on(Cpu, common),
+            Device::Cuda => self.run_on(self.place.gpu()?, common),
+        }
+    }
+
+    fn run_on(&self, backend: impl Backend, common: &Common) -> Result<()> {
         let folder = Folder::open(&self.model)?;
-        let encoder = Encoder::load(Cpu, &folder)?;
+        let encoder = Encoder::load(backend, &folder)?;
         let tokenizer = Tokenizer::open(&folder, None)?;
         let texts = match &self.text {
             Some(file) => read_lines(file)?,
-            None => self.texts,
+            None => self.texts.clone(),
         };
         let embeddings = embed(&encoder, &tokenizer.encode(&texts)?, FfnRun::Stored, None)?;
         let rows = texts.iter().zip(embeddings.chunks_exact(encoder.d_model()));

@@ -8,14 +8,14 @@ use moefy::eval::{
     FfnCost, FlopsSaved, LayerOutcome, Outcome, Variant, cosines, evaluate, spearman,
 };
 use moefy::ffn::{Selection, SelectionRule};
-use moefy::model::{Encoder, FfnRun, Folder, Tokenizer};
+use moefy::model::{Backend, Encoder, FfnRun, Folder, Tokenizer};
 use moefy::{Error, Result};
 use serde::Serialize;
 
 use crate::chart::{self, Axis, Panel, Series};
 use crate::progress::Bar;
 use crate::text::{SentencePairs, read_lines};
-use crate::{Common, output};
+use crate::{Common, Device, Place, output};
 
 /// τ of a sweep, from hardly any expert to all of them, where all layers share one.
 const SWEEP: [f32; 14] = [0.95, 0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.2, 0.1, 0.0];
@@ -47,9 +47,8 @@ pub struct Eval {
     /// Draw quality against density, a line for each MODEL
     #[arg(long, value_name = "FILE", requires = "sweep")]
     svg: Option<PathBuf>,
-    /// Where to run
-    #[arg(long, value_enum, default_value_t)]
-    device: crate::Device,
+    #[command(flatten)]
+    place: Place,
 }
 
 /// What `--json` prints.
@@ -57,7 +56,7 @@ pub struct Eval {
 struct Report {
     model: PathBuf,
     reference: Option<PathBuf>,
-    device: crate::Device,
+    device: Device,
     threads: usize,
     num_tokens: Option<usize>,
     #[serde(flatten)]
@@ -104,10 +103,16 @@ struct Baseline {
 
 impl Eval {
     pub fn run(self, common: &Common) -> Result<()> {
-        self.device.check()?;
+        match self.place.device {
+            Device::Cpu => self.run_on(&Cpu, common),
+            Device::Cuda => self.run_on(&self.place.gpu()?, common),
+        }
+    }
+
+    fn run_on(&self, backend: &(impl Backend + Clone), common: &Common) -> Result<()> {
         let mut reports = Vec::new();
         for model in &self.models {
-            let report = self.evaluate(model, common)?;
+            let report = self.evaluate(backend, model, common)?;
             if !common.json {
                 report.print(self.models.len() > 1);
             }
@@ -124,12 +129,17 @@ impl Eval {
         }
     }
 
-    fn evaluate(&self, model: &Path, common: &Common) -> Result<Report> {
+    fn evaluate(
+        &self,
+        backend: &(impl Backend + Clone),
+        model: &Path,
+        common: &Common,
+    ) -> Result<Report> {
         let folder = Folder::open(model)?;
-        let backend = Cpu;
-        let encoder = Encoder::load(backend, &folder)?;
+        let load = |folder: &Folder| Encoder::load(backend.clone(), folder);
+        let encoder = load(&folder)?;
         let reference = self.reference.as_deref().map(Folder::open).transpose()?;
-        let reference = reference.map(|folder| Encoder::load(backend, &folder)).transpose()?;
+        let reference = reference.as_ref().map(load).transpose()?;
         let costs = (0..folder.num_layers())
             .map(|layer| Ok(FfnCost::from(&folder.ffn(layer)?)))
             .collect::<Result<Vec<_>>>()?;
@@ -227,7 +237,7 @@ impl Eval {
         };
         let points = sweep.iter().enumerate().map(|(i, &run)| point(3 + i, run));
         Report {
-            device: self.device,
+            device: self.place.device,
             threads: rayon::current_num_threads(),
             num_tokens: text.as_ref().map(|text| text.num_tokens),
             point: point(1, FfnRun::Stored),
@@ -293,10 +303,10 @@ struct Comparison {
     outcomes: Vec<Outcome>,
 }
 
-fn compare(
+fn compare<B: Backend>(
     what: &str,
-    dense: &Variant<'_, Cpu>,
-    variants: &[Variant<'_, Cpu>],
+    dense: &Variant<'_, B>,
+    variants: &[Variant<'_, B>],
     sequences: &[Vec<u32>],
     bar: &Bar,
 ) -> Result<Comparison> {

@@ -46,6 +46,16 @@ struct Common {
 }
 
 /// Where a model runs.
+#[derive(clap::Args)]
+struct Place {
+    /// Where to run
+    #[arg(long, value_enum, default_value_t)]
+    device: Device,
+    /// Type of weights and activations on a GPU: f16, bf16, f32; the CPU computes in f32
+    #[arg(long, value_name = "TYPE", value_parser = dtype, default_value = "f16")]
+    dtype: moefy::DType,
+}
+
 #[derive(Clone, Copy, Default, PartialEq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Device {
@@ -54,16 +64,15 @@ enum Device {
     Cuda,
 }
 
-impl Device {
-    /// Whether this build can run models there.
-    fn check(self) -> moefy::Result<()> {
-        match self {
-            Self::Cpu => Ok(()),
-            Self::Cuda => {
-                let expected = "cpu, the only device that this version runs whole models on";
-                Err(moefy::Error::argument("moefy", "--device", expected, "cuda"))
-            }
-        }
+fn dtype(name: &str) -> Result<moefy::DType, String> {
+    serde_json::from_value(name.into()).map_err(|error| error.to_string())
+}
+
+impl Place {
+    /// The GPU as a backend.
+    fn gpu(&self) -> moefy::Result<moefy::cuda::Gpu> {
+        let device = std::sync::Arc::new(moefy::cuda::Device::open(0)?);
+        moefy::cuda::Gpu::new(&device, self.dtype)
     }
 }
 

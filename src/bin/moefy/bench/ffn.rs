@@ -11,7 +11,7 @@ use moefy::{DType, Error, Result};
 use super::sets::Set;
 use super::traces::Source;
 use super::{Case, machine, plot, shapes, table};
-use crate::{Common, chart, output};
+use crate::{Common, chart, dtype, output};
 
 #[derive(clap::Args)]
 pub struct Ffn {
@@ -92,10 +92,6 @@ impl Choice {
 }
 
 fn activation(name: &str) -> Result<Activation, String> {
-    serde_json::from_value(name.into()).map_err(|error| error.to_string())
-}
-
-fn dtype(name: &str) -> Result<DType, String> {
     serde_json::from_value(name.into()).map_err(|error| error.to_string())
 }
 
