@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 
+use super::driver::Stream;
 use super::{
-    Device, DeviceRouter, Format, RawStream, RouteIndexOutputs, RouterSelectOutputs, SelectOutputs,
-    View, Workspace,
+    Device, DeviceRouter, Format, Gpu, RawStream, RouteIndexOutputs, RouterSelectOutputs,
+    SelectOutputs, View, Workspace,
 };
-use crate::dtype::Element;
+use crate::dtype::{DType, Element};
 use crate::error::Result;
 use crate::ffn::Selection;
 
@@ -25,6 +26,16 @@ impl Device {
     /// The primary context, for streams, graphs and memory.
     pub fn cudarc_context(&self) -> &Arc<CudaContext> {
         &self.context.0
+    }
+}
+
+impl Gpu {
+    /// A backend on a stream of the caller's, to be captured there.
+    ///
+    /// # Errors
+    /// When cuBLASLt is missing or the device has too little memory.
+    pub fn on_stream(device: &Arc<Device>, dtype: DType, stream: Arc<CudaStream>) -> Result<Self> {
+        Self::on(device, dtype, Stream(stream))
     }
 }
 

@@ -75,11 +75,14 @@ impl Gpu {
     /// # Errors
     /// When cuBLASLt is missing or the device has too little memory.
     pub fn new(device: &Arc<Device>, dtype: DType) -> Result<Self> {
-        let stream = Arc::new(Stream::new(&device.context)?);
+        Self::on(device, dtype, Stream::new(&device.context)?)
+    }
+
+    pub(super) fn on(device: &Arc<Device>, dtype: DType, stream: Stream) -> Result<Self> {
         device.context.bind()?;
         Ok(Self {
             device: device.clone(),
-            stream,
+            stream: Arc::new(stream),
             dtype,
             library: Arc::new(CublasLt::open()?),
             library_memory: Arc::new(Buffer::new(device, WORKSPACE_BYTES)?),
@@ -185,8 +188,20 @@ impl Backend for Gpu {
             sequence_offsets: Buffer::from_slice(&self.device, batch.sequence_offsets())?,
             num_tokens: batch.num_tokens(),
             num_sequences: batch.num_sequences(),
-            max_length: batch.sequences().map(<[u32]>::len).max().unwrap_or(0),
+            max_length: batch.max_length(),
         })
+    }
+
+    fn refill(
+        &self,
+        on_device: &mut GpuBatch,
+        batch: &Batch,
+        position_ids: Vec<u32>,
+    ) -> Result<()> {
+        self.wait()?;
+        on_device.token_ids.write(batch.token_ids())?;
+        on_device.position_ids.write(&position_ids)?;
+        on_device.sequence_offsets.write(batch.sequence_offsets())
     }
 
     fn ffn(&self, ffn: &Ffn) -> Result<GpuFfn> {

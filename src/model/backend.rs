@@ -104,6 +104,18 @@ pub trait Backend: Send + Sync {
     /// When the device refuses.
     fn batch(&self, batch: &Batch, position_ids: Vec<u32>) -> Result<Self::Batch>;
 
+    /// Overwrites a batch on the device by one with as many tokens and sequences, none of them longer than
+    /// the longest was: whatever was recorded with it then runs on that.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    fn refill(
+        &self,
+        on_device: &mut Self::Batch,
+        batch: &Batch,
+        position_ids: Vec<u32>,
+    ) -> Result<()>;
+
     /// Copies an FFN to the device.
     ///
     /// # Errors

@@ -72,6 +72,11 @@ impl Batch {
         self.sequence_offsets.len() - 1
     }
 
+    /// Tokens of the longest sequence.
+    pub fn max_length(&self) -> usize {
+        self.sequences().map(<[u32]>::len).max().unwrap_or(0)
+    }
+
     /// The sequences, in order.
     pub fn sequences(&self) -> impl Iterator<Item = &[u32]> {
         let bounds = self.sequence_offsets.windows(2);

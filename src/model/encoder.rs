@@ -62,6 +62,7 @@ pub struct DeviceBatch<B: Backend> {
     batch: B::Batch,
     num_tokens: usize,
     num_sequences: usize,
+    max_length: usize,
 }
 
 /// Memory for what is between the layers' inputs and outputs. It serves one pass at a time.
@@ -181,6 +182,36 @@ impl<B: Backend> Encoder<B> {
     /// When a token id is not in the vocabulary, or a sequence is longer than
     /// [`max_length`](Self::max_length).
     pub fn batch(&self, batch: &Batch) -> Result<DeviceBatch<B>> {
+        self.check(batch)?;
+        Ok(DeviceBatch {
+            batch: self.backend.batch(batch, self.position_ids(batch))?,
+            num_tokens: batch.num_tokens(),
+            num_sequences: batch.num_sequences(),
+            max_length: batch.max_length(),
+        })
+    }
+
+    /// Overwrites a batch on the device: a pass that was recorded with it then runs on the new one.
+    ///
+    /// # Errors
+    /// Those of [`batch`](Self::batch), and when the new batch has another number of tokens or sequences, or
+    /// a longer one.
+    pub fn refill(&self, on_device: &mut DeviceBatch<B>, batch: &Batch) -> Result<()> {
+        self.check(batch)?;
+        let sizes = |tokens, sequences, longest| {
+            format!("{tokens} tokens in {sequences} sequences of at most {longest}")
+        };
+        let DeviceBatch { num_tokens, num_sequences, max_length, .. } = *on_device;
+        let same = (num_tokens, num_sequences) == (batch.num_tokens(), batch.num_sequences());
+        if !same || batch.max_length() > max_length {
+            let expected = sizes(num_tokens, num_sequences, max_length);
+            let got = sizes(batch.num_tokens(), batch.num_sequences(), batch.max_length());
+            return Err(Error::argument("encoder", "batch", expected, got));
+        }
+        self.backend.refill(&mut on_device.batch, batch, self.position_ids(batch))
+    }
+
+    fn check(&self, batch: &Batch) -> Result<()> {
         let refuse = |argument, expected: String, got: String| {
             Err(Error::argument("encoder", argument, expected, got))
         };
@@ -198,11 +229,7 @@ impl<B: Backend> Encoder<B> {
                 );
             }
         }
-        Ok(DeviceBatch {
-            batch: self.backend.batch(batch, self.position_ids(batch))?,
-            num_tokens: batch.num_tokens(),
-            num_sequences: batch.num_sequences(),
-        })
+        Ok(())
     }
 
     fn position_ids(&self, batch: &Batch) -> Vec<u32> {

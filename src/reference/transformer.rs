@@ -40,6 +40,16 @@ impl Backend for Reference {
         Ok(ReferenceBatch { batch: batch.clone(), position_ids })
     }
 
+    fn refill(
+        &self,
+        on_device: &mut ReferenceBatch,
+        batch: &Batch,
+        position_ids: Vec<u32>,
+    ) -> Result<()> {
+        *on_device = ReferenceBatch { batch: batch.clone(), position_ids };
+        Ok(())
+    }
+
     fn ffn(&self, ffn: &Ffn) -> Result<Ffn> {
         Ok(ffn.clone())
     }

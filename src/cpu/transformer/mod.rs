@@ -65,6 +65,16 @@ impl Backend for Cpu {
         Ok(CpuBatch { batch: batch.clone(), position_ids })
     }
 
+    fn refill(
+        &self,
+        on_device: &mut CpuBatch,
+        batch: &Batch,
+        position_ids: Vec<u32>,
+    ) -> Result<()> {
+        *on_device = CpuBatch { batch: batch.clone(), position_ids };
+        Ok(())
+    }
+
     fn ffn(&self, ffn: &Ffn) -> Result<CpuFfn> {
         let b_out = ffn.neurons().b_out();
         let zeros = || vec![0.0; ffn.neurons().d_model()];
