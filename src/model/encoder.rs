@@ -19,7 +19,7 @@
 //! Layers are post-norm: `x ← norm(x + attention(x))`, then `x ← norm(x + FFN(x))`.
 
 use super::backend::{Backend, Embeddings, FfnRun, LayerNorm, Linear};
-use super::{Architecture, Batch, Ffn, Folder, WeightBias};
+use super::{Architecture, Batch, EncoderShape, Ffn, Folder, WeightBias};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ffn::ExpertMask;
@@ -40,13 +40,13 @@ pub struct Encoder<B: Backend> {
     layers: Vec<Layer<B>>,
 }
 
-struct Layer<B: Backend> {
+pub(super) struct Layer<B: Backend> {
     /// Query, key and value in one product.
-    qkv: Linear<B::Tensor>,
-    attention_output: Linear<B::Tensor>,
-    attention_norm: LayerNorm<B::Tensor>,
-    ffn: B::Ffn,
-    ffn_norm: LayerNorm<B::Tensor>,
+    pub(super) qkv: Linear<B::Tensor>,
+    pub(super) attention_output: Linear<B::Tensor>,
+    pub(super) attention_norm: LayerNorm<B::Tensor>,
+    pub(super) ffn: B::Ffn,
+    pub(super) ffn_norm: LayerNorm<B::Tensor>,
 }
 
 /// Everything of a layer but its FFN.
@@ -108,6 +108,32 @@ impl<B: Backend> Encoder<B> {
             layers: layers.collect::<Result<_>>()?,
             backend,
         })
+    }
+
+    /// A BERT of these parts.
+    pub(super) fn of_parts(
+        backend: B,
+        shape: &EncoderShape,
+        embeddings: Embeddings<B::Tensor>,
+        embedding_norm: LayerNorm<B::Tensor>,
+        layers: Vec<Layer<B>>,
+    ) -> Self {
+        Self {
+            backend,
+            d_model: shape.d_model,
+            num_heads: shape.num_heads,
+            vocab_size: shape.vocab_size,
+            max_length: shape.max_length,
+            padding: None,
+            embeddings,
+            embedding_norm,
+            layers,
+        }
+    }
+
+    /// Token ids.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
     }
 
     /// What surrounds a layer's FFN.

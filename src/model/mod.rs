@@ -29,6 +29,7 @@ mod folder;
 pub mod format;
 mod names;
 mod output;
+mod random;
 mod replacements;
 mod shards;
 #[cfg(feature = "cli")]
@@ -46,6 +47,7 @@ pub use folder::{Ffn, Folder};
 pub use format::MoefyConfig;
 pub use names::{Names, WeightBias};
 pub use output::Output;
+pub use random::EncoderShape;
 #[cfg(feature = "cli")]
 pub use tokenizer::Tokenizer;
 pub use write::{Conversion, ConvertedLayer, restore, retune, write_moefied};

@@ -8,6 +8,7 @@ mod baseline;
 mod batch;
 mod graph;
 mod limits;
+mod model;
 mod row;
 
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use rand_chacha::ChaCha8Rng;
 
 pub use self::graph::TimedGraph;
 pub use self::limits::Limits;
+pub use self::model::{ModelBench, ModelRow};
 pub use self::row::FfnRow;
 pub use super::synthetic::{LayerSpec, Routing};
 

@@ -2,6 +2,7 @@
 
 mod ffn;
 mod machine;
+mod model;
 mod npy;
 mod plot;
 mod sets;
@@ -24,6 +25,8 @@ pub struct Bench {
 enum What {
     /// One FFN layer on a GPU: MoEfied against the fastest dense one of cuBLASLt
     Ffn(ffn::Ffn),
+    /// A whole model on a GPU: tokens/s MoEfied and dense, and how much of the time the FFNs take
+    Model(model::Model),
     /// The speed-up of rows that were measured earlier, as a picture
     Plot(plot::Plot),
 }
@@ -32,6 +35,7 @@ impl Bench {
     pub fn run(self, common: &Common) -> Result<()> {
         match self.what {
             What::Ffn(ffn) => ffn.run(common),
+            What::Model(model) => model.run(common),
             What::Plot(plot) => plot.run(),
         }
     }
