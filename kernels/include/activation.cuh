@@ -21,6 +21,18 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
+/// Eight elements to a multiple of 16 bytes.
+template <class T>
+__device__ __forceinline__ void store_eight(T* to, const float (&values)[8]) {
+  T elements[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) elements[i] = from_float<T>(values[i]);
+  uint4 vectors[sizeof(T) / 2];
+  memcpy(vectors, elements, sizeof(vectors));
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 2); ++i) reinterpret_cast<uint4*>(to)[i] = vectors[i];
+}
+
 /// exp and quotients by the fast units where the result is rounded to 16 bits anyway: their error is near 1e-6.
 template <class T>
 __device__ __forceinline__ float exp_for(float z) {
