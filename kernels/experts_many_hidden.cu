@@ -89,68 +89,12 @@ __device__ __forceinline__ void multiply_f32(float (&c)[kDown][kAcross][4], uint
   }
 }
 
-/// Exclusive sums of the groups' numbers of tiles, in shared memory; the last entry is the number of tiles.
-template <int kRows>
-__device__ void count_tiles(const moefy_experts_params& p, uint32_t* tile_offsets) {
-  __shared__ uint32_t warp_sums[kThreads / 32];
-  const uint32_t groups = num_groups(p.neurons);
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  uint32_t before = 0;
-  for (uint32_t first = 0; first < groups; first += kThreads) {
-    const uint32_t index = first + threadIdx.x;
-    uint32_t tiles = 0;
-    if (index < groups) {
-      const Group group = find_group(p, index);
-      tiles = ceil_div(rows_of(p, group).count, kTokens) * ceil_div(group.width * group.halves, kRows);
-    }
-    uint32_t sum = tiles;
-    for (int step = 1; step < 32; step *= 2) {
-      const uint32_t left = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += left;
-    }
-    if (lane == 31) warp_sums[warp] = sum;
-    __syncthreads();
-    uint32_t all = 0;
-    for (int w = 0; w < kThreads / 32; ++w) {
-      if (w == warp) sum += before + all;
-      all += warp_sums[w];
-    }
-    if (index < groups) tile_offsets[index] = sum - tiles;
-    before += all;
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) tile_offsets[groups] = before;
-  __syncthreads();
-}
-
-/// The last index whose offset is at most `tile`.
-__device__ __forceinline__ uint32_t find_tile(const uint32_t* tile_offsets, uint32_t groups, uint32_t tile) {
-  uint32_t low = 0;
-  uint32_t high = groups;
-  while (high - low > 1) {
-    const uint32_t middle = (low + high) / 2;
-    if (tile_offsets[middle] <= tile) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 /// Row of w_in behind row `row` of a group's tiles, or kNoRow beyond its last neuron.
 __device__ __forceinline__ uint32_t weight_row(const moefy_neurons& n, const Group& group, uint32_t row) {
   const uint32_t neuron = group.halves == 2 ? row / 16 * 8 + row % 8 : row;
   if (neuron >= group.width) return kNoRow;
   const bool up = group.halves == 2 && row / 8 % 2 == 1;
   return up ? up_row(n, group.first_neuron + neuron) : input_row(n, group.first_neuron + neuron);
-}
-
-template <class T>
-__device__ __forceinline__ void store_pair(T* at, float first, float second) {
-  at[0] = from_float<T>(first);
-  at[1] = from_float<T>(second);
 }
 
 template <class T, int kRows>
@@ -170,6 +114,11 @@ __device__ void hidden_tile(const moefy_experts_params& p, const Group& group, R
   for (int i = 0; i < kTokenPasses; ++i) {
     const uint32_t row = pass_row + i * kRowsPerPass;
     x[i] = row < tokens.count ? token_of(p, group, tokens.begin + row) : kNoRow;
+  }
+  // Each pair is found again by its token and expert.
+  if (row0 == 0 && group.expert != kNoExpert && threadIdx.x < tokens.count) {
+    const uint64_t token = token_of(p, group, tokens.begin + threadIdx.x);
+    p.pair_rows[token * n.num_experts + group.expert] = tokens.begin + threadIdx.x;
   }
   uint32_t w[kRowPasses];
 #pragma unroll
@@ -234,7 +183,7 @@ __device__ void hidden_tile(const moefy_experts_params& p, const Group& group, R
       for (int r = 0; r < 2; ++r) {
         if (neuron + r < group.width) value[r] = gate * neuron_value<T>(n, group.first_neuron + neuron + r, pre[r], up[r]);
       }
-      store_pair(hidden + row * group.hidden_stride + neuron, value[0], value[1]);
+      store_two(hidden + row * group.hidden_stride + neuron, value[0], value[1]);
     };
     const auto& of_row = c[i / 2];
     if (group.halves == 2) {
@@ -258,7 +207,11 @@ __device__ __forceinline__ void many_hidden(const moefy_experts_params& p) {
   extern __shared__ __align__(128) unsigned char memory[];
   uint32_t* tile_offsets = reinterpret_cast<uint32_t*>(memory + kStages<kRows> * kStageBytes<kRows>);
   const uint32_t groups = num_groups(p.neurons);
-  count_tiles<kRows>(p, tile_offsets);
+  wait_for_dependencies();
+  launch_dependents();
+  count_tiles(p, tile_offsets, [&](const Group& group) {
+    return ceil_div(rows_of(p, group).count, kTokens) * ceil_div(group.width * group.halves, kRows);
+  });
   for (uint32_t tile = blockIdx.x; tile < tile_offsets[groups]; tile += gridDim.x) {
     const uint32_t index = find_tile(tile_offsets, groups, tile);
     const Group group = find_group(p, index);

@@ -6,6 +6,7 @@ pub const MOEFY_STATUS_MASK_BEYOND_EXPERTS: u32 = 2;
 pub const MOEFY_STATUS_TOO_MANY_PAIRS: u32 = 4;
 pub const MOEFY_MAX_EXPERTS: u32 = 4096;
 pub const MOEFY_ROUTE_INDEX_SMALL: u32 = 256;
+pub const MOEFY_EXPERTS_MANY_COLUMNS: u32 = 128;
 pub const MOEFY_ADD_SHARES_COLUMNS: u32 = 32;
 pub const MOEFY_FFN_FEW_EXPERTS: u32 = 512;
 pub const MOEFY_FFN_FEW_STAGES: u32 = 8;
@@ -361,14 +362,18 @@ pub struct moefy_experts_params {
     pub hidden_shared: u64,
     pub hidden_linear: u64,
     pub partials: u64,
+    pub rows: u64,
+    pub pair_rows: u64,
     pub num_tokens: u32,
     pub max_pairs: u32,
     pub num_splits: u32,
+    pub first_column: u32,
+    pub slab: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 192usize];
+    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 216usize];
     ["Alignment of moefy_experts_params"][::std::mem::align_of::<moefy_experts_params>() - 8usize];
     ["Offset of field: moefy_experts_params::neurons"]
         [::std::mem::offset_of!(moefy_experts_params, neurons) - 0usize];
@@ -396,14 +401,22 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_params, hidden_linear) - 160usize];
     ["Offset of field: moefy_experts_params::partials"]
         [::std::mem::offset_of!(moefy_experts_params, partials) - 168usize];
+    ["Offset of field: moefy_experts_params::rows"]
+        [::std::mem::offset_of!(moefy_experts_params, rows) - 176usize];
+    ["Offset of field: moefy_experts_params::pair_rows"]
+        [::std::mem::offset_of!(moefy_experts_params, pair_rows) - 184usize];
     ["Offset of field: moefy_experts_params::num_tokens"]
-        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 176usize];
+        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 192usize];
     ["Offset of field: moefy_experts_params::max_pairs"]
-        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 180usize];
+        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 196usize];
     ["Offset of field: moefy_experts_params::num_splits"]
-        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 184usize];
+        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 200usize];
+    ["Offset of field: moefy_experts_params::first_column"]
+        [::std::mem::offset_of!(moefy_experts_params, first_column) - 204usize];
+    ["Offset of field: moefy_experts_params::slab"]
+        [::std::mem::offset_of!(moefy_experts_params, slab) - 208usize];
     ["Offset of field: moefy_experts_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_params, reserved) - 188usize];
+        [::std::mem::offset_of!(moefy_experts_params, reserved) - 212usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

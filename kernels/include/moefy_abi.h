@@ -25,6 +25,9 @@
 /* Threads of moefy_route_index_small. */
 #define MOEFY_ROUTE_INDEX_SMALL 256u
 
+/* Columns of a tile of moefy_experts_many_output. */
+#define MOEFY_EXPERTS_MANY_COLUMNS 128u
+
 /* Columns of y of a block of moefy_add_shares. */
 #define MOEFY_ADD_SHARES_COLUMNS 32u
 
@@ -195,9 +198,15 @@ typedef struct moefy_experts_params {
   uint64_t hidden_shared;
   uint64_t hidden_linear;
   MOEFY_PTR(float) partials; /* few tokens: [num_splits, num_tokens, d_model] */
+  /* Many tokens: outputs of a slab of columns, [rows, slab]: one row for each pair, at max_pairs one for each token for the
+   * shared neurons if there are any, then those for the linear ones. */
+  MOEFY_PTR(void) rows;
+  MOEFY_PTR(uint32_t) pair_rows; /* many tokens: [num_tokens, num_experts], the row of each pair that exists */
   uint32_t num_tokens;
   uint32_t max_pairs;  /* many tokens: entries of token_ids */
-  uint32_t num_splits; /* few tokens: shares of the neurons */
+  uint32_t num_splits;   /* few tokens: shares of the neurons */
+  uint32_t first_column; /* many tokens: of the slab */
+  uint32_t slab;         /* many tokens: columns, a multiple of 8 */
   uint32_t reserved;
 } moefy_experts_params;
 

@@ -2,36 +2,38 @@
 
 use super::driver::RawStream;
 use super::experts::{Launch, THREADS, Variants, variants};
-use super::kernels::Modules;
+use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
-use crate::abi::{MOEFY_MAX_EXPERTS, moefy_experts_params};
+use crate::abi::{MOEFY_EXPERTS_MANY_COLUMNS, MOEFY_MAX_EXPERTS, moefy_experts_params};
 use crate::dtype::DType;
 use crate::error::Result;
 
-/// Tokens of a block.
+/// Tokens of a block of the first kernel.
 const TOKENS: usize = 128;
 /// Bytes of a row of a tile in shared memory.
 const ROW_BYTES: usize = 128;
 /// Input rows of a block of the first kernel: of the variants small to large.
 const ROWS: [usize; 3] = [32, 64, 128];
-/// Columns of y of a block of the second kernel.
-const COLUMNS: usize = 64;
+/// Rows of a tile of the second kernel, its stages, and bytes of one.
+const PAIRS: usize = 128;
+const OUTPUT_STAGES: usize = 3;
+const OUTPUT_STAGE_BYTES: usize = (PAIRS + MOEFY_EXPERTS_MANY_COLUMNS as usize) * ROW_BYTES;
+/// Outputs of pairs that wait for their sums are at most so many bytes, whatever the masks select ...
+const MAX_SLAB_BYTES: usize = 448 << 20;
+/// ... and about as many as the second-level cache keeps, if the pairs are as many as expected.
+const CACHED_BYTES: usize = 24 << 20;
 
 pub(super) struct Kernels {
     hidden: Variants,
-    combine: Variants,
-    combine_stages: usize,
+    output: PerDType,
+    sum: PerDType,
 }
 
 impl Kernels {
     pub(super) fn load(modules: &Modules, max_shared_bytes: usize) -> Result<Self> {
         let max_experts = MOEFY_MAX_EXPERTS as usize;
         let shared = |bytes: usize| bytes.min(max_shared_bytes);
-        let combine_stages = if combine_shared_bytes(3, 0) <= max_shared_bytes { 3 } else { 2 };
-        let combine_names = match combine_stages {
-            2 => variants!("moefy_experts_many_combine_", "2", ["2", "2", "2"]),
-            _ => variants!("moefy_experts_many_combine_", "3", ["3", "3", "3"]),
-        };
+        let per_dtype = |names, bytes| modules.per_dtype("experts_many_output", names, bytes);
         Ok(Self {
             hidden: Variants::load(
                 modules,
@@ -39,13 +41,22 @@ impl Kernels {
                 variants!("moefy_experts_many_hidden_", "64", ["32", "64", "128"]),
                 [0, 1, 2].map(|size| shared(hidden_shared_bytes(size, max_experts))),
             )?,
-            combine: Variants::load(
-                modules,
-                "experts_many_combine",
-                combine_names,
-                [shared(combine_shared_bytes(combine_stages, max_experts)); 3],
+            output: per_dtype(
+                [
+                    "moefy_experts_many_output_f32",
+                    "moefy_experts_many_output_f16",
+                    "moefy_experts_many_output_bf16",
+                ],
+                shared(output_shared_bytes(max_experts)),
             )?,
-            combine_stages,
+            sum: per_dtype(
+                [
+                    "moefy_experts_many_sum_f32",
+                    "moefy_experts_many_sum_f16",
+                    "moefy_experts_many_sum_bf16",
+                ],
+                0,
+            )?,
         })
     }
 }
@@ -55,9 +66,8 @@ fn hidden_shared_bytes(size: usize, num_experts: usize) -> usize {
     stages * (TOKENS + ROWS[size]) * ROW_BYTES + (num_experts + 3) * 4
 }
 
-fn combine_shared_bytes(stages: usize, num_experts: usize) -> usize {
-    let stage = ROW_BYTES * COLUMNS + TOKENS * ROW_BYTES + TOKENS * 4;
-    TOKENS * COLUMNS * 4 + stages * stage + (num_experts + 2) * 8
+fn output_shared_bytes(num_experts: usize) -> usize {
+    OUTPUT_STAGES * OUTPUT_STAGE_BYTES + (num_experts + 3) * 4
 }
 
 /// Sizes of the launches and places in the workspace.
@@ -65,20 +75,24 @@ fn combine_shared_bytes(stages: usize, num_experts: usize) -> usize {
 pub(super) struct Shape {
     size: usize,
     dtype: DType,
-    hidden_blocks: usize,
-    combine_blocks: [usize; 2],
+    blocks: usize,
+    num_tokens: usize,
+    d_model: usize,
     num_experts: usize,
     max_pairs: usize,
     hidden_stride: usize,
     hidden_shared: usize,
     hidden_linear: usize,
+    slab: usize,
+    rows: u64,
+    pair_rows: u64,
     pub(super) bytes: usize,
 }
 
 impl Shape {
     /// `None` where the sizes overflow.
     pub(super) fn new(launch: &Launch, max_pairs: usize) -> Option<Self> {
-        let Launch { dtype, num_tokens, .. } = *launch;
+        let Launch { dtype, num_tokens, d_model, .. } = *launch;
         let size = match (dtype, launch.expert_width * launch.halves) {
             (DType::F32, _) => 1,
             (_, ..=32) => 0,
@@ -89,25 +103,34 @@ impl Shape {
         let hidden_shared = max_pairs.checked_mul(hidden_stride)?;
         let of_tokens = |width: usize| num_tokens.checked_mul(width.checked_next_multiple_of(8)?);
         let hidden_linear = hidden_shared.checked_add(of_tokens(launch.shared)?)?;
+        let always = usize::from(launch.shared > 0) + usize::from(launch.rank > 0);
+        let num_rows = max_pairs.checked_add(num_tokens.checked_mul(always)?)?;
+        let slab = slab(num_rows, num_tokens, d_model, dtype.bytes());
         let mut layout = Layout::default();
         layout.place(hidden_linear.checked_add(of_tokens(launch.rank)?)?, dtype.bytes())?;
+        let rows = layout.place(num_rows.checked_mul(slab)?, dtype.bytes())?;
+        let pair_rows = layout.place(num_tokens.checked_mul(launch.num_experts)?, 4)?;
         Some(Self {
             size,
             dtype,
-            hidden_blocks: 2 * launch.multiprocessors,
-            combine_blocks: [launch.d_model.div_ceil(COLUMNS), num_tokens.div_ceil(TOKENS)],
+            blocks: 2 * launch.multiprocessors,
+            num_tokens,
+            d_model,
             num_experts: launch.num_experts,
             max_pairs,
             hidden_stride,
             hidden_shared,
             hidden_linear,
+            slab,
+            rows,
+            pair_rows,
             bytes: layout.bytes(),
         })
     }
 
-    /// Bytes of shared memory that a block of the second kernel needs.
-    pub(super) fn shared_bytes(&self, kernels: &Kernels) -> usize {
-        combine_shared_bytes(kernels.combine_stages, self.num_experts)
+    /// Bytes of shared memory that a block of the kernels needs at most.
+    pub(super) fn shared_bytes(&self) -> usize {
+        output_shared_bytes(self.num_experts).max(hidden_shared_bytes(self.size, self.num_experts))
     }
 
     /// # Safety
@@ -120,24 +143,42 @@ impl Shape {
         params: &moefy_experts_params,
         workspace: u64,
     ) -> Result<()> {
-        let params = moefy_experts_params {
+        let mut params = moefy_experts_params {
             hidden: workspace,
             hidden_stride: self.hidden_stride as u64,
             hidden_shared: self.hidden_shared as u64,
             hidden_linear: self.hidden_linear as u64,
             max_pairs: self.max_pairs as u32,
+            rows: workspace + self.rows,
+            pair_rows: workspace + self.pair_rows,
+            slab: self.slab as u32,
             ..*params
         };
         let hidden = kernels.hidden.get(self.dtype, self.size);
-        let combine = kernels.combine.get(self.dtype, self.size);
-        let grid = [self.hidden_blocks as u32, 1, 1];
-        let [across, down] = self.combine_blocks.map(|blocks| blocks as u32);
+        let (output, sum) = (kernels.output.get(self.dtype), kernels.sum.get(self.dtype));
+        let grid = [self.blocks as u32, 1, 1];
+        let warps = [(self.num_tokens as u32).div_ceil(THREADS / 32), 1, 1];
         let shared = hidden_shared_bytes(self.size, self.num_experts);
         // SAFETY: the caller's promise.
         unsafe {
-            hidden.launch(stream, grid, THREADS, shared, &params)?;
-            let shared = self.shared_bytes(kernels);
-            combine.launch(stream, [across, down, 1], THREADS, shared, &params)
+            hidden.launch_early(stream, grid, THREADS, shared, &params)?;
+            let shared = output_shared_bytes(self.num_experts);
+            for first_column in (0..self.d_model).step_by(self.slab) {
+                params.first_column = first_column as u32;
+                output.launch_early(stream, grid, THREADS, shared, &params)?;
+                sum.launch_early(stream, warps, THREADS, 0, &params)?;
+            }
         }
+        Ok(())
     }
+}
+
+/// Columns of a slab. A quarter of the pairs that could be is what a layer is made sparse for.
+fn slab(num_rows: usize, num_tokens: usize, d_model: usize, element: usize) -> usize {
+    let tile = MOEFY_EXPERTS_MANY_COLUMNS as usize;
+    let columns = |bytes: usize, rows: usize| bytes / (rows.max(1) * element) / tile * tile;
+    let expected = (num_rows / 4).max(num_tokens);
+    let cached = columns(CACHED_BYTES, expected).max(2 * tile);
+    let bounded = columns(MAX_SLAB_BYTES, num_rows).max(tile);
+    cached.min(bounded).min(d_model.next_multiple_of(8))
 }

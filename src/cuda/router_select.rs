@@ -28,6 +28,14 @@ const FIRST_ROWS: u32 = 4;
 const FIRST_TOKENS: [u32; 2] = [1, 8];
 /// Threads of a block of the second kernel.
 const SELECT_THREADS: u32 = 512;
+/// From here on a layer is a product on tensor cores, where the types allow it ...
+const MIN_PRODUCT_TOKENS: u32 = 96;
+/// ... of so many outputs a block: narrow ones fill the chip, wide ones read the tokens less often.
+const PRODUCT_OUTPUTS: [u32; 2] = [32, 128];
+const MIN_WIDE_TOKENS: u32 = 4096;
+const PRODUCT_STAGES: u32 = 4;
+/// Bytes of a row of a stage.
+const PRODUCT_ROW_BYTES: u32 = 128;
 
 pub(super) struct Kernels {
     first: [PerDType; 2],
@@ -36,6 +44,8 @@ pub(super) struct Kernels {
     layer: PerDType,
     hidden_f16: Function,
     hidden_bf16: Function,
+    /// Of f16, then of bf16.
+    product: [[Function; 2]; 2],
 }
 
 impl Kernels {
@@ -58,7 +68,29 @@ impl Kernels {
             layer: load(layer, 0)?,
             hidden_f16: modules.function(module, "moefy_router_layer_hidden_f16", 0)?,
             hidden_bf16: modules.function(module, "moefy_router_layer_hidden_bf16", 0)?,
+            product: [
+                ["moefy_router_product_f16_32", "moefy_router_product_f16_128"],
+                ["moefy_router_product_bf16_32", "moefy_router_product_bf16_128"],
+            ]
+            .map(|names| product(modules, names))
+            .into_iter()
+            .collect::<Result<Vec<_>>>()?
+            .try_into()
+            .unwrap_or_else(|_| unreachable!("two types")),
         })
+    }
+
+    /// The first layer of at least so many tokens on tensor cores, if its types and sizes allow it.
+    fn product(&self, dtype: DType, layer: &moefy_router_layer_params) -> Option<(&Function, u32)> {
+        let kernels = match dtype {
+            DType::F32 => return None,
+            DType::F16 => &self.product[0],
+            DType::BF16 => &self.product[1],
+        };
+        let aligned = layer.in_width.is_multiple_of(8) && layer.in_stride.is_multiple_of(8);
+        let wide = usize::from(layer.num_tokens >= MIN_WIDE_TOKENS);
+        (aligned && layer.num_tokens >= MIN_PRODUCT_TOKENS)
+            .then_some((&kernels[wide], PRODUCT_OUTPUTS[wide]))
     }
 
     /// The layer whose input is f32 and whose weights are `dtype`.
@@ -69,6 +101,18 @@ impl Kernels {
             DType::BF16 => &self.hidden_bf16,
         }
     }
+}
+
+fn product(modules: &Modules, names: [&'static str; 2]) -> Result<[Function; 2]> {
+    let load = |which: usize| {
+        let shared_bytes = product_shared_bytes(PRODUCT_OUTPUTS[which]);
+        modules.function("router_product", names[which], shared_bytes)
+    };
+    Ok([load(0)?, load(1)?])
+}
+
+fn product_shared_bytes(outputs: u32) -> usize {
+    (PRODUCT_STAGES * (MOEFY_ROUTER_TILE + outputs) * PRODUCT_ROW_BYTES) as usize
 }
 
 /// The weights of a router on a device, without gaps, in the format of the tokens.
@@ -395,7 +439,12 @@ unsafe fn launch_first(
     params: &moefy_router_select_params,
     dtype: DType,
 ) -> Result<()> {
-    let width = if params.w2 == 0 { params.num_experts } else { params.hidden };
+    let layer = first_layer(params, params.first);
+    if device.router_select.product(dtype, &layer).is_some() {
+        // SAFETY: the caller's promise.
+        return unsafe { launch_layer(device, stream, dtype, &layer) };
+    }
+    let width = layer.out_width;
     let [tokens, d_model, outputs] = [params.num_tokens, params.d_model, width].map(|n| n as usize);
     // That kernel takes rows without gaps.
     if params.x_stride == u64::from(params.d_model)
@@ -412,16 +461,13 @@ unsafe fn launch_first(
     unsafe { kernel.launch_early(stream, grid, 32 * FIRST_ROWS, 0, params) }
 }
 
-/// One product per layer, then the selection.
-unsafe fn launch_many(
-    device: &Device,
-    stream: RawStream,
-    params: &moefy_router_select_params,
-    dtype: DType,
-) -> Result<()> {
+/// What follows the layers of a router.
+fn activations(
+    kind: moefy_router_kind,
+) -> (moefy_router_activation, Option<moefy_router_activation>) {
     use moefy_router_activation as Activation;
     use moefy_router_kind as Kind;
-    let (first, second) = match params.kind {
+    match kind {
         Kind::MOEFY_ROUTER_LINEAR => (Activation::MOEFY_ROUTER_ACTIVATION_ABS, None),
         Kind::MOEFY_ROUTER_D2DMOE => (
             Activation::MOEFY_ROUTER_ACTIVATION_RELU,
@@ -432,34 +478,68 @@ unsafe fn launch_many(
             Some(Activation::MOEFY_ROUTER_ACTIVATION_SIGMOID),
         ),
         _ => (Activation::MOEFY_ROUTER_ACTIVATION_RELU, None),
-    };
+    }
+}
+
+/// Tokens → `out`, the hidden units or the scores.
+fn first_layer(params: &moefy_router_select_params, out: u64) -> moefy_router_layer_params {
+    use moefy_router_kind as Kind;
     let unit_norm =
         matches!(params.kind, Kind::MOEFY_ROUTER_MOEFICATION | Kind::MOEFY_ROUTER_CENTROID);
+    moefy_router_layer_params {
+        in_: params.x,
+        w: params.w1,
+        w_scale: params.w1_scale,
+        out,
+        num_valid_tokens: params.num_valid_tokens,
+        in_stride: params.x_stride,
+        activation: activations(params.kind).0,
+        unit_norm: unit_norm.into(),
+        num_tokens: params.num_tokens,
+        in_width: params.d_model,
+        out_width: if params.w2 == 0 { params.num_experts } else { params.hidden },
+        reserved: 0,
+    }
+}
+
+/// A layer whose inputs have the type of its weights.
+///
+/// # Safety
+/// The addresses must lead to what the parameters say, of at least one token, and the context must be
+/// bound.
+unsafe fn launch_layer(
+    device: &Device,
+    stream: RawStream,
+    dtype: DType,
+    layer: &moefy_router_layer_params,
+) -> Result<()> {
+    let kernels = &device.router_select;
+    let (kernel, outputs, shared_bytes) = match kernels.product(dtype, layer) {
+        Some((kernel, outputs)) => (kernel, outputs, product_shared_bytes(outputs)),
+        None => (kernels.layer.get(dtype), MOEFY_ROUTER_TILE, 0),
+    };
+    let across = layer.num_tokens.div_ceil(MOEFY_ROUTER_TILE);
+    let grid = [across, layer.out_width.div_ceil(outputs), 1];
+    // SAFETY: the caller's promise.
+    unsafe { kernel.launch_early(stream, grid, 256, shared_bytes, layer) }
+}
+
+/// One product per layer, then the selection.
+unsafe fn launch_many(
+    device: &Device,
+    stream: RawStream,
+    params: &moefy_router_select_params,
+    dtype: DType,
+) -> Result<()> {
+    let (_, second) = activations(params.kind);
     let (num_tokens, hidden) = (params.num_tokens, params.first);
     let scores = match params.scores {
         0 => hidden + 4 * u64::from(num_tokens) * u64::from(params.hidden),
         scores => scores,
     };
-    let layer = |kernel: &Function, layer: moefy_router_layer_params| {
-        let tiles = |n: u32| n.div_ceil(MOEFY_ROUTER_TILE);
-        let grid = [tiles(num_tokens), tiles(layer.out_width), 1];
-        unsafe { kernel.launch(stream, grid, 256, 0, &layer) }
-    };
-    let first_layer = moefy_router_layer_params {
-        in_: params.x,
-        w: params.w1,
-        w_scale: params.w1_scale,
-        out: if second.is_some() { hidden } else { scores },
-        num_valid_tokens: params.num_valid_tokens,
-        in_stride: params.x_stride,
-        activation: first,
-        unit_norm: unit_norm.into(),
-        num_tokens,
-        in_width: params.d_model,
-        out_width: if second.is_some() { params.hidden } else { params.num_experts },
-        reserved: 0,
-    };
-    layer(device.router_select.layer.get(dtype), first_layer)?;
+    let first_layer = first_layer(params, if second.is_some() { hidden } else { scores });
+    // SAFETY: the caller's promise.
+    unsafe { launch_layer(device, stream, dtype, &first_layer)? };
     if let Some(activation) = second {
         let second_layer = moefy_router_layer_params {
             in_: hidden,
@@ -473,7 +553,11 @@ unsafe fn launch_many(
             out_width: params.num_experts,
             ..first_layer
         };
-        layer(device.router_select.layer_after_hidden(dtype), second_layer)?;
+        let tiles = |n: u32| n.div_ceil(MOEFY_ROUTER_TILE);
+        let grid = [tiles(num_tokens), tiles(params.num_experts), 1];
+        let kernel = device.router_select.layer_after_hidden(dtype);
+        // SAFETY: as above.
+        unsafe { kernel.launch(stream, grid, 256, 0, &second_layer)? };
     }
     let select = moefy_select_params {
         scores: if params.imposed == 0 { scores } else { params.imposed },

@@ -1,0 +1,324 @@
+// The op `experts` for many tokens, second product: the output of every (expert, token) pair, expert by expert.
+//
+// A persistent grid takes tiles of 128 pairs of one expert by 128 columns of y. The columns come in slabs, one launch each:
+// the outputs of a slab are few enough to stay in the second-level cache until moefy_experts_many_sum has added them, and
+// the workspace is bounded whatever the masks select. The stages of one tile are under way while the last one is
+// multiplied, because an expert is only a few stages deep.
+#include "expert_groups.cuh"
+#include "mma.cuh"
+
+namespace moefy {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr uint32_t kPairs = 128;
+constexpr uint32_t kColumns = MOEFY_EXPERTS_MANY_COLUMNS;
+constexpr int kStages = 3;
+constexpr int kDepthBytes = 128;  // of h in one stage
+constexpr int kHiddenBytes = kPairs * kDepthBytes;
+constexpr int kWeightBytes = kColumns * kDepthBytes;
+constexpr int kStageBytes = kHiddenBytes + kWeightBytes;
+// How eight warps share a tile.
+constexpr int kWarpsAcross = 2, kWarpsDown = 4;
+constexpr int kDown = kPairs / kWarpsDown / 16;       // fragments of 16 pairs
+constexpr int kAcross = kColumns / kWarpsAcross / 8;  // fragments of 8 columns
+
+template <class T>
+constexpr uint32_t kDepth = kDepthBytes / sizeof(T);  // neurons of a stage
+
+/// Adds the products of 16 neurons; for f32, of 8.
+template <class T>
+__device__ __forceinline__ void multiply(float (&c)[kDown][kAcross][4], uint32_t h, uint32_t w, uint32_t pair0,
+                                         uint32_t column0, uint32_t step) {
+  const uint32_t lane = threadIdx.x % 32;
+  uint32_t a[kDown][4];
+#pragma unroll
+  for (int i = 0; i < kDown; ++i) {
+    load_matrices(a[i], h + swizzled<kDepthBytes>(pair0 + i * 16 + lane % 16, step * 2 + lane / 16));
+  }
+#pragma unroll
+  for (int j = 0; j < kAcross; j += 2) {
+    uint32_t b[4];
+    const uint32_t neuron = step * 16 + lane % 16;
+    load_matrices_transposed(b, w + swizzled<kColumns * 2>(neuron, column0 / 8 + j + lane / 16));
+#pragma unroll
+    for (int i = 0; i < kDown; ++i) {
+      mma(c[i][j], a[i], b[0], b[1], T());
+      mma(c[i][j + 1], a[i], b[2], b[3], T());
+    }
+  }
+}
+
+__device__ __forceinline__ float load_shared(uint32_t address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+  return v;
+}
+
+template <>
+__device__ __forceinline__ void multiply<float>(float (&c)[kDown][kAcross][4], uint32_t h, uint32_t w, uint32_t pair0,
+                                                uint32_t column0, uint32_t step) {
+  const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll 1
+  for (uint32_t k = step * 8; k < step * 8 + 8; ++k) {
+    float a[kDown][2];
+#pragma unroll
+    for (int i = 0; i < kDown; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        a[i][half] = load_shared(h + swizzled<kDepthBytes>(pair0 + i * 16 + half * 8 + g, k / 4) + k % 4 * 4);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAcross; ++j) {
+      const uint32_t column = column0 + j * 8 + 2 * t;
+      const uint32_t at = w + swizzled<kColumns * 4>(k, column / 4) + column % 4 * 4;
+      const float b[2] = {load_shared(at), load_shared(at + 4)};
+#pragma unroll
+      for (int i = 0; i < kDown; ++i) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) c[i][j][r] = fmaf(a[i][r / 2], b[r % 2], c[i][j][r]);
+      }
+    }
+  }
+}
+
+/// A tile of a group: which pairs, and which columns of the slab.
+struct Tile {
+  Group group;
+  RowRange rows;
+  uint32_t column0;  // of y
+};
+
+/// Walks through the stages of a block's tiles.
+template <class T>
+struct Cursor {
+  const moefy_experts_params& p;
+  const uint32_t* offsets;
+  uint32_t tile;
+  uint32_t neuron = 0;
+  Tile now;
+
+  __device__ Cursor(const moefy_experts_params& params, const uint32_t* tile_offsets)
+      : p(params), offsets(tile_offsets), tile(blockIdx.x) {
+    find();
+  }
+
+  __device__ bool ends() const { return tile >= offsets[num_groups(p.neurons)]; }
+  __device__ bool is_last_stage() const { return neuron + kDepth<T> >= now.group.width; }
+
+  __device__ void advance() {
+    neuron += kDepth<T>;
+    if (neuron < now.group.width) return;
+    neuron = 0;
+    tile += gridDim.x;
+    find();
+  }
+
+ private:
+  __device__ void find() {
+    if (ends()) return;
+    const uint32_t index = find_tile(offsets, num_groups(p.neurons), tile);
+    now.group = find_group(p, index);
+    const uint32_t inside = tile - offsets[index], across = ceil_div(p.slab, kColumns);
+    const RowRange all = rows_of(p, now.group);
+    const uint32_t first = inside / across * kPairs;
+    now.rows = {all.begin + first, min(all.count - first, kPairs)};
+    now.column0 = p.first_column + inside % across * kColumns;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void many_output(const moefy_experts_params& p) {
+  constexpr int kVector = kChunkBytes / sizeof(T);
+  constexpr int kHiddenChunks = kDepthBytes / kChunkBytes;
+  constexpr int kWeightChunks = kColumns / kVector;
+  constexpr int kSteps = 4;  // of a stage
+  extern __shared__ __align__(128) unsigned char memory[];
+  uint32_t* tile_offsets = reinterpret_cast<uint32_t*>(memory + kStages * kStageBytes);
+  const uint32_t stages = shared_address(memory);
+  const moefy_neurons& n = p.neurons;
+  const uint32_t end_column = min(static_cast<uint32_t>(n.d_model), p.first_column + p.slab);
+  launch_dependents();
+  wait_for_dependencies();
+  count_tiles(p, tile_offsets, [&](const Group& group) {
+    const uint32_t down = group.width == 0 ? 0 : ceil_div(rows_of(p, group).count, kPairs);
+    return down * ceil_div(p.slab, kColumns);
+  });
+
+  const auto load = [&](const Cursor<T>& cursor, uint32_t to) {
+    const Tile& tile = cursor.now;
+    const Group& group = tile.group;
+    const T* hidden = static_cast<const T*>(p.hidden) + group.hidden + tile.rows.begin * group.hidden_stride;
+#pragma unroll 2
+    for (uint32_t i = threadIdx.x; i < kPairs * kHiddenChunks; i += kThreads) {
+      const uint32_t row = i / kHiddenChunks, chunk = i % kHiddenChunks, neuron = cursor.neuron + chunk * kVector;
+      const bool valid = row < tile.rows.count && neuron < group.hidden_stride;
+      copy_async(to + swizzled<kDepthBytes>(row, chunk), hidden + (valid ? row * group.hidden_stride + neuron : 0), valid);
+    }
+    const T* w = static_cast<const T*>(n.w_out);
+#pragma unroll 2
+    for (uint32_t i = threadIdx.x; i < kDepth<T> * kWeightChunks; i += kThreads) {
+      const uint32_t row = i / kWeightChunks, chunk = i % kWeightChunks, column = tile.column0 + chunk * kVector;
+      const bool valid = cursor.neuron + row < group.width && column < end_column;
+      const uint64_t neuron = group.first_neuron + cursor.neuron + row;
+      copy_async(to + kHiddenBytes + swizzled<kColumns * sizeof(T)>(row, chunk),
+                 w + (valid ? neuron * n.d_model + column : 0), valid);
+    }
+  };
+
+  Cursor<T> ahead(p, tile_offsets), here(p, tile_offsets);
+  uint32_t next = 0;
+  for (; next < kStages - 1; ++next) {
+    if (!ahead.ends()) {
+      load(ahead, stages + next * kStageBytes);
+      ahead.advance();
+    }
+    copy_async_commit();
+  }
+  const uint32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const uint32_t pair0 = warp / kWarpsAcross * kDown * 16, column0 = warp % kWarpsAcross * kAcross * 8;
+  float c[kDown][kAcross][4] = {};
+#pragma unroll 1
+  for (uint32_t stage = 0; !here.ends(); ++stage, ++next) {
+    copy_async_wait<kStages - 2>();
+    __syncthreads();
+    if (!ahead.ends()) {
+      load(ahead, stages + next % kStages * kStageBytes);
+      ahead.advance();
+    }
+    copy_async_commit();
+    const uint32_t from = stages + stage % kStages * kStageBytes;
+    if (pair0 < here.now.rows.count) {
+#pragma unroll
+      for (uint32_t step = 0; step < kSteps; ++step) multiply<T>(c, from, from + kHiddenBytes, pair0, column0, step);
+    }
+    if (here.is_last_stage()) {
+      const Tile& tile = here.now;
+      T* rows = static_cast<T*>(p.rows) + place_of_rows(p, tile.group) * p.slab + tile.column0 - p.first_column;
+#pragma unroll
+      for (int i = 0; i < kDown * 2; ++i) {
+        const uint32_t pair = pair0 + i * 8 + g;
+        if (pair >= tile.rows.count) continue;
+        T* to = rows + static_cast<uint64_t>(tile.rows.begin + pair) * p.slab;
+#pragma unroll
+        for (int j = 0; j < kAcross; ++j) {
+          const uint32_t column = column0 + j * 8 + 2 * t;
+          if (tile.column0 + column >= end_column) continue;
+          store_two(to + column, c[i / 2][j][i % 2 * 2], c[i / 2][j][i % 2 * 2 + 1]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kDown; ++i) {
+#pragma unroll
+        for (int j = 0; j < kAcross; ++j) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) c[i][j][r] = 0.0f;
+        }
+      }
+    }
+    here.advance();
+  }
+}
+
+/// Row of a pair, or at least max_pairs where the lists ended before it.
+__device__ __forceinline__ uint32_t row_of_pair(const moefy_experts_params& p, uint32_t token, uint32_t expert) {
+  const uint32_t num_experts = p.neurons.num_experts;
+  if (__ldcg(p.expert_offsets + num_experts) <= p.max_pairs) {
+    return __ldcg(p.pair_rows + static_cast<uint64_t>(token) * num_experts + expert);
+  }
+  uint32_t low = min(__ldcg(p.expert_offsets + expert), p.max_pairs);
+  uint32_t high = min(__ldcg(p.expert_offsets + expert + 1), p.max_pairs);
+  const uint32_t end = high;
+  while (low < high) {
+    const uint32_t middle = (low + high) / 2;
+    if (__ldcg(p.token_ids + middle) < token) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low < end && __ldcg(p.token_ids + low) == token ? low : p.max_pairs;
+}
+
+/// y of the slab's columns of a token, a warp each: b_out and the outputs of its experts, in ascending order, then the
+/// shared and the linear neurons'.
+template <class T>
+__device__ __forceinline__ void many_sum(const moefy_experts_params& p) {
+  constexpr unsigned kAll = 0xffffffffu;
+  constexpr uint32_t kPending = 4;  // rows that are under way
+  const moefy_neurons& n = p.neurons;
+  const uint32_t token = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  launch_dependents();
+  wait_for_dependencies();
+  if (token >= p.num_tokens) return;
+  const bool valid = token < valid_tokens(p);
+  const T* rows = static_cast<const T*>(p.rows);
+  const uint32_t row_words = ceil_div(n.num_experts, 32);
+  for (uint32_t first = 0; first < p.slab; first += 32 * 8) {
+    const uint32_t in_slab = first + lane * 8, column = p.first_column + in_slab;
+    const bool exists = in_slab < p.slab && column < n.d_model;
+    float sum[8] = {};
+    if (exists && n.b_out != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] = n.b_out[column + i];
+    }
+    Eight<T> pending[kPending];
+    uint32_t count = 0;
+    const auto add = [&] {
+#pragma unroll
+      for (uint32_t i = 0; i < kPending; ++i) {
+        if (i >= count) break;
+        float v[8];
+        pending[i].to_floats(v);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) sum[k] += v[k];
+      }
+      count = 0;
+    };
+    const auto ask = [&](uint64_t row) {
+#pragma unroll
+      for (uint32_t i = 0; i < kPending; ++i) {
+        if (i == count) pending[i].load_fresh(rows + row * p.slab + in_slab, 0, exists ? 8 : 0);
+      }
+      if (++count == kPending) add();
+    };
+    // Lane l finds the row of the l-th expert of a word.
+    for (uint32_t w = 0; valid && w < row_words; ++w) {
+      const uint32_t expert = w * 32 + lane;
+      const uint32_t word = __ldcg(p.mask + static_cast<uint64_t>(token) * row_words + w);
+      const bool runs = expert < n.num_experts && (word >> lane & 1);
+      const uint32_t own = runs ? row_of_pair(p, token, expert) : p.max_pairs;
+      for (uint32_t bits = __ballot_sync(kAll, own < p.max_pairs); bits != 0; bits &= bits - 1) {
+        ask(__shfl_sync(kAll, own, __ffs(bits) - 1));
+      }
+    }
+    if (valid && n.shared > 0) ask(place_of_rows(p, find_group(p, n.num_experts)) + token);
+    if (valid && n.rank > 0) ask(place_of_rows(p, find_group(p, n.num_experts + 1)) + token);
+    add();
+    if (!exists) continue;
+    if (!valid) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) sum[k] = 0.0f;
+    }
+    store_eight(static_cast<T*>(p.y) + static_cast<uint64_t>(token) * n.d_model + column, sum);
+  }
+}
+
+}  // namespace
+}  // namespace moefy
+
+// Dynamic shared memory of the first: three stages of 32 KB, and num_experts + 3 words.
+#define MOEFY_EXPERTS_MANY_OUTPUT(name, type)                                               \
+  extern "C" __global__ void __launch_bounds__(moefy::kThreads, 2)                          \
+      moefy_experts_many_output_##name(const __grid_constant__ moefy_experts_params p) {    \
+    moefy::many_output<type>(p);                                                            \
+  }                                                                                         \
+  extern "C" __global__ void __launch_bounds__(moefy::kThreads)                             \
+      moefy_experts_many_sum_##name(const __grid_constant__ moefy_experts_params p) {       \
+    moefy::many_sum<type>(p);                                                               \
+  }
+
+MOEFY_EXPERTS_MANY_OUTPUT(f32, float)
+MOEFY_EXPERTS_MANY_OUTPUT(f16, __half)
+MOEFY_EXPERTS_MANY_OUTPUT(bf16, __nv_bfloat16)
