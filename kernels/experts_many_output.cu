@@ -13,7 +13,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr uint32_t kPairs = 128;
 constexpr uint32_t kColumns = MOEFY_EXPERTS_MANY_COLUMNS;
-constexpr int kStages = 3;
 constexpr int kDepthBytes = 128;  // of h in one stage
 constexpr int kHiddenBytes = kPairs * kDepthBytes;
 constexpr int kWeightBytes = kColumns * kDepthBytes;
@@ -83,52 +82,26 @@ __device__ __forceinline__ void multiply<float>(float (&c)[kDown][kAcross][4], u
   }
 }
 
-/// A tile of a group: which pairs, and which columns of the slab.
+/// A tile of a group: which pairs, and which columns of y.
 struct Tile {
   Group group;
   RowRange rows;
-  uint32_t column0;  // of y
+  uint32_t column0;
 };
 
-/// Walks through the stages of a block's tiles.
-template <class T>
-struct Cursor {
-  const moefy_experts_params& p;
-  const uint32_t* offsets;
-  uint32_t tile;
-  uint32_t neuron = 0;
-  Tile now;
+__device__ __forceinline__ Tile tile_of(const moefy_experts_params& p, const uint32_t* tile_offsets, uint32_t tile) {
+  const uint32_t index = find_tile(tile_offsets, num_groups(p.neurons), tile);
+  const uint32_t inside = tile - tile_offsets[index], across = ceil_div(p.slab, kColumns);
+  Tile found;
+  found.group = find_group(p, index);
+  const RowRange all = rows_of(p, found.group);
+  const uint32_t first = inside / across * kPairs;
+  found.rows = {all.begin + first, min(all.count - first, kPairs)};
+  found.column0 = p.first_column + inside % across * kColumns;
+  return found;
+}
 
-  __device__ Cursor(const moefy_experts_params& params, const uint32_t* tile_offsets)
-      : p(params), offsets(tile_offsets), tile(blockIdx.x) {
-    find();
-  }
-
-  __device__ bool ends() const { return tile >= offsets[num_groups(p.neurons)]; }
-  __device__ bool is_last_stage() const { return neuron + kDepth<T> >= now.group.width; }
-
-  __device__ void advance() {
-    neuron += kDepth<T>;
-    if (neuron < now.group.width) return;
-    neuron = 0;
-    tile += gridDim.x;
-    find();
-  }
-
- private:
-  __device__ void find() {
-    if (ends()) return;
-    const uint32_t index = find_tile(offsets, num_groups(p.neurons), tile);
-    now.group = find_group(p, index);
-    const uint32_t inside = tile - offsets[index], across = ceil_div(p.slab, kColumns);
-    const RowRange all = rows_of(p, now.group);
-    const uint32_t first = inside / across * kPairs;
-    now.rows = {all.begin + first, min(all.count - first, kPairs)};
-    now.column0 = p.first_column + inside % across * kColumns;
-  }
-};
-
-template <class T>
+template <class T, int kStages>
 __device__ __forceinline__ void many_output(const moefy_experts_params& p) {
   constexpr int kVector = kChunkBytes / sizeof(T);
   constexpr int kHiddenChunks = kDepthBytes / kChunkBytes;
@@ -146,13 +119,17 @@ __device__ __forceinline__ void many_output(const moefy_experts_params& p) {
     return down * ceil_div(p.slab, kColumns);
   });
 
-  const auto load = [&](const Cursor<T>& cursor, uint32_t to) {
-    const Tile& tile = cursor.now;
+  // The stage that is asked for next.
+  const uint32_t num_tiles = tile_offsets[num_groups(n)];
+  uint32_t ahead = blockIdx.x, ahead_neuron = 0;
+  Tile tile;
+  if (ahead < num_tiles) tile = tile_of(p, tile_offsets, ahead);
+  const auto load = [&](uint32_t to) {
     const Group& group = tile.group;
     const T* hidden = static_cast<const T*>(p.hidden) + group.hidden + tile.rows.begin * group.hidden_stride;
 #pragma unroll 2
     for (uint32_t i = threadIdx.x; i < kPairs * kHiddenChunks; i += kThreads) {
-      const uint32_t row = i / kHiddenChunks, chunk = i % kHiddenChunks, neuron = cursor.neuron + chunk * kVector;
+      const uint32_t row = i / kHiddenChunks, chunk = i % kHiddenChunks, neuron = ahead_neuron + chunk * kVector;
       const bool valid = row < tile.rows.count && neuron < group.hidden_stride;
       copy_async(to + swizzled<kDepthBytes>(row, chunk), hidden + (valid ? row * group.hidden_stride + neuron : 0), valid);
     }
@@ -160,64 +137,54 @@ __device__ __forceinline__ void many_output(const moefy_experts_params& p) {
 #pragma unroll 2
     for (uint32_t i = threadIdx.x; i < kDepth<T> * kWeightChunks; i += kThreads) {
       const uint32_t row = i / kWeightChunks, chunk = i % kWeightChunks, column = tile.column0 + chunk * kVector;
-      const bool valid = cursor.neuron + row < group.width && column < end_column;
-      const uint64_t neuron = group.first_neuron + cursor.neuron + row;
+      const bool valid = ahead_neuron + row < group.width && column < end_column;
+      const uint64_t neuron = group.first_neuron + ahead_neuron + row;
       copy_async(to + kHiddenBytes + swizzled<kColumns * sizeof(T)>(row, chunk),
                  w + (valid ? neuron * n.d_model + column : 0), valid);
     }
+    ahead_neuron += kDepth<T>;
+    if (ahead_neuron < group.width) return;
+    ahead_neuron = 0;
+    ahead += gridDim.x;
+    if (ahead < num_tiles) tile = tile_of(p, tile_offsets, ahead);
   };
 
-  Cursor<T> ahead(p, tile_offsets), here(p, tile_offsets);
   uint32_t next = 0;
   for (; next < kStages - 1; ++next) {
-    if (!ahead.ends()) {
-      load(ahead, stages + next * kStageBytes);
-      ahead.advance();
-    }
+    if (ahead < num_tiles) load(stages + next * kStageBytes);
     copy_async_commit();
   }
   const uint32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const uint32_t pair0 = warp / kWarpsAcross * kDown * 16, column0 = warp % kWarpsAcross * kAcross * 8;
-  float c[kDown][kAcross][4] = {};
+  uint32_t stage = 0;
 #pragma unroll 1
-  for (uint32_t stage = 0; !here.ends(); ++stage, ++next) {
-    copy_async_wait<kStages - 2>();
-    __syncthreads();
-    if (!ahead.ends()) {
-      load(ahead, stages + next % kStages * kStageBytes);
-      ahead.advance();
-    }
-    copy_async_commit();
-    const uint32_t from = stages + stage % kStages * kStageBytes;
-    if (pair0 < here.now.rows.count) {
+  for (uint32_t here = blockIdx.x; here < num_tiles; here += gridDim.x) {
+    const Tile own = tile_of(p, tile_offsets, here);
+    float c[kDown][kAcross][4] = {};
+#pragma unroll 1
+    for (uint32_t neuron = 0; neuron < own.group.width; neuron += kDepth<T>, ++stage, ++next) {
+      copy_async_wait<kStages - 2>();
+      __syncthreads();
+      if (ahead < num_tiles) load(stages + next % kStages * kStageBytes);
+      copy_async_commit();
+      const uint32_t from = stages + stage % kStages * kStageBytes;
+      if (pair0 >= own.rows.count) continue;
 #pragma unroll
       for (uint32_t step = 0; step < kSteps; ++step) multiply<T>(c, from, from + kHiddenBytes, pair0, column0, step);
     }
-    if (here.is_last_stage()) {
-      const Tile& tile = here.now;
-      T* rows = static_cast<T*>(p.rows) + place_of_rows(p, tile.group) * p.slab + tile.column0 - p.first_column;
+    T* rows = static_cast<T*>(p.rows) + place_of_rows(p, own.group) * p.slab + own.column0 - p.first_column;
 #pragma unroll
-      for (int i = 0; i < kDown * 2; ++i) {
-        const uint32_t pair = pair0 + i * 8 + g;
-        if (pair >= tile.rows.count) continue;
-        T* to = rows + static_cast<uint64_t>(tile.rows.begin + pair) * p.slab;
+    for (int i = 0; i < kDown * 2; ++i) {
+      const uint32_t pair = pair0 + i * 8 + g;
+      if (pair >= own.rows.count) continue;
+      T* to = rows + static_cast<uint64_t>(own.rows.begin + pair) * p.slab;
 #pragma unroll
-        for (int j = 0; j < kAcross; ++j) {
-          const uint32_t column = column0 + j * 8 + 2 * t;
-          if (tile.column0 + column >= end_column) continue;
-          store_two(to + column, c[i / 2][j][i % 2 * 2], c[i / 2][j][i % 2 * 2 + 1]);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kDown; ++i) {
-#pragma unroll
-        for (int j = 0; j < kAcross; ++j) {
-#pragma unroll
-          for (int r = 0; r < 4; ++r) c[i][j][r] = 0.0f;
-        }
+      for (int j = 0; j < kAcross; ++j) {
+        const uint32_t column = column0 + j * 8 + 2 * t;
+        if (own.column0 + column >= end_column) continue;
+        store_two(to + column, c[i / 2][j][i % 2 * 2], c[i / 2][j][i % 2 * 2 + 1]);
       }
     }
-    here.advance();
   }
 }
 
@@ -308,17 +275,24 @@ __device__ __forceinline__ void many_sum(const moefy_experts_params& p) {
 }  // namespace
 }  // namespace moefy
 
-// Dynamic shared memory of the first: three stages of 32 KB, and num_experts + 3 words.
-#define MOEFY_EXPERTS_MANY_OUTPUT(name, type)                                               \
-  extern "C" __global__ void __launch_bounds__(moefy::kThreads, 2)                          \
-      moefy_experts_many_output_##name(const __grid_constant__ moefy_experts_params p) {    \
-    moefy::many_output<type>(p);                                                            \
-  }                                                                                         \
-  extern "C" __global__ void __launch_bounds__(moefy::kThreads)                             \
-      moefy_experts_many_sum_##name(const __grid_constant__ moefy_experts_params p) {       \
-    moefy::many_sum<type>(p);                                                               \
+// Dynamic shared memory of the first: so many stages of 32 KB, and num_experts + 3 words.
+#define MOEFY_EXPERTS_MANY_OUTPUT(name, type, stages)                                               \
+  extern "C" __global__ void __launch_bounds__(moefy::kThreads, 1)                                  \
+      moefy_experts_many_output_##name##_##stages(const __grid_constant__ moefy_experts_params p) { \
+    moefy::many_output<type, stages>(p);                                                            \
+  }
+#define MOEFY_EXPERTS_MANY_SUM(name, type)                                           \
+  extern "C" __global__ void __launch_bounds__(moefy::kThreads)                      \
+      moefy_experts_many_sum_##name(const __grid_constant__ moefy_experts_params p) { \
+    moefy::many_sum<type>(p);                                                        \
   }
 
-MOEFY_EXPERTS_MANY_OUTPUT(f32, float)
-MOEFY_EXPERTS_MANY_OUTPUT(f16, __half)
-MOEFY_EXPERTS_MANY_OUTPUT(bf16, __nv_bfloat16)
+MOEFY_EXPERTS_MANY_OUTPUT(f32, float, 2)
+MOEFY_EXPERTS_MANY_OUTPUT(f32, float, 5)
+MOEFY_EXPERTS_MANY_OUTPUT(f16, __half, 2)
+MOEFY_EXPERTS_MANY_OUTPUT(f16, __half, 5)
+MOEFY_EXPERTS_MANY_OUTPUT(bf16, __nv_bfloat16, 2)
+MOEFY_EXPERTS_MANY_OUTPUT(bf16, __nv_bfloat16, 5)
+MOEFY_EXPERTS_MANY_SUM(f32, float)
+MOEFY_EXPERTS_MANY_SUM(f16, __half)
+MOEFY_EXPERTS_MANY_SUM(bf16, __nv_bfloat16)

@@ -55,7 +55,7 @@ __device__ __forceinline__ void pool(const moefy_pool_params& p) {
 }  // namespace moefy
 
 #define MOEFY_POOL(name, type)                                         \
-  extern "C" __global__ void __launch_bounds__(moefy::kThreads)        \
+  extern "C" __global__ void __launch_bounds__(moefy::kThreads, 1)     \
       moefy_pool_##name(const __grid_constant__ moefy_pool_params p) { \
     moefy::pool<type>(p);                                              \
   }

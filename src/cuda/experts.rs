@@ -235,7 +235,7 @@ pub unsafe fn experts(
             Shape::Few(shape) => shape.launch(device, stream, &params, workspace),
             Shape::Many(shape) => {
                 let available = device.properties().max_shared_bytes;
-                if shape.shared_bytes() > available {
+                if shape.shared_bytes(&kernels.many) > available {
                     let expected = format!("so many that their lists fit {available} bytes");
                     return Err(check.error("num_experts", expected, neurons.num_experts));
                 }

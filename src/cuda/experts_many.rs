@@ -14,9 +14,9 @@ const TOKENS: usize = 128;
 const ROW_BYTES: usize = 128;
 /// Input rows of a block of the first kernel: of the variants small to large.
 const ROWS: [usize; 3] = [32, 64, 128];
-/// Rows of a tile of the second kernel, its stages, and bytes of one.
+/// Rows of a tile of the second kernel, its stages where shared memory allows it and elsewhere, and bytes of one.
 const PAIRS: usize = 128;
-const OUTPUT_STAGES: usize = 3;
+const OUTPUT_STAGES: [usize; 2] = [5, 2];
 const OUTPUT_STAGE_BYTES: usize = (PAIRS + MOEFY_EXPERTS_MANY_COLUMNS as usize) * ROW_BYTES;
 /// Outputs of pairs that wait for their sums are at most so many bytes, whatever the masks select ...
 const MAX_SLAB_BYTES: usize = 448 << 20;
@@ -26,6 +26,7 @@ const CACHED_BYTES: usize = 24 << 20;
 pub(super) struct Kernels {
     hidden: Variants,
     output: PerDType,
+    output_stages: usize,
     sum: PerDType,
 }
 
@@ -33,6 +34,20 @@ impl Kernels {
     pub(super) fn load(modules: &Modules, max_shared_bytes: usize) -> Result<Self> {
         let max_experts = MOEFY_MAX_EXPERTS as usize;
         let shared = |bytes: usize| bytes.min(max_shared_bytes);
+        let fits = |&stages: &usize| output_shared_bytes(stages, 0) <= max_shared_bytes;
+        let output_stages = OUTPUT_STAGES.into_iter().find(fits).unwrap_or(OUTPUT_STAGES[1]);
+        let output_names = match output_stages {
+            2 => [
+                "moefy_experts_many_output_f32_2",
+                "moefy_experts_many_output_f16_2",
+                "moefy_experts_many_output_bf16_2",
+            ],
+            _ => [
+                "moefy_experts_many_output_f32_5",
+                "moefy_experts_many_output_f16_5",
+                "moefy_experts_many_output_bf16_5",
+            ],
+        };
         let per_dtype = |names, bytes| modules.per_dtype("experts_many_output", names, bytes);
         Ok(Self {
             hidden: Variants::load(
@@ -42,13 +57,10 @@ impl Kernels {
                 [0, 1, 2].map(|size| shared(hidden_shared_bytes(size, max_experts))),
             )?,
             output: per_dtype(
-                [
-                    "moefy_experts_many_output_f32",
-                    "moefy_experts_many_output_f16",
-                    "moefy_experts_many_output_bf16",
-                ],
-                shared(output_shared_bytes(max_experts)),
+                output_names,
+                shared(output_shared_bytes(output_stages, max_experts)),
             )?,
+            output_stages,
             sum: per_dtype(
                 [
                     "moefy_experts_many_sum_f32",
@@ -66,8 +78,8 @@ fn hidden_shared_bytes(size: usize, num_experts: usize) -> usize {
     stages * (TOKENS + ROWS[size]) * ROW_BYTES + (num_experts + 3) * 4
 }
 
-fn output_shared_bytes(num_experts: usize) -> usize {
-    OUTPUT_STAGES * OUTPUT_STAGE_BYTES + (num_experts + 3) * 4
+fn output_shared_bytes(stages: usize, num_experts: usize) -> usize {
+    stages * OUTPUT_STAGE_BYTES + (num_experts + 3) * 4
 }
 
 /// Sizes of the launches and places in the workspace.
@@ -75,7 +87,7 @@ fn output_shared_bytes(num_experts: usize) -> usize {
 pub(super) struct Shape {
     size: usize,
     dtype: DType,
-    blocks: usize,
+    multiprocessors: usize,
     num_tokens: usize,
     d_model: usize,
     num_experts: usize,
@@ -113,7 +125,7 @@ impl Shape {
         Some(Self {
             size,
             dtype,
-            blocks: 2 * launch.multiprocessors,
+            multiprocessors: launch.multiprocessors,
             num_tokens,
             d_model,
             num_experts: launch.num_experts,
@@ -129,8 +141,9 @@ impl Shape {
     }
 
     /// Bytes of shared memory that a block of the kernels needs at most.
-    pub(super) fn shared_bytes(&self) -> usize {
-        output_shared_bytes(self.num_experts).max(hidden_shared_bytes(self.size, self.num_experts))
+    pub(super) fn shared_bytes(&self, kernels: &Kernels) -> usize {
+        output_shared_bytes(kernels.output_stages, self.num_experts)
+            .max(hidden_shared_bytes(self.size, self.num_experts))
     }
 
     /// # Safety
@@ -156,15 +169,16 @@ impl Shape {
         };
         let hidden = kernels.hidden.get(self.dtype, self.size);
         let (output, sum) = (kernels.output.get(self.dtype), kernels.sum.get(self.dtype));
-        let grid = [self.blocks as u32, 1, 1];
+        let grid = [2 * self.multiprocessors as u32, 1, 1];
         let warps = [(self.num_tokens as u32).div_ceil(THREADS / 32), 1, 1];
         let shared = hidden_shared_bytes(self.size, self.num_experts);
         // SAFETY: the caller's promise.
         unsafe {
             hidden.launch_early(stream, grid, THREADS, shared, &params)?;
-            let shared = output_shared_bytes(self.num_experts);
+            let shared = output_shared_bytes(kernels.output_stages, self.num_experts);
             for first_column in (0..self.d_model).step_by(self.slab) {
                 params.first_column = first_column as u32;
+                let grid = [self.multiprocessors as u32, 1, 1];
                 output.launch_early(stream, grid, THREADS, shared, &params)?;
                 sum.launch_early(stream, warps, THREADS, 0, &params)?;
             }
