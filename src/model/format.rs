@@ -164,6 +164,11 @@ pub struct RouterTraining {
 }
 
 impl MoefyConfig {
+    /// Whether neurons were trained further, so that the dense model is not in the folder any more.
+    pub fn is_refined(&self) -> bool {
+        self.layers.iter().any(|layer| layer.refined)
+    }
+
     /// Reads the `moefy` object of a `config.json`, if there is one; `file` is for errors.
     ///
     /// # Errors

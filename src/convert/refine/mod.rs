@@ -78,7 +78,8 @@ pub fn refine_model(
     let sample = spread(&sequences, STATISTICS_TOKENS);
     let target =
         ThresholdTarget::Density { density: options.density, scope: options.rel_threshold_scope };
-    set_thresholds(&encoder, &sample, Some(target), &watch, &mut conversion.layers)
+    set_thresholds(&encoder, &sample, Some(target), &watch, &mut conversion.layers)?;
+    Ok(())
 }
 
 fn train(
