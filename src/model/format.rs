@@ -30,9 +30,9 @@ pub struct MoefyConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Method {
-    /// How neurons became experts: "random", "kmeans".
+    /// How neurons became experts: "kmeans", "joint", "graph", "random".
     pub partition: String,
-    /// How the router was made: "d2dmoe".
+    /// How the router was made: "d2dmoe", "moefication", "centroid".
     pub router: String,
     /// E.
     pub num_experts: usize,
