@@ -12,7 +12,7 @@ use moefy::convert::{
     ThresholdTarget, convert_model, density_for_error, retune_model,
 };
 use moefy::cpu::Cpu;
-use moefy::eval::{Variant, evaluate};
+use moefy::eval::{FfnCost, Variant, evaluate};
 use moefy::ffn::{ExpertMask, SelectionRule};
 use moefy::model::{
     Conversion, Encoder, Ffn, FfnRun, Folder, Output, embed, retune, write_moefied,
@@ -126,7 +126,9 @@ fn an_error_budget_gets_the_smallest_density_that_keeps_within_it() {
         retune(&folder, &moefy, Output { path: &path, overwrite: true, interrupted: &never })
             .unwrap();
         let retuned = Encoder::load(Cpu, &Folder::open(&path).unwrap()).unwrap();
-        let variant = |encoder| Variant { encoder, run: FfnRun::Stored, costs: &[] };
+        let costs: Vec<_> =
+            (0..LAYERS).map(|layer| FfnCost::from(&folder.ffn(layer).unwrap())).collect();
+        let variant = |encoder| Variant { encoder, run: FfnRun::Stored, costs: &costs };
         let outcomes = evaluate(&variant(&dense), &[variant(&retuned)], &sequences, |_| ());
         outcomes.unwrap()[1].hidden_error
     };
