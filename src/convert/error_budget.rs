@@ -72,24 +72,25 @@ pub fn density_for_error<B: Backend>(
     };
 
     let num_steps = ((1.0 - least) / STEP).ceil() as usize;
-    let density_of = |step: usize| (least + step as f64 * STEP).min(1.0);
     let mut best = f64::INFINITY;
+    let mut too_little = least;
     for step in 0..=num_steps {
-        let error = error_at(density_of(step))?;
-        best = best.min(error);
-        if error > max_error {
-            continue;
-        }
-        let (mut enough, mut too_little) = (density_of(step), density_of(step.saturating_sub(1)));
-        for _ in 0..if step == 0 { 0 } else { HALVINGS } {
-            let middle = f64::midpoint(too_little, enough);
-            if error_at(middle)? <= max_error {
-                enough = middle;
-            } else {
-                too_little = middle;
+        let mut enough = (least + step as f64 * STEP).min(1.0);
+        let error = error_at(enough)?;
+        if error <= max_error {
+            let halvings = if step == 0 { 0 } else { HALVINGS };
+            for _ in 0..halvings {
+                let middle = f64::midpoint(too_little, enough);
+                if error_at(middle)? <= max_error {
+                    enough = middle;
+                } else {
+                    too_little = middle;
+                }
             }
+            return Ok(enough);
         }
-        return Ok(enough);
+        best = best.min(error);
+        too_little = enough;
     }
     let expected = format!("at least {best:.4}, the least at any density");
     Err(Error::argument("error budget", "max_error", expected, max_error))
