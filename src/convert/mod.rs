@@ -7,6 +7,7 @@
 mod adam;
 pub mod calibrate;
 mod compensation;
+mod error_budget;
 mod expert_norms;
 mod hidden;
 mod model;
@@ -24,6 +25,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 pub use compensation::CompensationMethod;
+pub use error_budget::{ErrorBudget, NEEDS_REFERENCE, density_for_error};
 pub use model::{CalibrationText, Progress, convert_model};
 pub use options::{ConvertOptions, RouterMethod, SelectionMethod, SharedBy, ThresholdScope};
 pub use partition::PartitionMethod;
