@@ -179,6 +179,24 @@ fn every_method_converts() {
 }
 
 #[test]
+fn every_layer_can_have_a_rank_of_its_own() {
+    let scene = Scene::new();
+    scene.convert("moe", "--compensation linear --rank 3,5");
+    let inspected = scene.json("inspect moe --json");
+    let layers = inspected["moefy"]["layers"].as_array().unwrap();
+    let ranks: Vec<&Value> = layers.iter().map(|layer| &layer["compensation"]["rank"]).collect();
+    assert_eq!(ranks, [3, 5]);
+    let arguments = CONVERT.replacen("OUT", "out", 1) + " --calibration text";
+    for (options, words) in [
+        ("--compensation linear --rank 3,5,7", ["ranks", "2 layers"]),
+        ("--compensation linear --rank 3,0", ["ranks", "at least 1"]),
+        ("--rank 3,5", ["ranks", "linear"]),
+    ] {
+        scene.refuses(&format!("{arguments} {options}"), &words);
+    }
+}
+
+#[test]
 fn pictures_and_words() {
     let scene = Scene::new();
     let arguments = CONVERT.replacen("OUT", "layered", 1) + " --calibration text --explain";

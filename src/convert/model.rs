@@ -71,6 +71,7 @@ pub fn convert_model<B: Backend>(
 ) -> Result<Conversion> {
     let watch = Watch { progress, interrupted };
     options.check(&dense_ffn(folder, 0)?)?;
+    let compensations = options.compensations(encoder.num_layers())?;
     let sequences = spread(text.sequences, options.calibration_tokens);
     let mut dense = Stream::start(&encoder, &sequences)?;
     let mut converted = Stream::start(&encoder, &sequences)?;
@@ -96,7 +97,7 @@ pub fn convert_model<B: Backend>(
         let targets = goal.targets(&inputs);
         let (weights, metric) = (&goal.weights, &goal.metric);
         let sample = Sample { inputs: &inputs, targets: &targets, weights, metric };
-        let moe = compensated(moe, options.compensation, &sample)?;
+        let moe = compensated(moe, compensations[layer], &sample)?;
         drop((inputs, targets, goal));
 
         layers.push(ConvertedLayer { router_training, ..ConvertedLayer::new(layer, &moe) });
