@@ -78,7 +78,7 @@ pub fn convert_model<B: Backend>(
     let mut converted = Stream::start(&encoder, &sequences)?;
     let num_layers = encoder.num_layers();
     let mut layers = Vec::with_capacity(num_layers);
-    for layer in 0..num_layers {
+    for (layer, method) in compensations.into_iter().enumerate() {
         let step = |part: &str, done, total| {
             watch.step(&format!("layer {} of {num_layers}: {part}", layer + 1), done, total)
         };
@@ -101,7 +101,7 @@ pub fn convert_model<B: Backend>(
                 let targets = goal.targets(&inputs);
                 let (weights, metric) = (&goal.weights, &goal.metric);
                 let sample = Sample { inputs: &inputs, targets: &targets, weights, metric };
-                compensated(moe, compensations[layer], &sample)?
+                compensated(moe, method, &sample)?
             }
         };
         drop(inputs);
