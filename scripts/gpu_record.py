@@ -156,9 +156,12 @@ def driver_version(machine, gpu):
 
 def text_of(record):
     """JSON with a line for each test and each row."""
-    lines = lambda items: "[\n" + ",\n".join("  " + json.dumps(item) for item in items) + "\n ]"
-    values = (lines(value) if isinstance(value, list) and value else json.dumps(value) for value in record.values())
-    return "{\n" + ",\n".join(" {}: {}".format(json.dumps(key), value) for key, value in zip(record, values)) + "\n}\n"
+    def text(value):
+        if not isinstance(value, list):
+            return json.dumps(value)
+        return "[\n" + ",\n".join("  " + json.dumps(item) for item in value) + "\n ]"
+
+    return "{\n" + ",\n".join(" {}: {}".format(json.dumps(key), text(value)) for key, value in record.items()) + "\n}\n"
 
 
 def is_good(record):

@@ -1,7 +1,8 @@
 import io
+import json
 import unittest
 
-from gpu_record import Machine, events, is_good, sanitizer_errors, test_results
+from gpu_record import Machine, events, is_good, sanitizer_errors, test_results, text_of
 
 
 class GpuRecordTest(unittest.TestCase):
@@ -23,6 +24,12 @@ class GpuRecordTest(unittest.TestCase):
         self.assertEqual(sanitizer_errors(1, "========= ERROR SUMMARY: 0 errors\n"), 1)
         self.assertIsNone(sanitizer_errors(124, "========= ERROR SUMMARY: 0 errors\n"))
         self.assertIsNone(sanitizer_errors(0, "no summary"))
+
+    def test_a_record_has_a_line_for_each_row(self):
+        record = {"device": "a \"GPU\"", "tests": [], "sanitizers": {"memcheck": 0}, "bench": [{"us": 1.5}, {"us": 2}]}
+        text = text_of(record)
+        self.assertEqual(json.loads(text), record)
+        self.assertIn('\n  {"us": 1.5},\n  {"us": 2}\n', text)
 
     def test_time_limits(self):
         log = io.StringIO()

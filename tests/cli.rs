@@ -124,6 +124,13 @@ fn convert_inspect_eval_retune_restore() {
     let tuned = scene.json("eval dense-ish --text text --json")["density"].as_f64().unwrap();
     assert!((tuned - 0.8).abs() < 0.08, "{tuned}");
 
+    let budget = 0.5 * report["hidden_error"].as_f64().unwrap();
+    let retune = format!("--max-error {budget} --reference dense --calibration text");
+    scene.moefy(&format!("retune moe close {retune}")).assert().success();
+    let close = scene.json("eval close --reference dense --text text --json");
+    assert!(close["hidden_error"].as_f64().unwrap() < 1.05 * budget, "{close} for {budget}");
+    assert!(close["density"].as_f64().unwrap() < 1.0, "{close}");
+
     scene.moefy("restore moe restored").assert().success();
     assert_eq!(read_tensors(&scene.path("restored")), read_tensors(&scene.path("dense")));
     let config = |folder: &str| common::read_json(&scene.path(folder).join("config.json"));
@@ -172,6 +179,24 @@ fn every_method_converts() {
 }
 
 #[test]
+fn every_layer_can_have_a_rank_of_its_own() {
+    let scene = Scene::new();
+    scene.convert("moe", "--compensation linear --rank 3,5");
+    let inspected = scene.json("inspect moe --json");
+    let layers = inspected["moefy"]["layers"].as_array().unwrap();
+    let ranks: Vec<&Value> = layers.iter().map(|layer| &layer["compensation"]["rank"]).collect();
+    assert_eq!(ranks, [3, 5]);
+    let arguments = CONVERT.replacen("OUT", "out", 1) + " --calibration text";
+    for (options, words) in [
+        ("--compensation linear --rank 3,5,7", ["ranks", "2 layers"]),
+        ("--compensation linear --rank 3,0", ["ranks", "at least 1"]),
+        ("--rank 3,5", ["ranks", "linear"]),
+    ] {
+        scene.refuses(&format!("{arguments} {options}"), &words);
+    }
+}
+
+#[test]
 fn pictures_and_words() {
     let scene = Scene::new();
     let arguments = CONVERT.replacen("OUT", "layered", 1) + " --calibration text --explain";
@@ -211,7 +236,7 @@ fn compensation_and_refinement_come_closer_to_the_dense_model() {
     let scene = Scene::new();
     let error_of = |out: &str, options: &str| {
         scene.convert(out, options);
-        let report = scene.json(&format!("eval {out} --text text --json"));
+        let report = scene.json(&format!("eval {out} --reference dense --text text --json"));
         report["hidden_error"].as_f64().unwrap()
     };
     let plain = error_of("plain", "--threshold-scope layer");
@@ -220,6 +245,9 @@ fn compensation_and_refinement_come_closer_to_the_dense_model() {
     assert!(compensated < 0.9 * plain, "{compensated} is not below {plain}");
     let refined = error_of("refined", &format!("{linear} --refine 150000"));
     assert!(refined < 0.95 * compensated, "{refined} is not below {compensated}");
+    scene.refuses("eval refined --text text", &["refined", "reference"]);
+    let budget = "retune refined out --max-error 1 --calibration text";
+    scene.refuses(budget, &["refined", "reference"]);
     scene.refuses("restore refined dense-again", &["refined", "was converted from"]);
     let arguments = CONVERT.replacen("OUT", "mean", 1) + " --calibration text --refine 9";
     scene.refuses(&format!("{arguments} --compensation mean"), &["refine", "mean"]);
@@ -286,6 +314,8 @@ fn bad_input_is_one_sentence_and_leaves_nothing() {
     scene.refuses("retune dense out --rel-threshold 0.5", &["dense"]);
     scene.convert("moe", "");
     scene.refuses("retune moe out --rel-threshold 1.5", &["rel_threshold", "1.5"]);
+    let impossible = "retune moe out --max-error -1 --calibration text";
+    scene.refuses(&impossible.replace(" -1", "=-1"), &["max_error", "at least 0."]);
     scene.refuses("convert moe out --experts 8 --density 0.4 --calibration text", &["converted"]);
     scene.refuses("restore moe dense", &["dense", "exists"]);
 }

@@ -110,6 +110,7 @@ fn what_cannot_work_is_refused_in_one_sentence() {
         (&inputs[..], ConvertOptions { num_experts: 0, ..good.clone() }, "num_experts must be"),
         (&inputs, ConvertOptions { num_experts: 5, ..good.clone() }, "num_experts must be"),
         (&inputs, ConvertOptions { shared: 12, ..good.clone() }, "shared must be less than"),
+        (&inputs, ConvertOptions { ranks: vec![4], ..good.clone() }, "ranks must be none where"),
         (
             &inputs,
             ConvertOptions { density: 0.0, ..good.clone() },

@@ -8,11 +8,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{LAYERS, POSITIONS, TinyBert, VOCAB};
 use moefy::convert::{
-    CalibrationText, ConvertOptions, Progress, RouterMethod, ThresholdScope, convert_model,
+    CalibrationText, ConvertOptions, ErrorBudget, Progress, RouterMethod, ThresholdScope,
+    ThresholdTarget, convert_model, density_for_error, retune_model,
 };
 use moefy::cpu::Cpu;
+use moefy::eval::{FfnCost, Variant, evaluate};
 use moefy::ffn::{ExpertMask, SelectionRule};
-use moefy::model::{Conversion, Encoder, Ffn, FfnRun, Folder, Output, embed, write_moefied};
+use moefy::model::{
+    Conversion, Encoder, Ffn, FfnRun, Folder, Output, embed, retune, write_moefied,
+};
 use moefy::{DType, Error, Result};
 use support::{Random, on_threads};
 
@@ -94,6 +98,52 @@ fn the_converted_model_executes_the_density_that_it_was_given() {
         assert_eq!(threshold(0) == threshold(1), scope == ThresholdScope::Global);
         assert!(matches!(threshold(0), SelectionRule::DynamicK { .. }));
     }
+}
+
+#[test]
+fn an_error_budget_gets_the_smallest_density_that_keeps_within_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, path) = (dir.path().join("dense"), dir.path().join("moe"));
+    TinyBert::new(0, DType::F32).write(&source);
+    let source = Folder::open(&source).unwrap();
+    let sequences = sequences(60);
+    let never = AtomicBool::new(false);
+    let conversion =
+        convert(&source, &sequences, &options(ThresholdScope::Layer), &(), &never).unwrap();
+    let output = Output { path: &path, overwrite: false, interrupted: &never };
+    write_moefied(&source, &conversion, output).unwrap();
+    let folder = Folder::open(&path).unwrap();
+    let [encoder, dense] = [&folder, &source].map(|folder| Encoder::load(Cpu, folder).unwrap());
+    let text = CalibrationText { name: "text.txt", sequences: &sequences };
+    let density_for = |max_error, scope, reference| {
+        let budget = ErrorBudget { max_error, scope, reference };
+        density_for_error(&encoder, &folder, text, budget, &(), &never)
+    };
+    let error_at = |density, scope| {
+        let target = ThresholdTarget::Density { density, scope };
+        let moefy = retune_model(&encoder, &folder, Some(text), target, &(), &never).unwrap();
+        let path = dir.path().join("retuned");
+        retune(&folder, &moefy, Output { path: &path, overwrite: true, interrupted: &never })
+            .unwrap();
+        let retuned = Encoder::load(Cpu, &Folder::open(&path).unwrap()).unwrap();
+        let costs: Vec<_> =
+            (0..LAYERS).map(|layer| FfnCost::from(&folder.ffn(layer).unwrap())).collect();
+        let variant = |encoder| Variant { encoder, run: FfnRun::Stored, costs: &costs };
+        let outcomes = evaluate(&variant(&dense), &[variant(&retuned)], &sequences, |_| ());
+        outcomes.unwrap()[1].hidden_error
+    };
+    for scope in ThresholdScope::ALL {
+        let max_error = 0.6 * error_at(0.3, scope);
+        let density = density_for(max_error, scope, None).unwrap();
+        assert_eq!(density_for(max_error, scope, Some(&dense)).unwrap(), density);
+        assert!((0.3..1.0).contains(&density), "{density}");
+        assert!(error_at(density, scope) <= max_error);
+        assert!(error_at(density - 0.005, scope) > max_error, "{density} is not the smallest");
+    }
+    let least = density_for(1e9, ThresholdScope::Layer, None).unwrap();
+    assert_eq!(least, 1.0 / 8.0);
+    let refusal = density_for(-1.0, ThresholdScope::Layer, None).unwrap_err().to_string();
+    assert!(refusal.contains("max_error must be at least 0.0"), "{refusal}");
 }
 
 #[test]

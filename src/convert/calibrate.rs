@@ -1,4 +1,4 @@
-//! The parameters of selection rules that reaches a density.
+//! The parameter of a selection rule that reaches a density.
 
 use crate::ffn::Selection;
 

@@ -7,6 +7,7 @@
 mod adam;
 pub mod calibrate;
 mod compensation;
+mod error_budget;
 mod expert_norms;
 mod hidden;
 mod model;
@@ -24,6 +25,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 pub use compensation::CompensationMethod;
+pub use error_budget::{ErrorBudget, NEEDS_REFERENCE, density_for_error};
 pub use model::{CalibrationText, Progress, convert_model};
 pub use options::{ConvertOptions, RouterMethod, SelectionMethod, SharedBy, ThresholdScope};
 pub use partition::PartitionMethod;
@@ -62,16 +64,23 @@ pub fn convert_ffn(
     inputs: &[f32],
     options: &ConvertOptions,
 ) -> Result<(MoeFfn, LayerReport)> {
+    let method = options.compensations(1)?[0];
     let (moe, router_training) = make_experts(ffn, inputs, options, 0, &mut |_, _| Ok(()))?;
-    let mut targets = vec![0.0; inputs.len()];
-    cpu::DenseFfn::new(ffn).run(inputs, &mut targets, &mut cpu::Workspace::default())?;
-    let weights = vec![1.0; inputs.len() / ffn.d_model()];
-    // What is behind the FFN isn't known: every error costs the same.
-    let d_model = ffn.d_model();
-    let metric: Vec<f64> =
-        (0..d_model * d_model).map(|i| f64::from(u8::from(i % (d_model + 1) == 0))).collect();
-    let sample = Sample { inputs, targets: &targets, weights: &weights, metric: &metric };
-    let moe = compensated(moe, options.compensation, &sample)?;
+    let moe = match method {
+        CompensationMethod::None => moe,
+        method => {
+            let d_model = ffn.d_model();
+            let mut targets = vec![0.0; inputs.len()];
+            cpu::DenseFfn::new(ffn).run(inputs, &mut targets, &mut cpu::Workspace::default())?;
+            // What is behind the FFN isn't known: every error costs the same.
+            let weights = vec![1.0; inputs.len() / d_model];
+            let metric: Vec<f64> = (0..d_model * d_model)
+                .map(|i| f64::from(u8::from(i % (d_model + 1) == 0)))
+                .collect();
+            let sample = Sample { inputs, targets: &targets, weights: &weights, metric: &metric };
+            compensated(moe, method, &sample)?
+        }
+    };
 
     let num_tokens = STATISTICS_TOKENS.min(inputs.len() / ffn.d_model());
     let first = &inputs[..num_tokens * ffn.d_model()];

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::compensation::{Goal, Sample, compensated};
 use super::stream::{Stream, spread};
 use super::thresholds::{ThresholdTarget, set_thresholds};
-use super::{ConvertOptions, STATISTICS_TOKENS, ThresholdScope, make_experts};
+use super::{CompensationMethod, ConvertOptions, STATISTICS_TOKENS, ThresholdScope, make_experts};
 use crate::error::{Error, Result};
 use crate::ffn::DenseFfn;
 use crate::model::format::Calibration;
@@ -54,8 +54,8 @@ impl Watch<'_> {
 /// behind the FFN makes of them. Statistics, and a threshold that all layers share, come from about [`STATISTICS_TOKENS`]
 /// tokens.
 ///
-/// In memory are the hidden states of the calibration tokens twice, dense and converted, one layer's
-/// FFN inputs and targets, and one layer's FFN. `interrupted` may be raised to stop with
+/// In memory are the hidden states of the calibration tokens, one layer's FFN inputs, and one layer's FFN;
+/// with a compensation also the dense model's hidden states, and one layer's targets. `interrupted` may be raised to stop with
 /// [`Error::Interrupted`].
 ///
 /// # Errors
@@ -71,12 +71,14 @@ pub fn convert_model<B: Backend>(
 ) -> Result<Conversion> {
     let watch = Watch { progress, interrupted };
     options.check(&dense_ffn(folder, 0)?)?;
+    let compensations = options.compensations(encoder.num_layers())?;
     let sequences = spread(text.sequences, options.calibration_tokens);
-    let mut dense = Stream::start(&encoder, &sequences)?;
+    let compensates = compensations.iter().any(|&method| method != CompensationMethod::None);
+    let mut dense = compensates.then(|| Stream::start(&encoder, &sequences)).transpose()?;
     let mut converted = Stream::start(&encoder, &sequences)?;
     let num_layers = encoder.num_layers();
     let mut layers = Vec::with_capacity(num_layers);
-    for layer in 0..num_layers {
+    for (layer, method) in compensations.into_iter().enumerate() {
         let step = |part: &str, done, total| {
             watch.step(&format!("layer {} of {num_layers}: {part}", layer + 1), done, total)
         };
@@ -88,16 +90,21 @@ pub fn convert_model<B: Backend>(
                 step("router", done, total)
             })?;
         let run = |done, total| step("FFN", done, total);
-        let dense_inputs = dense.attention(&encoder, layer, &attention)?;
-        dense.ffn(&encoder, layer, FfnRun::Dense, &run)?;
-        let norm_weight = encoder.ffn_norm_weight(layer)?;
-        let goal = Goal::new(&ffn, &dense_inputs, &dense.to_host(&encoder)?, &norm_weight)?;
-        drop(dense_inputs);
-        let targets = goal.targets(&inputs);
-        let (weights, metric) = (&goal.weights, &goal.metric);
-        let sample = Sample { inputs: &inputs, targets: &targets, weights, metric };
-        let moe = compensated(moe, options.compensation, &sample)?;
-        drop((inputs, targets, goal));
+        let moe = match &mut dense {
+            None => moe,
+            Some(dense) => {
+                let dense_inputs = dense.attention(&encoder, layer, &attention)?;
+                dense.ffn(&encoder, layer, FfnRun::Dense, &run)?;
+                let norm_weight = encoder.ffn_norm_weight(layer)?;
+                let goal = Goal::new(&ffn, &dense_inputs, &dense.to_host(&encoder)?, &norm_weight)?;
+                drop(dense_inputs);
+                let targets = goal.targets(&inputs);
+                let (weights, metric) = (&goal.weights, &goal.metric);
+                let sample = Sample { inputs: &inputs, targets: &targets, weights, metric };
+                compensated(moe, method, &sample)?
+            }
+        };
+        drop(inputs);
 
         layers.push(ConvertedLayer { router_training, ..ConvertedLayer::new(layer, &moe) });
         encoder.replace_ffn(layer, &Ffn::Moe(moe))?;

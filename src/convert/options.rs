@@ -141,6 +141,9 @@ pub struct ConvertOptions {
     pub rel_threshold_scope: ThresholdScope,
     /// What stands in for skipped experts.
     pub compensation: CompensationMethod,
+    /// Ranks of linear compensations, one for each layer of a model, instead of the method's own; empty: all
+    /// have that.
+    pub ranks: Vec<usize>,
     /// About how many tokens of a calibration text to train on; a shorter text is used as a whole.
     pub calibration_tokens: usize,
     /// About how many tokens [`refine_model`](super::refine_model) trains on.
@@ -164,6 +167,7 @@ impl Default for ConvertOptions {
             density: 0.27,
             rel_threshold_scope: ThresholdScope::default(),
             compensation: CompensationMethod::None,
+            ranks: Vec::new(),
             calibration_tokens: 120_000,
             refine_tokens: 0,
             seed: 0,
@@ -200,6 +204,29 @@ impl ConvertOptions {
             check_refinable(ffn.is_glu(), is_mean)?;
         }
         Ok(())
+    }
+
+    /// The compensation of each layer of a model.
+    ///
+    /// # Errors
+    /// When there are ranks, but not one for each layer, or one is 0, or the compensation has none.
+    pub(super) fn compensations(&self, num_layers: usize) -> Result<Vec<CompensationMethod>> {
+        if self.ranks.is_empty() {
+            return Ok(vec![self.compensation; num_layers]);
+        }
+        let refuse =
+            |expected: String, got: String| Err(Error::argument("convert", "ranks", expected, got));
+        if !matches!(self.compensation, CompensationMethod::Linear { .. }) {
+            let name = self.compensation.name();
+            return refuse("none where the compensation is not `linear`".into(), name.into());
+        }
+        if self.ranks.len() != num_layers || self.ranks.contains(&0) {
+            return refuse(
+                format!("one of at least 1 for each of the {num_layers} layers"),
+                format!("{:?}", self.ranks),
+            );
+        }
+        Ok(self.ranks.iter().map(|&rank| CompensationMethod::Linear { rank }).collect())
     }
 
     /// What a converted model says about how it came about.

@@ -47,15 +47,7 @@ pub fn retune_model<B: Backend>(
     progress: &dyn Progress,
     interrupted: &AtomicBool,
 ) -> Result<MoefyConfig> {
-    let Some(moefy) = folder.moefy() else {
-        return Err(Error::file(folder.path(), "is not a converted model"));
-    };
-    let mut layers = Vec::new();
-    for record in &moefy.layers {
-        if let Ffn::Moe(ffn) = folder.ffn(record.layer)? {
-            layers.push(ConvertedLayer::new(record.layer, &ffn));
-        }
-    }
+    let (mut moefy, mut layers) = converted_layers(folder)?;
     let mut calibration = None;
     match (text, target) {
         (Some(text), _) => {
@@ -77,7 +69,6 @@ pub fn retune_model<B: Backend>(
         }
     }
 
-    let mut moefy = moefy.clone();
     for (record, layer) in moefy.layers.iter_mut().zip(layers) {
         record.selection = layer.selection;
         record.statistics = layer.statistics;
@@ -91,15 +82,29 @@ pub fn retune_model<B: Backend>(
     Ok(moefy)
 }
 
+/// What a converted folder says about itself, and its layers.
+pub(super) fn converted_layers(folder: &Folder) -> Result<(MoefyConfig, Vec<ConvertedLayer>)> {
+    let Some(moefy) = folder.moefy() else {
+        return Err(Error::file(folder.path(), "is not a converted model"));
+    };
+    let mut layers = Vec::new();
+    for record in &moefy.layers {
+        if let Ffn::Moe(ffn) = folder.ffn(record.layer)? {
+            layers.push(ConvertedLayer::new(record.layer, &ffn));
+        }
+    }
+    Ok((moefy.clone(), layers))
+}
+
 /// Gives every layer its selection and statistics, on a sample of a text; without a target selections
-/// stay as they are.
+/// stay as they are. Returns the sample's final hidden states \[T, d_model\].
 pub(super) fn set_thresholds<B: Backend>(
     encoder: &Encoder<B>,
     sample: &[&[u32]],
     target: Option<ThresholdTarget>,
     watch: &Watch<'_>,
     layers: &mut [ConvertedLayer],
-) -> Result<()> {
+) -> Result<Vec<f32>> {
     watch.step("threshold", 0, MAX_ROUNDS)?;
     let routed = match target {
         None => Routed::run(encoder, sample, layers, |layer, _| layer.selection.rule)?,
@@ -130,7 +135,7 @@ pub(super) fn set_thresholds<B: Backend>(
         layer.selection = selection;
         layer.statistics = Some(routing_statistics(&layer.partition, &mask));
     }
-    Ok(())
+    Ok(routed.hidden)
 }
 
 /// Searches for one τ. The scores of one round tell the τ of the next: what earlier layers skip
@@ -170,6 +175,8 @@ struct Routed {
     layers: Vec<(Selection, ExpertMask)>,
     /// Of all MoEfied layers, one after another, \[layers · T, E\].
     scores: Vec<f32>,
+    /// The final hidden states \[T, d_model\].
+    hidden: Vec<f32>,
 }
 
 impl Routed {
@@ -180,7 +187,7 @@ impl Routed {
         layers: &[ConvertedLayer],
         rule: impl Fn(&ConvertedLayer, &[f32]) -> SelectionRule,
     ) -> Result<Self> {
-        let mut routed = Self { layers: Vec::new(), scores: Vec::new() };
+        let mut routed = Self { layers: Vec::new(), scores: Vec::new(), hidden: Vec::new() };
         let mut stream = Stream::start(encoder, sample)?;
         for index in 0..encoder.num_layers() {
             let inputs = stream.attention(encoder, index, &|_, _| Ok(()))?;
@@ -197,6 +204,7 @@ impl Routed {
             routed.layers.push((selection, mask));
             routed.scores.extend(scores);
         }
+        routed.hidden = stream.to_host(encoder)?;
         Ok(routed)
     }
 

@@ -241,7 +241,7 @@ impl<'a, B: Backend> Run<'a, B> {
 }
 
 /// Σ over tokens of ‖h − h₀‖/‖h₀‖.
-fn relative_errors(states: &[f32], reference: &[f32], d_model: usize) -> f64 {
+pub(crate) fn relative_errors(states: &[f32], reference: &[f32], d_model: usize) -> f64 {
     let rows = states.chunks_exact(d_model).zip(reference.chunks_exact(d_model));
     rows.map(|(h, h0)| {
         let square = |v: f64| v * v;

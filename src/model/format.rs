@@ -30,9 +30,9 @@ pub struct MoefyConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Method {
-    /// How neurons became experts: "random", "kmeans".
+    /// How neurons became experts: "kmeans", "joint", "graph", "random".
     pub partition: String,
-    /// How the router was made: "d2dmoe".
+    /// How the router was made: "d2dmoe", "moefication", "centroid".
     pub router: String,
     /// E.
     pub num_experts: usize,
@@ -164,6 +164,11 @@ pub struct RouterTraining {
 }
 
 impl MoefyConfig {
+    /// Whether neurons were trained further, so that the dense model is not in the folder any more.
+    pub fn is_refined(&self) -> bool {
+        self.layers.iter().any(|layer| layer.refined)
+    }
+
     /// Reads the `moefy` object of a `config.json`, if there is one; `file` is for errors.
     ///
     /// # Errors

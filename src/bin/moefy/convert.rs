@@ -51,9 +51,9 @@ pub struct Convert {
     /// What stands in for skipped experts
     #[arg(long, value_enum, default_value_t)]
     compensation: Compensation,
-    /// Rank of a linear compensation
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    rank: usize,
+    /// Rank of a linear compensation; or ranks, one for each layer
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "32")]
+    rank: Vec<usize>,
     /// Text to train and calibrate on, one text per line
     #[arg(long, value_name = "TEXT")]
     calibration: PathBuf,
@@ -211,8 +211,9 @@ impl Convert {
             compensation: match self.compensation {
                 Compensation::None => CompensationMethod::None,
                 Compensation::Mean => CompensationMethod::Mean,
-                Compensation::Linear => CompensationMethod::Linear { rank: self.rank },
+                Compensation::Linear => CompensationMethod::Linear { rank: self.rank[0] },
             },
+            ranks: if self.rank.len() > 1 { self.rank.clone() } else { Vec::new() },
             calibration_tokens: self.calibration_tokens,
             refine_tokens: self.refine,
             seed: self.seed,

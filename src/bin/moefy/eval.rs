@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use moefy::convert::Progress;
+use moefy::convert::{NEEDS_REFERENCE, Progress};
 use moefy::cpu::Cpu;
 use moefy::eval::{
     FfnCost, FlopsSaved, LayerOutcome, Outcome, Variant, cosines, evaluate, spearman,
 };
 use moefy::ffn::{Selection, SelectionRule};
+use moefy::model::format::MoefyConfig;
 use moefy::model::{Backend, Encoder, FfnRun, Folder, Tokenizer};
 use moefy::{Error, Result};
 use serde::Serialize;
@@ -28,7 +29,7 @@ pub struct Eval {
     /// Model folders, converted or not
     #[arg(required = true, value_name = "MODEL")]
     models: Vec<PathBuf>,
-    /// The dense original [default: the dense FFNs that each MODEL holds]
+    /// The dense original [default: the dense FFNs that each MODEL holds, unless it was refined]
     #[arg(long, value_name = "DENSE")]
     reference: Option<PathBuf>,
     /// Text to compare hidden states and speed on, one text per line
@@ -136,6 +137,9 @@ impl Eval {
         common: &Common,
     ) -> Result<Report> {
         let folder = Folder::open(model)?;
+        if self.reference.is_none() && folder.moefy().is_some_and(MoefyConfig::is_refined) {
+            return Err(Error::file(folder.path(), NEEDS_REFERENCE));
+        }
         let load = |folder: &Folder| Encoder::load(backend.clone(), folder);
         let encoder = load(&folder)?;
         let reference = self.reference.as_deref().map(Folder::open).transpose()?;

@@ -42,7 +42,7 @@ fn of_model(moefy: &MoefyConfig, d_ff: usize) -> String {
     }
     text += ".";
     if method.shared > 0 {
-        text += &format!(" {} neurons, which add most, run for every token.", method.shared);
+        text += &format!(" {} neurons run for every token.", method.shared);
     }
     text
 }

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use moefy::Result;
-use moefy::convert::{CalibrationText, ThresholdTarget, retune_model};
+use moefy::convert::{
+    CalibrationText, ErrorBudget, ThresholdTarget, density_for_error, retune_model,
+};
 use moefy::cpu::Cpu;
 use moefy::model::{Encoder, Folder, Output, retune};
 
@@ -13,17 +15,26 @@ use crate::text::{file_name_of, tokenise_calibration};
 use crate::{Common, inspect};
 
 #[derive(clap::Args)]
+#[command(group = clap::ArgGroup::new("target").required(true))]
 pub struct Retune {
     /// A converted model folder
     model: PathBuf,
     /// Where the retuned model goes; may be MODEL itself with --overwrite
     out: PathBuf,
     /// The threshold of every layer, between 0 (every expert runs) and 1
-    #[arg(long, value_name = "T", required_unless_present = "density", conflicts_with = "density")]
+    #[arg(long, value_name = "T", group = "target")]
     rel_threshold: Option<f32>,
     /// Share of the FFN neurons that a token should run on average
-    #[arg(long, value_name = "SHARE", requires = "calibration")]
+    #[arg(long, value_name = "SHARE", group = "target", requires = "calibration")]
     density: Option<f64>,
+    /// The largest hidden error on the calibration text, which should be new to the model: the smallest
+    /// density that keeps within it is found
+    #[arg(long, value_name = "E", group = "target", requires = "calibration")]
+    max_error: Option<f64>,
+    /// The dense original to measure that error against [default: the dense FFNs that MODEL
+    /// holds, unless it was refined]
+    #[arg(long, value_name = "DENSE", requires = "max_error")]
+    reference: Option<PathBuf>,
     /// What shares one threshold
     #[arg(long, value_enum, default_value_t)]
     threshold_scope: Scope,
@@ -41,13 +52,6 @@ impl Retune {
         let output =
             Output { path: &self.out, overwrite: self.overwrite, interrupted: interrupted() };
         output.check(folder.path())?;
-        let target = match (self.rel_threshold, self.density) {
-            (Some(rel_threshold), _) => ThresholdTarget::RelThreshold(rel_threshold),
-            (None, density) => ThresholdTarget::Density {
-                density: density.expect("clap asks for one of the two"),
-                scope: self.threshold_scope.into(),
-            },
-        };
         let file = self.calibration.as_deref();
         let sequences = file.map(|file| tokenise_calibration(&folder, file)).transpose()?;
         let name = file.map(file_name_of);
@@ -56,6 +60,23 @@ impl Retune {
 
         let bar = Bar::new(common.quiet);
         let encoder = Encoder::load(Cpu, &folder)?;
+        let scope = self.threshold_scope.into();
+        let density = match (self.max_error, text) {
+            (Some(max_error), Some(text)) => {
+                let reference = self.reference.as_deref().map(Folder::open).transpose()?;
+                let reference = reference.map(|folder| Encoder::load(Cpu, &folder)).transpose()?;
+                let budget = ErrorBudget { max_error, scope, reference: reference.as_ref() };
+                Some(density_for_error(&encoder, &folder, text, budget, &bar, interrupted())?)
+            }
+            _ => self.density,
+        };
+        let target = match (self.rel_threshold, density) {
+            (Some(rel_threshold), _) => ThresholdTarget::RelThreshold(rel_threshold),
+            (None, density) => ThresholdTarget::Density {
+                density: density.expect("clap asks for one of the three"),
+                scope,
+            },
+        };
         let moefy = retune_model(&encoder, &folder, text, target, &bar, interrupted())?;
         drop(bar);
         retune(&folder, &moefy, output)?;

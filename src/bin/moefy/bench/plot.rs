@@ -41,19 +41,12 @@ pub struct Plot {
 
 impl Plot {
     pub fn run(&self) -> Result<()> {
-        let file = self.rows.clone();
-        let text = std::fs::read_to_string(&file).map_err(|source| Error::Io {
-            doing: "read",
-            file: file.clone(),
-            source,
-        })?;
-        let mut rows =
-            read(&text).map_err(|problem| Error::File { file: file.clone(), problem })?;
+        let text = std::fs::read_to_string(&self.rows).map_err(Error::io("read", &self.rows))?;
+        let mut rows = read(&text).map_err(|problem| Error::file(&self.rows, problem))?;
         rows.retain(|row| self.wants(row));
         if rows.is_empty() {
-            let problem =
-                "no row has these tokens, path, routing, type, router and fallback".into();
-            return Err(Error::File { file, problem });
+            let problem = "no row has these tokens, path, routing, type, router and fallback";
+            return Err(Error::file(&self.rows, problem));
         }
         chart::write(&self.svg, &svg(&rows))
     }
