@@ -2,6 +2,7 @@
 
 #include <stddef.h>
 
+#include "dependency.cuh"
 #include "moefy_abi.h"
 
 #define LAYOUT(type, last_field) sizeof(type), offsetof(type, last_field)
@@ -30,6 +31,7 @@ extern "C" __global__ void moefy_abi_probe(const __grid_constant__ moefy_abi_pro
       LAYOUT(moefy_statistics_params, num_experts),
       LAYOUT(moefy_read_bandwidth_params, data_bytes),
   };
+  moefy::begin();
   constexpr uint64_t kWords = sizeof(kLayout) / sizeof(kLayout[0]);
 #pragma unroll
   for (uint64_t i = 0; i < kWords; ++i) {

@@ -1,7 +1,8 @@
 // The op `attention`: softmax(Q K^T / sqrt(d_head)) V for every head of packed sequences, online over tiles of keys.
 //
-// f16 and bf16: a block takes 64 queries of one head, a warp 16 of them, on tensor cores; two tiles of keys and values lie
-// in shared memory, one of which is under way. f32: a warp takes a query at a time, a lane one key of a tile.
+// f16 and bf16: on tensor cores. A warp takes 32 queries of one head, or 16 of a wide one, a block four times as many; two
+// tiles of keys and values lie in shared memory, one of which is under way. f32: a warp takes a query at a time, a lane one
+// key of a tile.
 #include "dependency.cuh"
 #include "experts.cuh"
 #include "mma.cuh"
@@ -43,7 +44,18 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float a, float b) {
 
 // ---- f16, bf16 ----
 
-constexpr uint32_t kQueries = 64, kKeys = 64;
+constexpr uint32_t kKeys = 64;
+/// Fragments of 16 queries of a warp: each reads every key and value, and registers hold no more.
+template <int kHead>
+constexpr int kDown = kHead <= 64 ? 2 : 1;
+template <int kHead>
+constexpr uint32_t kQueries = kWarps * 16 * kDown<kHead>;
+
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 template <class T, int kHead>
 struct Tiles {
@@ -51,9 +63,11 @@ struct Tiles {
   static constexpr uint32_t kBytes = kKeys * kRow;
 
   /// Copies rows of one matrix; rows beyond the sequence become zeros.
+  template <uint32_t kRows>
   __device__ static void load(uint32_t to, const T* from, uint64_t stride, uint32_t first, uint32_t length) {
     constexpr uint32_t kChunks = kHead / 8;
-    for (uint32_t i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
       const uint32_t row = i / kChunks, chunk = i % kChunks;
       const bool valid = first + row < length;
       copy_async(to + row * kRow + chunk * 16, from + (valid ? first + row : 0) * stride + chunk * 8, valid);
@@ -64,29 +78,33 @@ struct Tiles {
 template <class T, int kHead>
 __device__ __forceinline__ void attention(const moefy_attention_params& p) {
   using Tile = Tiles<T, kHead>;
-  constexpr int kSteps = kHead / 16;
+  constexpr int kM = kDown<kHead>, kSteps = kHead / 16, kAcross = kKeys / 8;
   extern __shared__ __align__(128) unsigned char memory[];
-  const uint32_t queries = shared_address(memory), keys = queries + Tile::kBytes, values = keys + 2 * Tile::kBytes;
-  launch_dependents();
-  wait_for_dependencies();
-  const Place place(p, kQueries);
+  const uint32_t queries = shared_address(memory), keys = queries + kQueries<kHead> * Tile::kRow;
+  const uint32_t values = keys + 2 * Tile::kBytes;
+  begin();
+  const Place place(p, kQueries<kHead>);
   if (place.query0 >= place.length) return;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const uint32_t kv_head = place.head / (p.num_heads / p.num_kv_heads);
   const T* q = static_cast<const T*>(p.q) + place.begin * p.stride + place.head * kHead;
   const T* k = static_cast<const T*>(p.k) + place.begin * p.stride + kv_head * kHead;
   const T* v = static_cast<const T*>(p.v) + place.begin * p.stride + kv_head * kHead;
-  const uint32_t end = p.is_causal ? min(place.length, place.query0 + kQueries) : place.length;
+  const uint32_t end = p.is_causal ? min(place.length, place.query0 + kQueries<kHead>) : place.length;
   const uint32_t num_tiles = ceil_div(end, kKeys);
+  const uint32_t own_query0 = place.query0 + warp * 16 * kM;
+  const uint32_t own_end = p.is_causal ? min(place.length, own_query0 + 16 * kM) : place.length;
 
-  Tile::load(queries, q, p.stride, place.query0, place.length);
-  Tile::load(keys, k, p.stride, 0, place.length);
-  Tile::load(values, v, p.stride, 0, place.length);
+  Tile::template load<kQueries<kHead>>(queries, q, p.stride, place.query0, place.length);
+  Tile::template load<kKeys>(keys, k, p.stride, 0, place.length);
+  Tile::template load<kKeys>(values, v, p.stride, 0, place.length);
   copy_async_commit();
 
-  uint32_t a[kSteps][4];
-  float out[kHead / 8][4] = {};
-  float largest[2] = {-INFINITY, -INFINITY}, sums[2] = {};
+  uint32_t a[kM][kSteps][4];
+  float out[kM][kHead / 8][4] = {};
+  float largest[kM][2], sums[kM][2] = {};
+#pragma unroll
+  for (int m = 0; m < kM; ++m) largest[m][0] = largest[m][1] = -INFINITY;
   const float scale = p.scale * 1.4426950408889634f;  // exp2 instead of exp
   // Rows of a matrix of 8 x 8 that this lane gives the address of.
   const uint32_t in_matrix = lane % 8, matrix = lane / 8;
@@ -94,101 +112,125 @@ __device__ __forceinline__ void attention(const moefy_attention_params& p) {
   for (uint32_t tile = 0; tile < num_tiles; ++tile) {
     if (tile + 1 < num_tiles) {
       const uint32_t at = (tile + 1) % 2 * Tile::kBytes;
-      Tile::load(keys + at, k, p.stride, (tile + 1) * kKeys, place.length);
-      Tile::load(values + at, v, p.stride, (tile + 1) * kKeys, place.length);
+      Tile::template load<kKeys>(keys + at, k, p.stride, (tile + 1) * kKeys, place.length);
+      Tile::template load<kKeys>(values + at, v, p.stride, (tile + 1) * kKeys, place.length);
     }
     copy_async_commit();
     copy_async_wait<1>();
     __syncthreads();
     if (tile == 0) {
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const uint32_t row = warp * 16 + matrix % 2 * 8 + in_matrix, column = step * 16 + matrix / 2 * 8;
-        load_matrices(a[step], queries + row * Tile::kRow + column * 2);
-      }
-    }
-    const uint32_t keys_at = keys + tile % 2 * Tile::kBytes, values_at = values + tile % 2 * Tile::kBytes;
-    float scores[kKeys / 8][4];
+      for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int n = 0; n < int(kKeys / 8); n += 2) {
-      float c[2][4] = {};
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t b[4];
-        const uint32_t row = n * 8 + matrix / 2 * 8 + in_matrix, column = step * 16 + matrix % 2 * 8;
-        load_matrices(b, keys_at + row * Tile::kRow + column * 2);
-        mma(c[0], a[step], b[0], b[1], T());
-        mma(c[1], a[step], b[2], b[3], T());
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scores[n][i] = c[0][i];
-        scores[n + 1][i] = c[1][i];
-      }
-    }
-    // What a query must not see.
-    float tile_largest[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-    for (int n = 0; n < int(kKeys / 8); ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t key = tile * kKeys + n * 8 + 2 * t + i % 2;
-        const uint32_t query = place.query0 + warp * 16 + g + i / 2 * 8;
-        const bool sees = key < place.length && (!p.is_causal || key <= query);
-        scores[n][i] = sees ? scores[n][i] * scale : -INFINITY;
-        tile_largest[i / 2] = fmaxf(tile_largest[i / 2], scores[n][i]);
-      }
-    }
-    float kept[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float m = tile_largest[half];
-      m = fmaxf(m, __shfl_xor_sync(kAll, m, 1));
-      m = fmaxf(largest[half], fmaxf(m, __shfl_xor_sync(kAll, m, 2)));
-      // The first tile has key 0, which every query sees, so m is a number.
-      kept[half] = exp2f(largest[half] - m);
-      largest[half] = m;
-      sums[half] *= kept[half];
-    }
-#pragma unroll
-    for (int d = 0; d < kHead / 8; ++d) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[d][i] *= kept[i / 2];
-    }
-#pragma unroll
-    for (int n = 0; n < int(kKeys / 8); n += 2) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          scores[n + j][i] = exp2f(scores[n + j][i] - largest[i / 2]);
-          sums[i / 2] += scores[n + j][i];
+        for (int step = 0; step < kSteps; ++step) {
+          const uint32_t row = (warp * kM + m) * 16 + matrix % 2 * 8 + in_matrix, column = step * 16 + matrix / 2 * 8;
+          load_matrices(a[m][step], queries + row * Tile::kRow + column * 2);
         }
       }
-      const uint32_t weights[4] = {pack<T>(scores[n][0], scores[n][1]), pack<T>(scores[n][2], scores[n][3]),
-                                   pack<T>(scores[n + 1][0], scores[n + 1][1]),
-                                   pack<T>(scores[n + 1][2], scores[n + 1][3])};
+    }
+    if (own_query0 < place.length && tile * kKeys < own_end) {
+      const uint32_t keys_at = keys + tile % 2 * Tile::kBytes, values_at = values + tile % 2 * Tile::kBytes;
+      float scores[kM][kAcross][4] = {};
 #pragma unroll
-      for (int d = 0; d < kHead / 8; d += 2) {
-        uint32_t b[4];
-        const uint32_t row = n * 8 + matrix % 2 * 8 + in_matrix, column = d * 8 + matrix / 2 * 8;
-        load_matrices_transposed(b, values_at + row * Tile::kRow + column * 2);
-        mma(out[d], weights, b[0], b[1], T());
-        mma(out[d + 1], weights, b[2], b[3], T());
+      for (int n = 0; n < kAcross; n += 2) {
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          uint32_t b[4];
+          const uint32_t row = n * 8 + matrix / 2 * 8 + in_matrix, column = step * 16 + matrix % 2 * 8;
+          load_matrices(b, keys_at + row * Tile::kRow + column * 2);
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+            mma(scores[m][n], a[m][step], b[0], b[1], T());
+            mma(scores[m][n + 1], a[m][step], b[2], b[3], T());
+          }
+        }
+      }
+      // What a query must not see.
+      if ((tile + 1) * kKeys > (p.is_causal ? min(own_query0, place.length) : place.length)) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+          for (int n = 0; n < kAcross; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const uint32_t key = tile * kKeys + n * 8 + 2 * t + i % 2;
+              const uint32_t query = own_query0 + m * 16 + g + i / 2 * 8;
+              const bool sees = key < place.length && (!p.is_causal || key <= query);
+              if (!sees) scores[m][n][i] = -INFINITY;
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        float kept[2], offset[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float most = largest[m][half];
+#pragma unroll
+          for (int n = 0; n < kAcross; ++n) {
+            most = fmaxf(most, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+          }
+          most = fmaxf(most, __shfl_xor_sync(kAll, most, 1));
+          most = fmaxf(most, __shfl_xor_sync(kAll, most, 2));
+          // The first tile has key 0, which every query sees, so it is a number.
+          kept[half] = fast_exp2((largest[m][half] - most) * scale);
+          offset[half] = -most * scale;
+          largest[m][half] = most;
+          sums[m][half] *= kept[half];
+        }
+#pragma unroll
+        for (int d = 0; d < kHead / 8; ++d) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) out[m][d][i] *= kept[i / 2];
+        }
+#pragma unroll
+        for (int n = 0; n < kAcross; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            scores[m][n][i] = fast_exp2(fmaf(scores[m][n][i], scale, offset[i / 2]));
+            sums[m][i / 2] += scores[m][n][i];
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kAcross; n += 2) {
+        uint32_t weights[kM][4];
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            weights[m][i] = pack<T>(scores[m][n + i / 2][i % 2 * 2], scores[m][n + i / 2][i % 2 * 2 + 1]);
+          }
+        }
+#pragma unroll
+        for (int d = 0; d < kHead / 8; d += 2) {
+          uint32_t b[4];
+          const uint32_t row = n * 8 + matrix % 2 * 8 + in_matrix, column = d * 8 + matrix / 2 * 8;
+          load_matrices_transposed(b, values_at + row * Tile::kRow + column * 2);
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+            mma(out[m][d], weights[m], b[0], b[1], T());
+            mma(out[m][d + 1], weights[m], b[2], b[3], T());
+          }
+        }
       }
     }
     __syncthreads();  // the next copies write over this tile
   }
 
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float sum = quad_sum(sums[half]);
-    const uint32_t query = place.query0 + warp * 16 + g + half * 8;
-    if (query >= place.length) continue;
-    T* y = static_cast<T*>(p.y) + (static_cast<uint64_t>(place.begin + query) * p.num_heads + place.head) * kHead + 2 * t;
+  for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int d = 0; d < kHead / 8; ++d) {
-      *reinterpret_cast<uint32_t*>(y + d * 8) = pack<T>(out[d][2 * half] / sum, out[d][2 * half + 1] / sum);
+    for (int half = 0; half < 2; ++half) {
+      const float factor = 1.0f / quad_sum(sums[m][half]);
+      const uint32_t query = own_query0 + m * 16 + g + half * 8;
+      if (query >= place.length) continue;
+      T* y = static_cast<T*>(p.y) + (static_cast<uint64_t>(place.begin + query) * p.num_heads + place.head) * kHead + 2 * t;
+#pragma unroll
+      for (int d = 0; d < kHead / 8; ++d) {
+        *reinterpret_cast<uint32_t*>(y + d * 8) = pack<T>(out[m][d][2 * half] * factor, out[m][d][2 * half + 1] * factor);
+      }
     }
   }
 }
@@ -201,8 +243,7 @@ template <int kHead>
 __device__ __forceinline__ void attention_f32(const moefy_attention_params& p) {
   constexpr int kOwn = kHead / 32;  // columns of a lane
   __shared__ float keys[kKeysF32][kHead + 1], values[kKeysF32][kHead], own_queries[kWarps][kHead];
-  launch_dependents();
-  wait_for_dependencies();
+  begin();
   const Place place(p, kQueriesF32);
   if (place.query0 >= place.length) return;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -272,8 +313,8 @@ __device__ __forceinline__ void attention_f32(const moefy_attention_params& p) {
 }  // namespace
 }  // namespace moefy
 
-// Dynamic shared memory of f16 and bf16: one tile of queries, two of keys, two of values, each 64 rows of 2 d_head + 16
-// bytes.
+// Dynamic shared memory of f16 and bf16: rows of 2 d_head + 16 bytes, one for each query of a block, 128 for keys and as
+// many for values.
 #define MOEFY_ATTENTION(d_head)                                                                \
   extern "C" __global__ void __launch_bounds__(moefy::kThreads, 1)                             \
       moefy_attention_f32_##d_head(const __grid_constant__ moefy_attention_params p) {         \

@@ -6,57 +6,83 @@
 namespace moefy {
 namespace {
 
+constexpr uint32_t kThreads = MOEFY_ACTIVATE_THREADS;
+
 /// pre [num_tokens, G * d_ff + rank] -> h [num_tokens, d_ff + rank]. A thread takes kPer neurons, 8 or 1, that lie side
 /// by side; blockIdx.y covers tokens.
-template <class T, int kPer>
+template <class T, int kPer, moefy_activation kActivation>
 __device__ __forceinline__ void activate_hidden(const moefy_activate_params& p) {
-  const moefy_neurons& n = p.neurons;
-  const uint32_t first = (blockIdx.x * blockDim.x + threadIdx.x) * kPer;
+  moefy_neurons n = p.neurons;
+  n.activation = kActivation;  // so that no neuron asks for it
+  const uint32_t first = (blockIdx.x * kThreads + threadIdx.x) * kPer;
   if (first >= num_neurons(n)) return;
   const uint64_t pre_stride = static_cast<uint64_t>(n.glu + 1) * n.d_ff + n.rank;
   const uint32_t low = input_row(n, first);
   const uint32_t high = n.glu ? up_row(n, first) : low;
   NeuronConstants constants[kPer];
   uint32_t experts[kPer];
+  const uint32_t width = max(n.expert_width, 1u);
+  uint32_t expert = first / width, inside = first % width;
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     constants[i] = neuron_constants(n, first + i);
-    experts[i] = first + i < routed_neurons(n) ? (first + i) / n.expert_width : kNoExpert;
+    experts[i] = p.mask != nullptr && expert < n.num_experts ? expert : kNoExpert;
+    if (++inside < width) continue;
+    inside = 0;
+    ++expert;
   }
-  launch_dependents();
-  wait_for_dependencies();
+  const bool is_one_expert = experts[0] == experts[kPer - 1];
+  begin();
   for (uint32_t token = blockIdx.y; token < p.num_tokens; token += gridDim.y) {
     const T* pre = static_cast<const T*>(p.pre) + token * pre_stride;
     T* hidden = static_cast<T*>(p.hidden) + token * static_cast<uint64_t>(num_neurons(n)) + first;
-    float gates[kPer], ups[kPer];
-    if constexpr (kPer == 8) {
-      Eight<T> both[2];
-      both[0].load_fresh(pre + low, 0, 8);
-      both[1].load_fresh(pre + high, 0, 8);
-      both[0].to_floats(gates);
-      both[1].to_floats(ups);
-    } else {
-      gates[0] = to_float(pre[low]);
-      ups[0] = to_float(pre[high]);
-    }
-    alignas(16) T values[kPer];
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      float value = neuron_value<T>(n, first + i, constants[i], gates[i], ups[i]);
-      if (p.mask != nullptr && experts[i] != kNoExpert) {
-        const bool runs = selects(p.mask, n.num_experts, token, experts[i]);
-        value = runs ? value * gate_of(p.gates, n.num_experts, token, experts[i]) : 0.0f;
+    const auto factor_of = [&](uint32_t which) {
+      if (which == kNoExpert) return 1.0f;
+      return selects(p.mask, n.num_experts, token, which) ? gate_of(p.gates, n.num_experts, token, which) : 0.0f;
+    };
+    const float factor = factor_of(experts[0]);
+    float gates[kPer], ups[kPer], values[kPer] = {};
+    if (!is_one_expert || factor != 0.0f) {
+      if constexpr (kPer == 8) {
+        Eight<T> loaded;
+        loaded.load_fresh(pre + low, 0, 8);
+        loaded.to_floats(gates);
+        if (n.glu) {
+          loaded.load_fresh(pre + high, 0, 8);
+          loaded.to_floats(ups);
+        }
+      } else {
+        gates[0] = to_float(pre[low]);
+        ups[0] = to_float(pre[high]);
       }
-      values[i] = from_float<T>(value);
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) {
+        const float of_own = is_one_expert ? factor : factor_of(experts[i]);
+        // Whatever is not selected counts as zero, even if it is infinite.
+        if (of_own != 0.0f) values[i] = neuron_value<T>(n, first + i, constants[i], gates[i], ups[i]) * of_own;
+      }
     }
     if constexpr (kPer == 8) {
-#pragma unroll
-      for (int i = 0; i < Eight<T>::kVectors; ++i) {
-        reinterpret_cast<uint4*>(hidden)[i] = reinterpret_cast<const uint4*>(values)[i];
-      }
+      store_eight(hidden, values);
     } else {
-      hidden[0] = values[0];
+      hidden[0] = from_float<T>(values[0]);
     }
+  }
+}
+
+template <class T, int kPer>
+__device__ __forceinline__ void activate_hidden(const moefy_activate_params& p) {
+  switch (p.neurons.activation) {
+    case MOEFY_RELU:
+      return activate_hidden<T, kPer, MOEFY_RELU>(p);
+    case MOEFY_GELU:
+      return activate_hidden<T, kPer, MOEFY_GELU>(p);
+    case MOEFY_GELU_TANH:
+      return activate_hidden<T, kPer, MOEFY_GELU_TANH>(p);
+    case MOEFY_SILU:
+      return activate_hidden<T, kPer, MOEFY_SILU>(p);
+    default:
+      return activate_hidden<T, kPer, MOEFY_IDENTITY>(p);
   }
 }
 
@@ -64,7 +90,7 @@ __device__ __forceinline__ void activate_hidden(const moefy_activate_params& p) 
 }  // namespace moefy
 
 #define MOEFY_DENSE_ACTIVATE(name, type, per)                                               \
-  extern "C" __global__ void __launch_bounds__(256)                                         \
+  extern "C" __global__ void __launch_bounds__(moefy::kThreads)                                        \
       moefy_dense_activate_##name##_##per(const __grid_constant__ moefy_activate_params p) { \
     moefy::activate_hidden<type, per>(p);                                                   \
   }

@@ -8,8 +8,7 @@ namespace {
 template <class T>
 __device__ __forceinline__ void embed_tokens(const moefy_embed_tokens_params& p) {
   const uint32_t token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  launch_dependents();
-  wait_for_dependencies();
+  begin();
   if (token >= p.num_tokens) return;
   const uint32_t width = p.d_model;
   const T* word = static_cast<const T*>(p.words) + static_cast<uint64_t>(p.token_ids[token]) * width;

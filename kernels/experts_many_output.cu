@@ -112,8 +112,7 @@ __device__ __forceinline__ void many_output(const moefy_experts_params& p) {
   const uint32_t stages = shared_address(memory);
   const moefy_neurons& n = p.neurons;
   const uint32_t end_column = min(static_cast<uint32_t>(n.d_model), p.first_column + p.slab);
-  launch_dependents();
-  wait_for_dependencies();
+  begin();
   count_tiles(p, tile_offsets, [&](const Group& group) {
     const uint32_t down = group.width == 0 ? 0 : ceil_div(rows_of(p, group).count, kPairs);
     return down * ceil_div(p.slab, kColumns);
@@ -216,8 +215,7 @@ __device__ __forceinline__ void many_sum(const moefy_experts_params& p) {
   constexpr uint32_t kPending = 4;  // rows that are under way
   const moefy_neurons& n = p.neurons;
   const uint32_t token = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-  launch_dependents();
-  wait_for_dependencies();
+  begin();
   if (token >= p.num_tokens) return;
   const bool valid = token < valid_tokens(p);
   const T* rows = static_cast<const T*>(p.rows);

@@ -1,4 +1,5 @@
 // Scores -> gates: softmax over all experts, or over the selected ones alone. One warp a token.
+#include "dependency.cuh"
 #include "experts.cuh"
 
 namespace moefy {
@@ -7,6 +8,7 @@ namespace {
 constexpr unsigned kAll = 0xffffffffu;
 
 __device__ __forceinline__ void gates(const moefy_gates_params& p) {
+  begin();
   const uint32_t token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (token >= p.num_tokens) return;
   const float* scores = p.scores + static_cast<uint64_t>(token) * p.num_experts;

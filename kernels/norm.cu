@@ -30,8 +30,7 @@ __device__ __forceinline__ void norm(const moefy_norm_params& p) {
   constexpr uint32_t kThreads = kWarps * 32;
   const uint32_t token = blockIdx.x * (blockDim.x / kThreads) + threadIdx.x / kThreads;
   const uint32_t thread = threadIdx.x % kThreads, width = p.d_model;
-  launch_dependents();
-  wait_for_dependencies();
+  begin();
   if (token >= p.num_tokens) return;
   T* x = static_cast<T*>(p.x) + static_cast<uint64_t>(token) * width;
   const T* branch = static_cast<const T*>(p.branch) + static_cast<uint64_t>(token) * width;

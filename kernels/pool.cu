@@ -23,8 +23,7 @@ template <class T>
 __device__ __forceinline__ void pool(const moefy_pool_params& p) {
   extern __shared__ __align__(16) float means[];
   const uint32_t width = p.d_model;
-  launch_dependents();
-  wait_for_dependencies();
+  begin();
   const uint32_t begin = p.sequence_offsets[blockIdx.x], end = p.sequence_offsets[blockIdx.x + 1];
   const float of_each = end > begin ? 1.0f / (end - begin) : 0.0f;
   float squares = 0.0f;

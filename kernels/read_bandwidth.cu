@@ -2,12 +2,14 @@
 
 #include <stdint.h>
 
+#include "dependency.cuh"
 #include "moefy_abi.h"
 
 constexpr uint32_t kLoadsInFlight = 8;  // of 16 bytes, per thread
 
 extern "C" __global__ void __launch_bounds__(512) moefy_read_bandwidth(
     const __grid_constant__ moefy_read_bandwidth_params p) {
+  moefy::begin();
   const uint4* __restrict__ vectors = static_cast<const uint4*>(p.data);
   const uint64_t num_vectors = p.data_bytes / sizeof(uint4);
   const uint64_t num_threads = static_cast<uint64_t>(gridDim.x) * blockDim.x;

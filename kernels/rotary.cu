@@ -9,8 +9,7 @@ template <class T>
 __device__ __forceinline__ void rotary(const moefy_rotary_params& p) {
   const uint32_t half = p.d_head / 2;
   const uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  launch_dependents();
-  wait_for_dependencies();
+  begin();
   const uint64_t token = i / (static_cast<uint64_t>(p.num_heads) * half);
   if (token >= p.num_tokens) return;
   const uint32_t in_token = i % (static_cast<uint64_t>(p.num_heads) * half), pair = in_token % half;

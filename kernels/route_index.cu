@@ -1,6 +1,7 @@
 // Masks -> lists of tokens per expert and the union of all experts. Every position is a prefix count over bits, so the
 // lists are in token order and the same in every run.
 
+#include "dependency.cuh"
 #include "team.cuh"
 
 #include "moefy_abi.h"
@@ -78,6 +79,7 @@ extern "C" __global__ void __launch_bounds__(MOEFY_ROUTE_INDEX_SMALL)
   using namespace moefy;
   __shared__ uint32_t offsets[MOEFY_ROUTE_INDEX_SMALL];
   const Team<MOEFY_ROUTE_INDEX_SMALL / 32> team;
+  begin();
   const uint32_t num_valid = num_valid_tokens(p);
   const uint32_t num_blocks = (p.num_tokens + 31) / 32;
 
@@ -116,6 +118,7 @@ extern "C" __global__ void __launch_bounds__(256) moefy_route_index_transpose(
     const __grid_constant__ moefy_route_index_params p) {
   using namespace moefy;
   __shared__ uint32_t counts[kChunkWarps][32];
+  begin();
   const uint32_t num_valid = num_valid_tokens(p);
   const uint32_t num_blocks = (p.num_tokens + 31) / 32;
   const uint32_t warp = threadIdx.x / 32;
@@ -141,6 +144,7 @@ extern "C" __global__ void __launch_bounds__(256) moefy_route_index_transpose(
 extern "C" __global__ void __launch_bounds__(256) moefy_route_index_lists(
     const __grid_constant__ moefy_route_index_params p) {
   using namespace moefy;
+  begin();
   const Team<8> team;
   const uint32_t expert = blockIdx.x;
   const uint32_t num_blocks = (p.num_tokens + 31) / 32;

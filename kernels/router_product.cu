@@ -31,8 +31,7 @@ __device__ __forceinline__ void router_product(const moefy_router_layer_params& 
   __shared__ float norms[kTokens];
   const uint32_t stages = shared_address(memory);
   const uint32_t first_token = blockIdx.x * kTokens, first_out = blockIdx.y * kOut;
-  launch_dependents();
-  wait_for_dependencies();
+  begin();
 
   const T* in = static_cast<const T*>(p.in);
   const T* w = static_cast<const T*>(p.w);

@@ -177,6 +177,7 @@ constexpr uint32_t kStride = kTile + 4;        // a row of a tile, aligned to 16
 template <bool kAligned, class In, class W>
 __device__ __forceinline__ void router_layer(const moefy_router_layer_params& p) {
   __shared__ __align__(16) float in_tile[kDepth][kStride], w_tile[kDepth][kStride];
+  begin();
   const uint32_t num_valid =
       p.num_valid_tokens == nullptr ? p.num_tokens : min(*p.num_valid_tokens, p.num_tokens);
   const uint32_t first_token = blockIdx.x * kTile, first_out = blockIdx.y * kTile;

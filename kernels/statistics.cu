@@ -1,7 +1,9 @@
 // Adds up what selection did: sums of integers, so their order does not matter. One warp a token.
+#include "dependency.cuh"
 #include "experts.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) moefy_statistics(const __grid_constant__ moefy_statistics_params p) {
+  moefy::begin();
   const uint32_t token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (token >= moefy::valid_tokens(p)) return;
   uint32_t k = 0;

@@ -16,6 +16,7 @@ pub const MOEFY_FFN_FEW_ROUTER_ROWS: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
 pub const MOEFY_ROUTER_TILE: u32 = 64;
+pub const MOEFY_ACTIVATE_THREADS: u32 = 128;
 impl moefy_rule {
     pub const MOEFY_RULE_TOP_K: moefy_rule = moefy_rule(0);
     pub const MOEFY_RULE_DYNAMIC_K: moefy_rule = moefy_rule(1);

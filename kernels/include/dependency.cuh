@@ -1,4 +1,5 @@
-// Programmatic dependent launch: a kernel may begin while the one before it in the stream still runs.
+// Programmatic dependent launch: a kernel may begin while the one before it in the stream still runs. Every kernel is
+// launched so, and therefore every kernel waits.
 #pragma once
 
 namespace moefy {
@@ -15,6 +16,12 @@ __device__ __forceinline__ void wait_for_dependencies() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+/// What a kernel with nothing to do before its inputs are there begins with.
+__device__ __forceinline__ void begin() {
+  launch_dependents();
+  wait_for_dependencies();
 }
 
 /// Asks for the 128 bytes around an address to be brought into the second-level cache.

@@ -45,6 +45,9 @@
 /* Tokens and outputs of a block of moefy_router_layer. */
 #define MOEFY_ROUTER_TILE 64u
 
+/* Threads of a block of moefy_dense_activate. */
+#define MOEFY_ACTIVATE_THREADS 128u
+
 typedef enum moefy_rule {
   MOEFY_RULE_TOP_K = 0,
   MOEFY_RULE_DYNAMIC_K = 1,

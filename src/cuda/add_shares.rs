@@ -31,6 +31,6 @@ impl Kernels {
         let across = params.d_model.div_ceil(u64::from(MOEFY_ADD_SHARES_COLUMNS)) as u32;
         let grid = [across, params.num_tokens, 1];
         // SAFETY: the caller's promise.
-        unsafe { self.add_shares.get(dtype).launch_early(stream, grid, THREADS, 0, params) }
+        unsafe { self.add_shares.get(dtype).launch(stream, grid, THREADS, 0, params) }
     }
 }

@@ -9,13 +9,15 @@ use super::cublaslt::{
 use super::driver::RawStream;
 use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
-use crate::abi::{moefy_activate_params, moefy_neurons};
+use crate::abi::{MOEFY_ACTIVATE_THREADS, moefy_activate_params, moefy_neurons};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ffn::Activation;
 
-/// A block then takes several tokens.
-const MAX_BLOCKS_DOWN: u32 = 4096;
+/// Threads of a block of the activation kernel, and how many such blocks keep a multiprocessor busy: beyond them, a block
+/// takes several tokens.
+const THREADS: u32 = MOEFY_ACTIVATE_THREADS;
+const BLOCKS_PER_MULTIPROCESSOR: u32 = 16;
 
 pub(super) struct Kernels {
     /// A neuron a thread, and eight.
@@ -280,9 +282,10 @@ pub(super) unsafe fn launch_activate(
 ) -> Result<()> {
     let [d_ff, rank] = [params.neurons.d_ff, params.neurons.rank];
     let by_eight = d_ff % 8 == 0 && rank % 8 == 0;
-    let per_block = if by_eight { 256 * 8 } else { 256 };
-    let grid = [(d_ff + rank).div_ceil(per_block), params.num_tokens.min(MAX_BLOCKS_DOWN), 1];
+    let across = (d_ff + rank).div_ceil(if by_eight { THREADS * 8 } else { THREADS });
+    let blocks = device.properties().multiprocessors as u32 * BLOCKS_PER_MULTIPROCESSOR;
+    let grid = [across, params.num_tokens.min(blocks.div_ceil(across)), 1];
     let kernel = device.dense.activate[usize::from(by_eight)].get(dtype);
     // SAFETY: the caller's promise.
-    unsafe { kernel.launch_early(stream, grid, 256, 0, params) }
+    unsafe { kernel.launch(stream, grid, THREADS, 0, params) }
 }

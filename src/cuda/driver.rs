@@ -248,6 +248,9 @@ unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
 impl Function {
+    /// Where the machine code knows programmatic dependent launch, the kernel may begin before the one
+    /// ahead of it in the stream has ended: each waits by itself.
+    ///
     /// # Safety
     /// `params` must be the struct that the kernel takes, its addresses must lead to what the
     /// kernel expects until it has run, and the context must be bound to the thread.
@@ -260,43 +263,12 @@ impl Function {
         params: &P,
     ) -> Result<()> {
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        let shared = u32::try_from(shared_bytes).expect("checked by the wrapper");
-        let grid = (grid[0], grid[1], grid[2]);
-        unsafe {
-            result::launch_kernel(
-                self.raw,
-                grid,
-                (block, 1, 1),
-                shared,
-                stream.0.cast(),
-                &mut arguments,
-            )
-        }
-        .map_err(cannot(format!("launch {}", self.name)))
-    }
-
-    /// The same for a kernel that waits for its dependencies by itself: it may begin before the kernel
-    /// ahead of it in the stream has ended.
-    ///
-    /// # Safety
-    /// As for [`Self::launch`].
-    pub(super) unsafe fn launch_early<P: Pod>(
-        &self,
-        stream: RawStream,
-        grid: [u32; 3],
-        block: u32,
-        shared_bytes: usize,
-        params: &P,
-    ) -> Result<()> {
-        if !self.overlaps {
-            // SAFETY: the caller's promise.
-            return unsafe { self.launch(stream, grid, block, shared_bytes, params) };
-        }
-        let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         let mut attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: self.overlaps.into(),
+            },
         };
         let config = sys::CUlaunchConfig {
             gridDimX: grid[0],
@@ -308,7 +280,7 @@ impl Function {
             sharedMemBytes: u32::try_from(shared_bytes).expect("checked by the wrapper"),
             hStream: stream.0.cast(),
             attrs: &mut attribute,
-            numAttrs: 1,
+            numAttrs: self.overlaps.into(),
         };
         let extra = std::ptr::null_mut();
         // SAFETY: the caller's promise.

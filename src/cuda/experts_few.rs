@@ -126,9 +126,9 @@ impl Shape {
         // SAFETY: the caller's promise; the places do not overlap.
         unsafe {
             let grid = [blocks, tiles, 1];
-            hidden.get(self.dtype, self.size).launch_early(stream, grid, THREADS, 0, &params)?;
+            hidden.get(self.dtype, self.size).launch(stream, grid, THREADS, 0, &params)?;
             let grid = [stripes, splits, tiles];
-            output.get(self.dtype, self.size).launch_early(stream, grid, THREADS, 0, &params)?;
+            output.get(self.dtype, self.size).launch(stream, grid, THREADS, 0, &params)?;
             device.add_shares.launch(stream, self.dtype, &shares)
         }
     }

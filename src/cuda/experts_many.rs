@@ -174,13 +174,13 @@ impl Shape {
         let shared = hidden_shared_bytes(self.size, self.num_experts);
         // SAFETY: the caller's promise.
         unsafe {
-            hidden.launch_early(stream, grid, THREADS, shared, &params)?;
+            hidden.launch(stream, grid, THREADS, shared, &params)?;
             let shared = output_shared_bytes(kernels.output_stages, self.num_experts);
             for first_column in (0..self.d_model).step_by(self.slab) {
                 params.first_column = first_column as u32;
                 let grid = [self.multiprocessors as u32, 1, 1];
-                output.launch_early(stream, grid, THREADS, shared, &params)?;
-                sum.launch_early(stream, warps, THREADS, 0, &params)?;
+                output.launch(stream, grid, THREADS, shared, &params)?;
+                sum.launch(stream, warps, THREADS, 0, &params)?;
             }
         }
         Ok(())

@@ -158,7 +158,7 @@ impl FirstLayer {
         let [across, down] = self.blocks;
         let (grid, threads) = ([across, down, 1], MOEFY_FFN_FEW_THREADS);
         // SAFETY: the caller's promise.
-        unsafe { self.kernel.launch_early(stream, grid, threads, self.shared_bytes, params) }
+        unsafe { self.kernel.launch(stream, grid, threads, self.shared_bytes, params) }
     }
 }
 
@@ -298,7 +298,7 @@ impl Shape {
         unsafe {
             self.first_layer.launch(stream, &params)?;
             let (grid, threads) = ([params.num_blocks, 1, 1], MOEFY_FFN_FEW_THREADS);
-            self.stream_kernel.launch_early(stream, grid, threads, self.shared_bytes, &params)?;
+            self.stream_kernel.launch(stream, grid, threads, self.shared_bytes, &params)?;
             device.add_shares.launch(stream, self.dtype, &shares)
         }
     }

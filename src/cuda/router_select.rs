@@ -359,7 +359,7 @@ pub(super) unsafe fn router_select_by(
                     ..params
                 };
                 let (kernel, grid) = (kernels.select.get(dtype), [params.num_tokens, 1, 1]);
-                kernel.launch_early(stream, grid, SELECT_THREADS, shared_bytes, &params)
+                kernel.launch(stream, grid, SELECT_THREADS, shared_bytes, &params)
             }
             None => launch_many(device, stream, &params, dtype),
         }
@@ -458,7 +458,7 @@ unsafe fn launch_first(
     let grid = [width.div_ceil(FIRST_ROWS), params.num_tokens.div_ceil(FIRST_TOKENS[size]), 1];
     let kernel = device.router_select.first[size].get(dtype);
     // SAFETY: the caller's promise.
-    unsafe { kernel.launch_early(stream, grid, 32 * FIRST_ROWS, 0, params) }
+    unsafe { kernel.launch(stream, grid, 32 * FIRST_ROWS, 0, params) }
 }
 
 /// What follows the layers of a router.
@@ -521,7 +521,7 @@ unsafe fn launch_layer(
     let across = layer.num_tokens.div_ceil(MOEFY_ROUTER_TILE);
     let grid = [across, layer.out_width.div_ceil(outputs), 1];
     // SAFETY: the caller's promise.
-    unsafe { kernel.launch_early(stream, grid, 256, shared_bytes, layer) }
+    unsafe { kernel.launch(stream, grid, 256, shared_bytes, layer) }
 }
 
 /// One product per layer, then the selection.

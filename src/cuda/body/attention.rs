@@ -11,11 +11,10 @@ use crate::error::Result;
 const THREADS: u32 = 128;
 /// Elements of a head that there are kernels for.
 const HEADS: [usize; 4] = [32, 64, 96, 128];
-/// Queries of a block, of f32 and of the others; the latter have as many rows in each tile.
+/// Queries of a block of f32.
 const QUERIES_F32: usize = 16;
-const QUERIES: usize = 64;
-/// A tile of queries, two of keys, two of values.
-const TILES: usize = 5;
+/// Rows in shared memory beside the queries: two tiles of keys and two of values.
+const KEYS_AND_VALUES: usize = 4 * 64;
 
 pub(super) struct Kernels([PerDType; 4]);
 
@@ -29,9 +28,14 @@ macro_rules! names {
     };
 }
 
-/// Dynamic shared memory of the kernels for 16 bits.
+/// Queries of a block of the kernels for 16 bits.
+fn queries(d_head: usize) -> usize {
+    if d_head <= 64 { 128 } else { 64 }
+}
+
+/// Dynamic shared memory of the same.
 fn shared_bytes(d_head: usize) -> usize {
-    TILES * QUERIES * (2 * d_head + 16)
+    (queries(d_head) + KEYS_AND_VALUES) * (2 * d_head + 16)
 }
 
 impl Kernels {
@@ -140,10 +144,10 @@ pub unsafe fn attention(
     device.context.bind()?;
     let (queries, shared_bytes) = match dtype {
         DType::F32 => (QUERIES_F32, 0),
-        _ => (QUERIES, shared_bytes(d_head)),
+        _ => (queries(d_head), shared_bytes(d_head)),
     };
     let grid = [max_length.div_ceil(queries) as u32, params.num_heads, num_sequences as u32];
     let kernel = device.body.attention.0[size].get(dtype);
     // SAFETY: the arguments were checked, the rest is the caller's promise.
-    unsafe { kernel.launch_early(stream, grid, THREADS, shared_bytes, &params) }
+    unsafe { kernel.launch(stream, grid, THREADS, shared_bytes, &params) }
 }

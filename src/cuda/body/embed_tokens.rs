@@ -73,7 +73,5 @@ pub unsafe fn embed_tokens(
     device.context.bind()?;
     let grid = [params.num_tokens.div_ceil(TOKENS), 1, 1];
     // SAFETY: the arguments were checked, the rest is the caller's promise.
-    unsafe {
-        device.body.embed_tokens.get(dtype).launch_early(stream, grid, 32 * TOKENS, 0, &params)
-    }
+    unsafe { device.body.embed_tokens.get(dtype).launch(stream, grid, 32 * TOKENS, 0, &params) }
 }

@@ -82,5 +82,5 @@ pub unsafe fn norm(
     let grid = [params.num_tokens.div_ceil(tokens), 1, 1];
     let kernel = device.body.norm.norm[by_block].get(dtype);
     // SAFETY: the arguments were checked, the rest is the caller's promise.
-    unsafe { kernel.launch_early(stream, grid, THREADS, 0, &params) }
+    unsafe { kernel.launch(stream, grid, THREADS, 0, &params) }
 }

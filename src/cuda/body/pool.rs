@@ -58,5 +58,5 @@ pub unsafe fn pool(
     let (grid, shared_bytes) = ([params.num_sequences, 1, 1], 4 * d_model);
     let kernel = device.body.pool.get(dtype);
     // SAFETY: the arguments were checked, the rest is the caller's promise.
-    unsafe { kernel.launch_early(stream, grid, THREADS, shared_bytes, &params) }
+    unsafe { kernel.launch(stream, grid, THREADS, shared_bytes, &params) }
 }

@@ -58,5 +58,5 @@ pub unsafe fn rotary(
     let blocks = (num_tokens as u64 * width as u64 / 2).div_ceil(THREADS);
     let grid = [check.size("num_tokens", blocks as usize)?, 1, 1];
     // SAFETY: the arguments were checked, the rest is the caller's promise.
-    unsafe { device.body.rotary.get(dtype).launch_early(stream, grid, THREADS as u32, 0, &params) }
+    unsafe { device.body.rotary.get(dtype).launch(stream, grid, THREADS as u32, 0, &params) }
 }
