@@ -10,10 +10,10 @@ constexpr uint32_t kThreads = MOEFY_ACTIVATE_THREADS;
 
 /// pre [num_tokens, G * d_ff + rank] -> h [num_tokens, d_ff + rank]. A thread takes kPer neurons, 8 or 1, that lie side
 /// by side; blockIdx.y covers tokens.
-template <class T, int kPer, moefy_activation kActivation>
-__device__ __forceinline__ void activate_hidden(const moefy_activate_params& p) {
+template <class T, int kPer, class Activation>
+__device__ __forceinline__ void activate_hidden(const moefy_activate_params& p, Activation) {
   moefy_neurons n = p.neurons;
-  n.activation = kActivation;  // so that no neuron asks for it
+  n.activation = Activation::value;
   const uint32_t first = (blockIdx.x * kThreads + threadIdx.x) * kPer;
   if (first >= num_neurons(n)) return;
   const uint64_t pre_stride = static_cast<uint64_t>(n.glu + 1) * n.d_ff + n.rank;
@@ -70,29 +70,14 @@ __device__ __forceinline__ void activate_hidden(const moefy_activate_params& p) 
   }
 }
 
-template <class T, int kPer>
-__device__ __forceinline__ void activate_hidden(const moefy_activate_params& p) {
-  switch (p.neurons.activation) {
-    case MOEFY_RELU:
-      return activate_hidden<T, kPer, MOEFY_RELU>(p);
-    case MOEFY_GELU:
-      return activate_hidden<T, kPer, MOEFY_GELU>(p);
-    case MOEFY_GELU_TANH:
-      return activate_hidden<T, kPer, MOEFY_GELU_TANH>(p);
-    case MOEFY_SILU:
-      return activate_hidden<T, kPer, MOEFY_SILU>(p);
-    default:
-      return activate_hidden<T, kPer, MOEFY_IDENTITY>(p);
-  }
-}
-
 }  // namespace
 }  // namespace moefy
 
 #define MOEFY_DENSE_ACTIVATE(name, type, per)                                               \
   extern "C" __global__ void __launch_bounds__(moefy::kThreads)                                        \
       moefy_dense_activate_##name##_##per(const __grid_constant__ moefy_activate_params p) { \
-    moefy::activate_hidden<type, per>(p);                                                   \
+    moefy::with_activation(p.neurons.activation,                                            \
+                           [&](auto known) { moefy::activate_hidden<type, per>(p, known); }); \
   }
 
 MOEFY_DENSE_ACTIVATE(f32, float, 1)

@@ -1,8 +1,7 @@
 // The op `experts` for many tokens, first product: h of every (expert, token) pair, expert by expert.
 //
 // A persistent grid takes tiles of 128 tokens of one expert by kRows input rows of it. Token rows are gathered by
-// asynchronous copies straight from x. A tile of a GLU holds eight gate rows, the eight up rows of the same neurons,
-// and so on: then one lane has both factors.
+// asynchronous copies straight from x.
 #include "expert_groups.cuh"
 #include "mma.cuh"
 
@@ -14,7 +13,6 @@ constexpr uint32_t kTokens = 128;
 constexpr int kRowBytes = 128;  // of d_model in one stage
 constexpr int kChunks = kRowBytes / kChunkBytes;
 constexpr int kRowsPerPass = kThreads / kChunks;
-constexpr uint32_t kNoRow = 0xffffffffu;
 
 /// So that two blocks fit a multiprocessor.
 template <int kRows>
@@ -89,14 +87,6 @@ __device__ __forceinline__ void multiply_f32(float (&c)[kDown][kAcross][4], uint
   }
 }
 
-/// Row of w_in behind row `row` of a group's tiles, or kNoRow beyond its last neuron.
-__device__ __forceinline__ uint32_t weight_row(const moefy_neurons& n, const Group& group, uint32_t row) {
-  const uint32_t neuron = group.halves == 2 ? row / 16 * 8 + row % 8 : row;
-  if (neuron >= group.width) return kNoRow;
-  const bool up = group.halves == 2 && row / 8 % 2 == 1;
-  return up ? up_row(n, group.first_neuron + neuron) : input_row(n, group.first_neuron + neuron);
-}
-
 template <class T, int kRows>
 __device__ void hidden_tile(const moefy_experts_params& p, const Group& group, RowRange tokens, uint32_t row0,
                             uint32_t memory) {
@@ -168,36 +158,10 @@ __device__ void hidden_tile(const moefy_experts_params& p, const Group& group, R
   }
 
   const int g = threadIdx.x % 32 / 4;
-  const int t = threadIdx.x % 4;
-  T* hidden = static_cast<T*>(p.hidden) + group.hidden;
 #pragma unroll
-  for (int i = 0; i < Tile::kDown * 2; ++i) {
-    if (warp_token + i * 8 + g >= tokens.count) continue;
-    const uint32_t row = tokens.begin + warp_token + i * 8 + g;
-    const float gate = p.gates == nullptr || group.expert == kNoExpert
-                           ? 1.0f
-                           : gate_of(p.gates, n.num_experts, token_of(p, group, row), group.expert);
-    const auto store = [&](uint32_t neuron, const float* pre, const float* up) {
-      if (neuron >= group.hidden_stride) return;
-      float value[2] = {};
-      for (int r = 0; r < 2; ++r) {
-        if (neuron + r < group.width) value[r] = gate * neuron_value<T>(n, group.first_neuron + neuron + r, pre[r], up[r]);
-      }
-      store_two(hidden + row * group.hidden_stride + neuron, value[0], value[1]);
-    };
-    const auto& of_row = c[i / 2];
-    if (group.halves == 2) {
-#pragma unroll
-      for (int j = 0; j < Tile::kAcross; j += 2) {
-        store((row0 + warp_row) / 2 + j * 4 + 2 * t, &of_row[j][i % 2 * 2], &of_row[j + 1][i % 2 * 2]);
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < Tile::kAcross; ++j) {
-        const float* pre = &of_row[j][i % 2 * 2];
-        store(row0 + warp_row + j * 8 + 2 * t, pre, pre);
-      }
-    }
+  for (int i = 0; i < Tile::kDown; ++i) {
+    store_hidden<T, Tile::kAcross>(p, group, tokens, warp_token + i * 16 + g, row0 + warp_row,
+                                   [&](int j) { return c[i][j]; });
   }
   __syncthreads();  // The next tile writes over the stages.
 }
@@ -209,7 +173,7 @@ __device__ __forceinline__ void many_hidden(const moefy_experts_params& p) {
   const uint32_t groups = num_groups(p.neurons);
   wait_for_dependencies();
   launch_dependents();
-  count_tiles(p, tile_offsets, [&](const Group& group) {
+  count_tiles<kThreads>(p, tile_offsets, [&](const Group& group) {
     return ceil_div(rows_of(p, group).count, kTokens) * ceil_div(group.width * group.halves, kRows);
   });
   for (uint32_t tile = blockIdx.x; tile < tile_offsets[groups]; tile += gridDim.x) {

@@ -1,9 +1,8 @@
 // The op `experts` for many tokens, second product: the output of every (expert, token) pair, expert by expert.
 //
-// A persistent grid takes tiles of 128 pairs of one expert by 128 columns of y. The columns come in slabs, one launch each:
-// the outputs of a slab are few enough to stay in the second-level cache until moefy_experts_many_sum has added them, and
-// the workspace is bounded whatever the masks select. The stages of one tile are under way while the last one is
-// multiplied, because an expert is only a few stages deep.
+// A persistent grid takes tiles of 128 pairs of one expert by 128 columns of y. The columns come in slabs, one launch each,
+// and after each moefy_experts_many_sum adds its outputs up: so the workspace is bounded whatever the masks select. The
+// stages of one tile are under way while the last one is multiplied, because an expert is only a few stages deep.
 #include "expert_groups.cuh"
 #include "mma.cuh"
 
@@ -12,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr uint32_t kPairs = 128;
-constexpr uint32_t kColumns = MOEFY_EXPERTS_MANY_COLUMNS;
+constexpr uint32_t kColumns = 128;
 constexpr int kDepthBytes = 128;  // of h in one stage
 constexpr int kHiddenBytes = kPairs * kDepthBytes;
 constexpr int kWeightBytes = kColumns * kDepthBytes;
@@ -89,15 +88,16 @@ struct Tile {
   uint32_t column0;
 };
 
-__device__ __forceinline__ Tile tile_of(const moefy_experts_params& p, const uint32_t* tile_offsets, uint32_t tile) {
+__device__ __forceinline__ Tile tile_of(const moefy_experts_params& p, const Slab& slab, const uint32_t* tile_offsets,
+                                        uint32_t tile) {
   const uint32_t index = find_tile(tile_offsets, num_groups(p.neurons), tile);
-  const uint32_t inside = tile - tile_offsets[index], across = ceil_div(p.slab, kColumns);
+  const uint32_t inside = tile - tile_offsets[index], across = ceil_div(slab.end - slab.first, kColumns);
   Tile found;
   found.group = find_group(p, index);
   const RowRange all = rows_of(p, found.group);
   const uint32_t first = inside / across * kPairs;
   found.rows = {all.begin + first, min(all.count - first, kPairs)};
-  found.column0 = p.first_column + inside % across * kColumns;
+  found.column0 = slab.first + inside % across * kColumns;
   return found;
 }
 
@@ -111,18 +111,19 @@ __device__ __forceinline__ void many_output(const moefy_experts_params& p) {
   uint32_t* tile_offsets = reinterpret_cast<uint32_t*>(memory + kStages * kStageBytes);
   const uint32_t stages = shared_address(memory);
   const moefy_neurons& n = p.neurons;
-  const uint32_t end_column = min(static_cast<uint32_t>(n.d_model), p.first_column + p.slab);
   begin();
-  count_tiles(p, tile_offsets, [&](const Group& group) {
+  const Slab slab = find_slab<T>(p);
+  if (slab.first >= slab.end) return;
+  count_tiles<kThreads>(p, tile_offsets, [&](const Group& group) {
     const uint32_t down = group.width == 0 ? 0 : ceil_div(rows_of(p, group).count, kPairs);
-    return down * ceil_div(p.slab, kColumns);
+    return down * ceil_div(slab.end - slab.first, kColumns);
   });
 
   // The stage that is asked for next.
   const uint32_t num_tiles = tile_offsets[num_groups(n)];
   uint32_t ahead = blockIdx.x, ahead_neuron = 0;
   Tile tile;
-  if (ahead < num_tiles) tile = tile_of(p, tile_offsets, ahead);
+  if (ahead < num_tiles) tile = tile_of(p, slab, tile_offsets, ahead);
   const auto load = [&](uint32_t to) {
     const Group& group = tile.group;
     const T* hidden = static_cast<const T*>(p.hidden) + group.hidden + tile.rows.begin * group.hidden_stride;
@@ -136,7 +137,7 @@ __device__ __forceinline__ void many_output(const moefy_experts_params& p) {
 #pragma unroll 2
     for (uint32_t i = threadIdx.x; i < kDepth<T> * kWeightChunks; i += kThreads) {
       const uint32_t row = i / kWeightChunks, chunk = i % kWeightChunks, column = tile.column0 + chunk * kVector;
-      const bool valid = ahead_neuron + row < group.width && column < end_column;
+      const bool valid = ahead_neuron + row < group.width && column < slab.end;
       const uint64_t neuron = group.first_neuron + ahead_neuron + row;
       copy_async(to + kHiddenBytes + swizzled<kColumns * sizeof(T)>(row, chunk),
                  w + (valid ? neuron * n.d_model + column : 0), valid);
@@ -145,7 +146,7 @@ __device__ __forceinline__ void many_output(const moefy_experts_params& p) {
     if (ahead_neuron < group.width) return;
     ahead_neuron = 0;
     ahead += gridDim.x;
-    if (ahead < num_tiles) tile = tile_of(p, tile_offsets, ahead);
+    if (ahead < num_tiles) tile = tile_of(p, slab, tile_offsets, ahead);
   };
 
   uint32_t next = 0;
@@ -158,7 +159,7 @@ __device__ __forceinline__ void many_output(const moefy_experts_params& p) {
   uint32_t stage = 0;
 #pragma unroll 1
   for (uint32_t here = blockIdx.x; here < num_tiles; here += gridDim.x) {
-    const Tile own = tile_of(p, tile_offsets, here);
+    const Tile own = tile_of(p, slab, tile_offsets, here);
     float c[kDown][kAcross][4] = {};
 #pragma unroll 1
     for (uint32_t neuron = 0; neuron < own.group.width; neuron += kDepth<T>, ++stage, ++next) {
@@ -171,16 +172,16 @@ __device__ __forceinline__ void many_output(const moefy_experts_params& p) {
 #pragma unroll
       for (uint32_t step = 0; step < kSteps; ++step) multiply<T>(c, from, from + kHiddenBytes, pair0, column0, step);
     }
-    T* rows = static_cast<T*>(p.rows) + place_of_rows(p, own.group) * p.slab + own.column0 - p.first_column;
+    T* rows = static_cast<T*>(p.rows) + place_of_rows(p, own.group) * slab.width + own.column0 - slab.first;
 #pragma unroll
     for (int i = 0; i < kDown * 2; ++i) {
       const uint32_t pair = pair0 + i * 8 + g;
       if (pair >= own.rows.count) continue;
-      T* to = rows + static_cast<uint64_t>(own.rows.begin + pair) * p.slab;
+      T* to = rows + static_cast<uint64_t>(own.rows.begin + pair) * slab.width;
 #pragma unroll
       for (int j = 0; j < kAcross; ++j) {
         const uint32_t column = column0 + j * 8 + 2 * t;
-        if (own.column0 + column >= end_column) continue;
+        if (own.column0 + column >= slab.end) continue;
         store_two(to + column, c[i / 2][j][i % 2 * 2], c[i / 2][j][i % 2 * 2 + 1]);
       }
     }
@@ -208,43 +209,51 @@ __device__ __forceinline__ uint32_t row_of_pair(const moefy_experts_params& p, u
 }
 
 /// y of the slab's columns of a token, a warp each: b_out and the outputs of its experts, in ascending order, then the
-/// shared and the linear neurons'.
+/// shared and the linear neurons'. blockIdx.y covers the columns.
 template <class T>
-__device__ __forceinline__ void many_sum(const moefy_experts_params& p) {
+__device__ __forceinline__ void sum_of_token(const moefy_experts_params& p, const Slab& slab, uint32_t token) {
   constexpr unsigned kAll = 0xffffffffu;
   constexpr uint32_t kPending = 4;  // rows that are under way
+  constexpr uint32_t kWide = 2;     // pieces of a row
+  constexpr uint32_t kPiece = 32 * 8;
   const moefy_neurons& n = p.neurons;
-  const uint32_t token = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-  begin();
-  if (token >= p.num_tokens) return;
+  const uint32_t lane = threadIdx.x % 32, row_words = ceil_div(n.num_experts, 32);
   const bool valid = token < valid_tokens(p);
-  const T* rows = static_cast<const T*>(p.rows);
-  const uint32_t row_words = ceil_div(n.num_experts, 32);
-  for (uint32_t first = 0; first < p.slab; first += 32 * 8) {
-    const uint32_t in_slab = first + lane * 8, column = p.first_column + in_slab;
-    const bool exists = in_slab < p.slab && column < n.d_model;
-    float sum[8] = {};
-    if (exists && n.b_out != nullptr) {
+  for (uint32_t first = blockIdx.y * kWide * kPiece; slab.first + first < slab.end; first += gridDim.y * kWide * kPiece) {
+    const uint32_t in_slab = first + lane * 8;
+    const T* rows = static_cast<const T*>(p.rows) + in_slab;
+    const auto exists = [&](uint32_t piece) { return slab.first + in_slab + piece * kPiece < slab.end; };
+    float sum[kWide][8] = {};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i] = n.b_out[column + i];
+    for (uint32_t piece = 0; piece < kWide; ++piece) {
+      if (!valid || n.b_out == nullptr || !exists(piece)) continue;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[piece][i] = n.b_out[slab.first + in_slab + piece * kPiece + i];
     }
-    Eight<T> pending[kPending];
+    Eight<T> pending[kPending][kWide];
     uint32_t count = 0;
     const auto add = [&] {
 #pragma unroll
       for (uint32_t i = 0; i < kPending; ++i) {
         if (i >= count) break;
-        float v[8];
-        pending[i].to_floats(v);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) sum[k] += v[k];
+        for (uint32_t piece = 0; piece < kWide; ++piece) {
+          float v[8];
+          pending[i][piece].to_floats(v);
+#pragma unroll
+          for (int k = 0; k < 8; ++k) sum[piece][k] += v[k];
+        }
       }
       count = 0;
     };
     const auto ask = [&](uint64_t row) {
 #pragma unroll
       for (uint32_t i = 0; i < kPending; ++i) {
-        if (i == count) pending[i].load_fresh(rows + row * p.slab + in_slab, 0, exists ? 8 : 0);
+        if (i != count) continue;
+#pragma unroll
+        for (uint32_t piece = 0; piece < kWide; ++piece) {
+          pending[i][piece].load_fresh(rows + row * slab.width + piece * kPiece, 0, exists(piece) ? 8 : 0);
+        }
       }
       if (++count == kPending) add();
     };
@@ -261,12 +270,22 @@ __device__ __forceinline__ void many_sum(const moefy_experts_params& p) {
     if (valid && n.shared > 0) ask(place_of_rows(p, find_group(p, n.num_experts)) + token);
     if (valid && n.rank > 0) ask(place_of_rows(p, find_group(p, n.num_experts + 1)) + token);
     add();
-    if (!exists) continue;
-    if (!valid) {
+    T* y = static_cast<T*>(p.y) + static_cast<uint64_t>(token) * n.d_model + slab.first + in_slab;
 #pragma unroll
-      for (int k = 0; k < 8; ++k) sum[k] = 0.0f;
+    for (uint32_t piece = 0; piece < kWide; ++piece) {
+      if (exists(piece)) store_eight(y + piece * kPiece, sum[piece]);
     }
-    store_eight(static_cast<T*>(p.y) + static_cast<uint64_t>(token) * n.d_model + column, sum);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void many_sum(const moefy_experts_params& p) {
+  constexpr uint32_t kTokens = kThreads / 32;
+  begin();
+  const Slab slab = find_slab<T>(p);
+  if (slab.first >= slab.end) return;
+  for (uint32_t token = blockIdx.x * kTokens + threadIdx.x / 32; token < p.num_tokens; token += gridDim.x * kTokens) {
+    sum_of_token<T>(p, slab, token);
   }
 }
 

@@ -6,7 +6,7 @@ pub const MOEFY_STATUS_MASK_BEYOND_EXPERTS: u32 = 2;
 pub const MOEFY_STATUS_TOO_MANY_PAIRS: u32 = 4;
 pub const MOEFY_MAX_EXPERTS: u32 = 4096;
 pub const MOEFY_ROUTE_INDEX_SMALL: u32 = 256;
-pub const MOEFY_EXPERTS_MANY_COLUMNS: u32 = 128;
+pub const MOEFY_EXPERTS_MANY_SLAB: u32 = 256;
 pub const MOEFY_ADD_SHARES_COLUMNS: u32 = 32;
 pub const MOEFY_FFN_FEW_EXPERTS: u32 = 512;
 pub const MOEFY_FFN_FEW_STAGES: u32 = 8;
@@ -364,13 +364,12 @@ pub struct moefy_experts_params {
     pub hidden_linear: u64,
     pub partials: u64,
     pub rows: u64,
+    pub rows_bytes: u64,
     pub pair_rows: u64,
     pub num_tokens: u32,
     pub max_pairs: u32,
     pub num_splits: u32,
-    pub first_column: u32,
     pub slab: u32,
-    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -404,20 +403,18 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_params, partials) - 168usize];
     ["Offset of field: moefy_experts_params::rows"]
         [::std::mem::offset_of!(moefy_experts_params, rows) - 176usize];
+    ["Offset of field: moefy_experts_params::rows_bytes"]
+        [::std::mem::offset_of!(moefy_experts_params, rows_bytes) - 184usize];
     ["Offset of field: moefy_experts_params::pair_rows"]
-        [::std::mem::offset_of!(moefy_experts_params, pair_rows) - 184usize];
+        [::std::mem::offset_of!(moefy_experts_params, pair_rows) - 192usize];
     ["Offset of field: moefy_experts_params::num_tokens"]
-        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 192usize];
+        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 200usize];
     ["Offset of field: moefy_experts_params::max_pairs"]
-        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 196usize];
+        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 204usize];
     ["Offset of field: moefy_experts_params::num_splits"]
-        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 200usize];
-    ["Offset of field: moefy_experts_params::first_column"]
-        [::std::mem::offset_of!(moefy_experts_params, first_column) - 204usize];
+        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 208usize];
     ["Offset of field: moefy_experts_params::slab"]
-        [::std::mem::offset_of!(moefy_experts_params, slab) - 208usize];
-    ["Offset of field: moefy_experts_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_params, reserved) - 212usize];
+        [::std::mem::offset_of!(moefy_experts_params, slab) - 212usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

@@ -80,4 +80,26 @@ __device__ __forceinline__ float activate(uint32_t activation, float z) {
   }
 }
 
+template <moefy_activation kActivation>
+struct KnownActivation {
+  static constexpr moefy_activation value = kActivation;
+};
+
+/// Calls with the activation as a constant: so that values which are computed beside each other do not branch one by one.
+template <class Function>
+__device__ __forceinline__ void with_activation(moefy_activation activation, const Function& call) {
+  switch (activation) {
+    case MOEFY_RELU:
+      return call(KnownActivation<MOEFY_RELU>());
+    case MOEFY_GELU:
+      return call(KnownActivation<MOEFY_GELU>());
+    case MOEFY_GELU_TANH:
+      return call(KnownActivation<MOEFY_GELU_TANH>());
+    case MOEFY_SILU:
+      return call(KnownActivation<MOEFY_SILU>());
+    default:
+      return call(KnownActivation<MOEFY_IDENTITY>());
+  }
+}
+
 }  // namespace moefy

@@ -3,6 +3,7 @@
 
 #include "dependency.cuh"
 #include "experts.cuh"
+#include "mma.cuh"
 
 namespace moefy {
 
@@ -48,11 +49,45 @@ __device__ __forceinline__ uint32_t token_of(const moefy_experts_params& p, cons
   return group.expert == kNoExpert ? row : p.token_ids[row];
 }
 
+__device__ __forceinline__ uint32_t num_pairs(const moefy_experts_params& p) {
+  return min(__ldcg(p.expert_offsets + p.neurons.num_experts), p.max_pairs);
+}
+
 /// First of a group's rows among the outputs of a slab; an expert's are where its pairs are.
 __device__ __forceinline__ uint64_t place_of_rows(const moefy_experts_params& p, const Group& group) {
   if (group.expert != kNoExpert) return 0;
   const bool after_shared = group.first_neuron >= p.neurons.d_ff && p.neurons.shared > 0;
-  return static_cast<uint64_t>(p.max_pairs) + (after_shared ? p.num_tokens : 0);
+  return static_cast<uint64_t>(num_pairs(p)) + (after_shared ? p.num_tokens : 0);
+}
+
+/// Columns of y whose pair outputs are in memory together: as many as fit, whatever the masks select.
+struct Slab {
+  uint32_t width;  // from one row to the next
+  uint32_t first;
+  uint32_t end;  // at most `first` where there are no columns left
+};
+
+template <class T>
+__device__ __forceinline__ Slab find_slab(const moefy_experts_params& p) {
+  constexpr uint32_t kStep = MOEFY_EXPERTS_MANY_SLAB;
+  const moefy_neurons& n = p.neurons;
+  const uint64_t rows = num_pairs(p) + (uint64_t(n.shared > 0) + (n.rank > 0)) * p.num_tokens;
+  const uint64_t fit = p.rows_bytes / (max(rows, uint64_t(1)) * sizeof(T));
+  const uint32_t all = round_up_8(n.d_model);
+  const uint32_t width = rows == 0 || fit >= all ? all : static_cast<uint32_t>(fit) / kStep * kStep;
+  const uint32_t first = p.slab * width;
+  return {width, first, min(first + width, static_cast<uint32_t>(n.d_model))};
+}
+
+/// Row of w_in behind row `row` of a group's tiles, or kNoRow beyond its last neuron. A tile of a GLU holds eight gate rows,
+/// the eight up rows of the same neurons, and so on: then one lane has both factors.
+constexpr uint32_t kNoRow = 0xffffffffu;
+
+__device__ __forceinline__ uint32_t weight_row(const moefy_neurons& n, const Group& group, uint32_t row) {
+  const uint32_t neuron = group.halves == 2 ? row / 16 * 8 + row % 8 : row;
+  if (neuron >= group.width) return kNoRow;
+  const bool up = group.halves == 2 && row / 8 % 2 == 1;
+  return up ? up_row(n, group.first_neuron + neuron) : input_row(n, group.first_neuron + neuron);
 }
 
 template <class T>
@@ -61,11 +96,92 @@ __device__ __forceinline__ void store_two(T* at, float first, float second) {
   at[1] = from_float<T>(second);
 }
 
-/// Exclusive sums of the groups' numbers of tiles, in shared memory, by 256 threads; the last entry is the number of
-/// tiles.
-template <class Tiles>
+template <class T>
+__device__ __forceinline__ uint32_t pack_two(float first, float second) {
+  const T both[2] = {from_float<T>(first), from_float<T>(second)};
+  uint32_t word;
+  memcpy(&word, both, sizeof(word));
+  return word;
+}
+
+/// Stores h of two rows of a tile, `row` and eight further, as far as the tile has them, from `kAcross` fragments of eight
+/// rows of w_in, `first_row` the first of them: of each, `sums(j)` leads to two sums of this lane for either row. All lanes
+/// of a warp take part.
+template <class T, int kAcross, int kHalves, class Activation, class Sums>
+__device__ __forceinline__ void store_hidden(const moefy_experts_params& p, const Group& group, const RowRange& tile,
+                                             uint32_t row, uint32_t first_row, const Sums& sums, Activation) {
+  constexpr int kBlocks = kAcross / kHalves;  // of eight neurons
+  moefy_neurons n = p.neurons;
+  n.activation = Activation::value;
+  const uint32_t t = threadIdx.x % 4, first = first_row / kHalves;
+  T* to[2];
+  float gates[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t own = tile.begin + row + 8 * half;
+    to[half] = static_cast<T*>(p.hidden) + group.hidden + own * group.hidden_stride + first;
+    const bool has_gate = p.gates != nullptr && group.expert != kNoExpert && row + 8 * half < tile.count;
+    gates[half] = has_gate ? gate_of(p.gates, n.num_experts, token_of(p, group, own), group.expert) : 1.0f;
+  }
+  const auto exists = [&](int half, uint32_t at) {
+    return row + 8 * half < tile.count && first + at < group.hidden_stride;
+  };
+#pragma unroll
+  for (int block = 0; block < kBlocks; block += 4) {
+    uint32_t words[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < 4 && block + i < kBlocks; ++i) {
+      const uint32_t at = (block + i) * 8 + 2 * t;
+      const float* pre = sums((block + i) * kHalves);
+      const float* up = sums((block + i) * kHalves + kHalves - 1);
+      float values[2][2] = {};
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (first + at + r >= group.width) continue;
+        const uint32_t neuron = group.first_neuron + first + at + r;
+        const NeuronConstants constants = neuron_constants(n, neuron);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float value = neuron_value<T>(n, neuron, constants, pre[2 * half + r], up[2 * half + r]);
+          values[half][r] = gates[half] * value;
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (sizeof(T) == 2) {
+          words[half][i] = pack_two<T>(values[half][0], values[half][1]);
+        } else if (exists(half, at)) {
+          store_two(to[half] + at, values[half][0], values[half][1]);
+        }
+      }
+    }
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 eight = transpose_quad(words[half]);
+        const uint32_t own = block + t;
+        if (own < kBlocks && exists(half, own * 8)) *reinterpret_cast<uint4*>(to[half] + own * 8) = eight;
+      }
+    }
+  }
+}
+
+template <class T, int kAcross, class Sums>
+__device__ __forceinline__ void store_hidden(const moefy_experts_params& p, const Group& group, const RowRange& tile,
+                                             uint32_t row, uint32_t first_row, const Sums& sums) {
+  with_activation(p.neurons.activation, [&](auto known) {
+    if (group.halves == 2) {
+      store_hidden<T, kAcross, 2>(p, group, tile, row, first_row, sums, known);
+    } else {
+      store_hidden<T, kAcross, 1>(p, group, tile, row, first_row, sums, known);
+    }
+  });
+}
+
+/// Exclusive sums of the groups' numbers of tiles, in shared memory, by all threads of a block; the last entry is the
+/// number of tiles.
+template <int kThreads, class Tiles>
 __device__ void count_tiles(const moefy_experts_params& p, uint32_t* tile_offsets, const Tiles& tiles_of) {
-  constexpr int kThreads = 256;
   __shared__ uint32_t warp_sums[kThreads / 32];
   const uint32_t groups = num_groups(p.neurons);
   const int lane = threadIdx.x % 32;

@@ -67,4 +67,25 @@ __device__ __forceinline__ float pick(const float (&v)[kSize], int i) {
   return result;
 }
 
+/// The four lanes of a row of a fragment have a word each of four blocks of eight columns: then each has one block.
+__device__ __forceinline__ uint4 transpose_quad(const uint32_t (&words)[4]) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const uint32_t t = threadIdx.x % 4;
+  // First the two of each half, then the halves.
+  uint32_t halves[4], out[4];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t given = __shfl_xor_sync(kAll, t & 1 ? words[2 * i] : words[2 * i + 1], 1);
+    halves[2 * i] = t & 1 ? given : words[2 * i];
+    halves[2 * i + 1] = t & 1 ? words[2 * i + 1] : given;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t given = __shfl_xor_sync(kAll, t & 2 ? halves[i] : halves[2 + i], 2);
+    out[i] = t & 2 ? given : halves[i];
+    out[2 + i] = t & 2 ? halves[2 + i] : given;
+  }
+  return {out[0], out[1], out[2], out[3]};
+}
+
 }  // namespace moefy

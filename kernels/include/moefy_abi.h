@@ -25,8 +25,8 @@
 /* Threads of moefy_route_index_small. */
 #define MOEFY_ROUTE_INDEX_SMALL 256u
 
-/* Columns of a tile of moefy_experts_many_output. */
-#define MOEFY_EXPERTS_MANY_COLUMNS 128u
+/* Columns of y whose pair outputs are in memory together: a multiple of it, unless they are all. */
+#define MOEFY_EXPERTS_MANY_SLAB 256u
 
 /* Columns of y of a block of moefy_add_shares. */
 #define MOEFY_ADD_SHARES_COLUMNS 32u
@@ -201,16 +201,15 @@ typedef struct moefy_experts_params {
   uint64_t hidden_shared;
   uint64_t hidden_linear;
   MOEFY_PTR(float) partials; /* few tokens: [num_splits, num_tokens, d_model] */
-  /* Many tokens: outputs of a slab of columns, [rows, slab]: one row for each pair, at max_pairs one for each token for the
-   * shared neurons if there are any, then those for the linear ones. */
+  /* Many tokens: outputs of a slab of columns: one row for each pair, then one for each token for the shared neurons if
+   * there are any, then those for the linear ones. As many columns as the rows that there are leave room for. */
   MOEFY_PTR(void) rows;
+  uint64_t rows_bytes; /* room for MOEFY_EXPERTS_MANY_SLAB columns of every row that can be, at least */
   MOEFY_PTR(uint32_t) pair_rows; /* many tokens: [num_tokens, num_experts], the row of each pair that exists */
   uint32_t num_tokens;
   uint32_t max_pairs;  /* many tokens: entries of token_ids */
-  uint32_t num_splits;   /* few tokens: shares of the neurons */
-  uint32_t first_column; /* many tokens: of the slab */
-  uint32_t slab;         /* many tokens: columns, a multiple of 8 */
-  uint32_t reserved;
+  uint32_t num_splits; /* few tokens: shares of the neurons */
+  uint32_t slab;       /* many tokens: which */
 } moefy_experts_params;
 
 /* Partial outputs -> y: b_out and all shares, or zeros for a token at or beyond num_valid_tokens. */

@@ -1,10 +1,10 @@
 //! The kernels of [`experts`](super::experts) for many tokens: expert by expert.
 
-use super::driver::RawStream;
+use super::driver::{Function, RawStream};
 use super::experts::{Launch, THREADS, Variants, variants};
 use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
-use crate::abi::{MOEFY_EXPERTS_MANY_COLUMNS, MOEFY_MAX_EXPERTS, moefy_experts_params};
+use crate::abi::{MOEFY_EXPERTS_MANY_SLAB, MOEFY_MAX_EXPERTS, moefy_experts_params};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -17,17 +17,61 @@ const ROWS: [usize; 3] = [32, 64, 128];
 /// Rows of a tile of the second kernel, its stages where shared memory allows it and elsewhere, and bytes of one.
 const PAIRS: usize = 128;
 const OUTPUT_STAGES: [usize; 2] = [5, 2];
-const OUTPUT_STAGE_BYTES: usize = (PAIRS + MOEFY_EXPERTS_MANY_COLUMNS as usize) * ROW_BYTES;
-/// Outputs of pairs that wait for their sums are at most so many bytes, whatever the masks select ...
-const MAX_SLAB_BYTES: usize = 448 << 20;
-/// ... and about as many as the second-level cache keeps, if the pairs are as many as expected.
-const CACHED_BYTES: usize = 24 << 20;
+const OUTPUT_STAGE_BYTES: usize = 2 * PAIRS * ROW_BYTES;
+/// Outputs of pairs that wait for their sums are at most so many bytes, whatever the masks select.
+const MAX_ROWS_BYTES: usize = 448 << 20;
+/// Columns that a warp of the kernel that sums takes at once, and blocks that keep a multiprocessor busy.
+const SUM_COLUMNS: usize = 512;
+const SUM_BLOCKS: usize = 8;
 
 pub(super) struct Kernels {
     hidden: Variants,
     output: PerDType,
     output_stages: usize,
     sum: PerDType,
+    /// On Hopper, of f16 and of bf16.
+    wide: Option<[Wide; 2]>,
+}
+
+/// Both products by whole warpgroups.
+struct Wide {
+    hidden: [Function; 4],
+    output: Function,
+}
+
+const WIDE_MODULES: [&str; 2] = ["sm90_experts_many_hidden", "sm90_experts_many_output"];
+/// Threads of a block, input rows of a block of the first kernel, its stages, and bytes of those of the second.
+const WIDE_THREADS: u32 = 384;
+const WIDE_ROWS: [usize; 4] = [32, 64, 128, 256];
+const WIDE_STAGES: [usize; 4] = [8, 8, 6, 4];
+const WIDE_OUTPUT_BYTES: usize = 192 << 10;
+
+impl Wide {
+    fn load(modules: &Modules, hidden: [&'static str; 4], output: &'static str) -> Result<Self> {
+        let most = MOEFY_MAX_EXPERTS as usize;
+        let load = |size: usize| {
+            let bytes = wide_hidden_shared_bytes(size, most);
+            modules.function(WIDE_MODULES[0], hidden[size], bytes)
+        };
+        let bytes = wide_output_shared_bytes(most);
+        Ok(Self {
+            hidden: [load(0)?, load(1)?, load(2)?, load(3)?],
+            output: modules.function(WIDE_MODULES[1], output, bytes)?,
+        })
+    }
+}
+
+fn wide_hidden_shared_bytes(size: usize, num_experts: usize) -> usize {
+    WIDE_STAGES[size] * (TOKENS + WIDE_ROWS[size]) * ROW_BYTES + list_bytes(num_experts)
+}
+
+fn wide_output_shared_bytes(num_experts: usize) -> usize {
+    WIDE_OUTPUT_BYTES + list_bytes(num_experts)
+}
+
+/// Of the first tiles of the experts and other groups.
+fn list_bytes(num_experts: usize) -> usize {
+    (num_experts + 3) * 4
 }
 
 impl Kernels {
@@ -49,6 +93,24 @@ impl Kernels {
             ],
         };
         let per_dtype = |names, bytes| modules.per_dtype("experts_many_output", names, bytes);
+        let wide = || -> Result<[Wide; 2]> {
+            let f16 = [
+                "moefy_experts_many_wide_hidden_f16_32",
+                "moefy_experts_many_wide_hidden_f16_64",
+                "moefy_experts_many_wide_hidden_f16_128",
+                "moefy_experts_many_wide_hidden_f16_256",
+            ];
+            let bf16 = [
+                "moefy_experts_many_wide_hidden_bf16_32",
+                "moefy_experts_many_wide_hidden_bf16_64",
+                "moefy_experts_many_wide_hidden_bf16_128",
+                "moefy_experts_many_wide_hidden_bf16_256",
+            ];
+            Ok([
+                Wide::load(modules, f16, "moefy_experts_many_wide_output_f16")?,
+                Wide::load(modules, bf16, "moefy_experts_many_wide_output_bf16")?,
+            ])
+        };
         Ok(Self {
             hidden: Variants::load(
                 modules,
@@ -69,23 +131,35 @@ impl Kernels {
                 ],
                 0,
             )?,
+            wide: modules.module(WIDE_MODULES[0]).map(|_| wide()).transpose()?,
         })
+    }
+
+    /// Of a type, where the device has them.
+    fn wide(&self, dtype: DType) -> Option<&Wide> {
+        let [f16, bf16] = self.wide.as_ref()?;
+        match dtype {
+            DType::F32 => None,
+            DType::F16 => Some(f16),
+            DType::BF16 => Some(bf16),
+        }
     }
 }
 
 fn hidden_shared_bytes(size: usize, num_experts: usize) -> usize {
     let stages = if ROWS[size] == 128 { 3 } else { 4 };
-    stages * (TOKENS + ROWS[size]) * ROW_BYTES + (num_experts + 3) * 4
+    stages * (TOKENS + ROWS[size]) * ROW_BYTES + list_bytes(num_experts)
 }
 
 fn output_shared_bytes(stages: usize, num_experts: usize) -> usize {
-    stages * OUTPUT_STAGE_BYTES + (num_experts + 3) * 4
+    stages * OUTPUT_STAGE_BYTES + list_bytes(num_experts)
 }
 
 /// Sizes of the launches and places in the workspace.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
     size: usize,
+    wide_size: usize,
     dtype: DType,
     multiprocessors: usize,
     num_tokens: usize,
@@ -95,8 +169,10 @@ pub(super) struct Shape {
     hidden_stride: usize,
     hidden_shared: usize,
     hidden_linear: usize,
-    slab: usize,
+    /// Launches of the second product.
+    num_slabs: usize,
     rows: u64,
+    rows_bytes: usize,
     pair_rows: u64,
     pub(super) bytes: usize,
 }
@@ -111,19 +187,26 @@ impl Shape {
             (_, ..=64) => 1,
             _ => 2,
         };
+        let wide_size = wide_size(launch.expert_width * launch.halves);
         let hidden_stride = launch.expert_width.checked_next_multiple_of(8)?;
         let hidden_shared = max_pairs.checked_mul(hidden_stride)?;
         let of_tokens = |width: usize| num_tokens.checked_mul(width.checked_next_multiple_of(8)?);
         let hidden_linear = hidden_shared.checked_add(of_tokens(launch.shared)?)?;
         let always = usize::from(launch.shared > 0) + usize::from(launch.rank > 0);
         let num_rows = max_pairs.checked_add(num_tokens.checked_mul(always)?)?;
-        let slab = slab(num_rows, num_tokens, d_model, dtype.bytes());
+        let row_bytes = d_model.checked_next_multiple_of(8)?.checked_mul(dtype.bytes())?;
+        let least = (MOEFY_EXPERTS_MANY_SLAB as usize * dtype.bytes()).min(row_bytes);
+        // Room for all columns, or for some of them: at least one slab's.
+        let rows_bytes =
+            num_rows.checked_mul(row_bytes)?.min(MAX_ROWS_BYTES.max(num_rows.checked_mul(least)?));
+        let slab = rows_bytes / num_rows.max(1) / least * least;
         let mut layout = Layout::default();
         layout.place(hidden_linear.checked_add(of_tokens(launch.rank)?)?, dtype.bytes())?;
-        let rows = layout.place(num_rows.checked_mul(slab)?, dtype.bytes())?;
+        let rows = layout.place(rows_bytes, 1)?;
         let pair_rows = layout.place(num_tokens.checked_mul(launch.num_experts)?, 4)?;
         Some(Self {
             size,
+            wide_size,
             dtype,
             multiprocessors: launch.multiprocessors,
             num_tokens,
@@ -133,8 +216,13 @@ impl Shape {
             hidden_stride,
             hidden_shared,
             hidden_linear,
-            slab,
+            num_slabs: if rows_bytes == num_rows * row_bytes {
+                1
+            } else {
+                row_bytes.div_ceil(slab)
+            },
             rows,
+            rows_bytes,
             pair_rows,
             bytes: layout.bytes(),
         })
@@ -142,8 +230,12 @@ impl Shape {
 
     /// Bytes of shared memory that a block of the kernels needs at most.
     pub(super) fn shared_bytes(&self, kernels: &Kernels) -> usize {
-        output_shared_bytes(kernels.output_stages, self.num_experts)
-            .max(hidden_shared_bytes(self.size, self.num_experts))
+        match kernels.wide(self.dtype) {
+            Some(_) => wide_output_shared_bytes(self.num_experts)
+                .max(wide_hidden_shared_bytes(self.wide_size, self.num_experts)),
+            None => output_shared_bytes(kernels.output_stages, self.num_experts)
+                .max(hidden_shared_bytes(self.size, self.num_experts)),
+        }
     }
 
     /// # Safety
@@ -156,43 +248,68 @@ impl Shape {
         params: &moefy_experts_params,
         workspace: u64,
     ) -> Result<()> {
-        let mut params = moefy_experts_params {
+        let params = moefy_experts_params {
             hidden: workspace,
             hidden_stride: self.hidden_stride as u64,
             hidden_shared: self.hidden_shared as u64,
             hidden_linear: self.hidden_linear as u64,
             max_pairs: self.max_pairs as u32,
             rows: workspace + self.rows,
+            rows_bytes: self.rows_bytes as u64,
             pair_rows: workspace + self.pair_rows,
-            slab: self.slab as u32,
             ..*params
         };
-        let hidden = kernels.hidden.get(self.dtype, self.size);
-        let (output, sum) = (kernels.output.get(self.dtype), kernels.sum.get(self.dtype));
-        let grid = [2 * self.multiprocessors as u32, 1, 1];
-        let warps = [(self.num_tokens as u32).div_ceil(THREADS / 32), 1, 1];
-        let shared = hidden_shared_bytes(self.size, self.num_experts);
-        // SAFETY: the caller's promise.
-        unsafe {
-            hidden.launch(stream, grid, THREADS, shared, &params)?;
-            let shared = output_shared_bytes(kernels.output_stages, self.num_experts);
-            for first_column in (0..self.d_model).step_by(self.slab) {
-                params.first_column = first_column as u32;
-                let grid = [self.multiprocessors as u32, 1, 1];
-                output.launch(stream, grid, THREADS, shared, &params)?;
-                sum.launch(stream, warps, THREADS, 0, &params)?;
-            }
+        let blocks = self.multiprocessors as u32;
+        let experts = self.num_experts;
+        // Kernel, blocks, threads, and bytes of shared memory of each product.
+        let (hidden, output) = match kernels.wide(self.dtype) {
+            Some(wide) => (
+                (
+                    &wide.hidden[self.wide_size],
+                    blocks,
+                    WIDE_THREADS,
+                    wide_hidden_shared_bytes(self.wide_size, experts),
+                ),
+                (&wide.output, blocks, WIDE_THREADS, wide_output_shared_bytes(experts)),
+            ),
+            None => (
+                (
+                    kernels.hidden.get(self.dtype, self.size),
+                    2 * blocks,
+                    THREADS,
+                    hidden_shared_bytes(self.size, experts),
+                ),
+                (
+                    kernels.output.get(self.dtype),
+                    blocks,
+                    THREADS,
+                    output_shared_bytes(kernels.output_stages, experts),
+                ),
+            ),
+        };
+        let run = |(kernel, blocks, threads, shared): (&Function, u32, u32, usize), params: &_| {
+            // SAFETY: the caller's promise.
+            unsafe { kernel.launch(stream, [blocks, 1, 1], threads, shared, params) }
+        };
+        // Where a block for each token and step would be more than run at a time, a block takes several tokens.
+        let across = self.d_model.div_ceil(SUM_COLUMNS).min(SUM_BLOCKS);
+        let down = self.num_tokens.div_ceil(THREADS as usize / 32);
+        let most = (self.multiprocessors * SUM_BLOCKS).div_ceil(across);
+        let warps = [down.min(most) as u32, across as u32, 1];
+        run(hidden, &params)?;
+        for slab in 0..self.num_slabs {
+            let params = moefy_experts_params { slab: slab as u32, ..params };
+            run(output, &params)?;
+            // SAFETY: the caller's promise.
+            unsafe { kernels.sum.get(self.dtype).launch(stream, warps, THREADS, 0, &params)? };
         }
         Ok(())
     }
 }
 
-/// Columns of a slab. A quarter of the pairs that could be is what a layer is made sparse for.
-fn slab(num_rows: usize, num_tokens: usize, d_model: usize, element: usize) -> usize {
-    let tile = MOEFY_EXPERTS_MANY_COLUMNS as usize;
-    let columns = |bytes: usize, rows: usize| bytes / (rows.max(1) * element) / tile * tile;
-    let expected = (num_rows / 4).max(num_tokens);
-    let cached = columns(CACHED_BYTES, expected).max(2 * tile);
-    let bounded = columns(MAX_SLAB_BYTES, num_rows).max(tile);
-    cached.min(bounded).min(d_model.next_multiple_of(8))
+/// Which rows of a block: few beyond the expert's, and each block reads its tokens once more, which takes as long as 32
+/// rows.
+fn wide_size(rows: usize) -> usize {
+    let cost = |&size: &usize| rows.div_ceil(WIDE_ROWS[size]) * (WIDE_ROWS[size] + 32);
+    (0..WIDE_ROWS.len()).rev().min_by_key(cost).unwrap_or(0)
 }

@@ -10,6 +10,8 @@ use crate::ffn::Selection;
 
 /// Most tokens for which a choice streams the union of their experts.
 pub(super) const MAX_FEW_TOKENS: usize = 8;
+/// Fewest tokens for which a choice goes expert by expert: with fewer, tiles are mostly empty.
+pub(super) const MIN_MANY_TOKENS: usize = 1024;
 
 /// A way to compute the layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -104,8 +106,8 @@ impl FfnInputs {
 }
 
 impl MoeFfn {
-    /// The path for so many tokens.
-    pub(super) fn path(&self, num_tokens: usize, options: &PlanOptions) -> Path {
+    /// The path for so many tokens. `many`: whether there is memory to go expert by expert by choice.
+    pub(super) fn path(&self, num_tokens: usize, options: &PlanOptions, many: bool) -> Path {
         match (options.path, options.fallback) {
             (Some(path), _) => path,
             (None, fallback) => {
@@ -116,7 +118,8 @@ impl MoeFfn {
                 let estimate = |path: &Path| self.estimate_us(*path, num_tokens, options);
                 let fused = self.few_fused(num_tokens).map(|_| Path::FewFused);
                 let few = (num_tokens <= MAX_FEW_TOKENS).then_some(Path::Few);
-                let sparse = fused.into_iter().chain(few);
+                let many = (many && num_tokens >= MIN_MANY_TOKENS).then_some(Path::ExpertMajor);
+                let sparse = fused.into_iter().chain(few).chain(many);
                 let sparse = sparse.min_by(|a, b| estimate(a).total_cmp(&estimate(b)));
                 // Where they are equal, the dense one needs no router.
                 sparse.filter(|path| estimate(path) < 0.97 * estimate(&dense)).unwrap_or(dense)
@@ -124,17 +127,21 @@ impl MoeFfn {
         }
     }
 
-    /// Microseconds that a path for few tokens takes, from measurements on an H100 (kernels/NOTES.md):
-    /// good enough to choose by.
+    /// Microseconds that a path takes, from measurements on an H100 (kernels/NOTES.md): good enough to
+    /// choose by. Constants are microseconds, bytes and multiply-adds per microsecond.
     fn estimate_us(&self, path: Path, num_tokens: usize, options: &PlanOptions) -> f64 {
         let neurons = self.neurons();
+        let element = self.dtype().bytes() as f64;
         let (tokens, d_model) = (num_tokens as f64, neurons.d_model() as f64);
-        let rows = (neurons.w_in.shape[0] + neurons.w_out.shape[0]) as f64;
-        let all_us = rows * d_model * self.dtype().bytes() as f64 / 2.8e6;
+        let [rows_in, rows_out] = [&neurons.w_in, &neurons.w_out].map(|w| w.shape[0] as f64);
+        let all_us = (rows_in + rows_out) * d_model * element / 2.8e6;
         // If tokens route independently.
-        let skipped = (1.0 - options.density.unwrap_or(1.0)).powi(num_tokens.min(1 << 20) as i32);
-        let union_us = (1.0 - skipped) * all_us;
-        let dense_us = 9.2 + 0.965 * all_us;
+        let density = options.density.unwrap_or(1.0);
+        let union = 1.0 - (1.0 - density).powi(num_tokens.min(1 << 20) as i32);
+        let union_us = union * all_us;
+        let of_products = tokens * (rows_in + rows_out) * d_model / 3.6e8;
+        let dense_us = 9.2 + (0.965 * all_us).max(of_products);
+        let router_us = 10.0 + 3e-6 * tokens * d_model;
         match path {
             // Launches and routing; each multiprocessor's share of y; tokens beyond a tile.
             Path::FewFused => {
@@ -142,9 +149,30 @@ impl MoeFfn {
                 7.5 + 0.0008 * d_model + union_us + shares + 0.6 * (tokens - 8.0).max(0.0)
             }
             Path::Few => 11.0 + 0.96 * union_us + 0.4 * tokens,
-            Path::DenseMasked => dense_us + 10.0,
-            Path::DenseExact | Path::ExpertMajor => dense_us,
+            Path::DenseExact => dense_us,
+            Path::DenseMasked => {
+                dense_us + router_us + tokens * (rows_in + rows_out) * element / 2e6
+            }
+            Path::ExpertMajor => self.expert_major_us(tokens, density) + 20.0 + router_us,
         }
+    }
+
+    /// Both products of [`Path::ExpertMajor`].
+    fn expert_major_us(&self, tokens: f64, density: f64) -> f64 {
+        let neurons = self.neurons();
+        let element = self.dtype().bytes() as f64;
+        let d_model = neurons.d_model() as f64;
+        let of_expert = (neurons.halves() * neurons.expert_width) as f64;
+        let pairs = tokens * neurons.num_experts as f64 * density;
+        let always = (neurons.halves() * neurons.shared + neurons.rank) as f64;
+        // Tiles of 128 tokens, of which each expert leaves half of one empty.
+        let padded = pairs + 64.0 * neurons.num_experts as f64;
+        let tokens_again = (of_expert / 256.0).max(1.0);
+        let hidden = padded * d_model * element * (tokens_again + of_expert / 128.0) / 3.9e6;
+        let outputs = pairs * d_model * element * 2.0 / 2.1e6;
+        let always = tokens * always * d_model / 2e8
+            + if always > 0.0 { tokens * d_model * element / 1e6 } else { 0.0 };
+        60.0 + hidden + outputs + always
     }
 
     /// The fused path for so many tokens, if it can do them.

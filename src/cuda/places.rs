@@ -22,6 +22,8 @@ pub(super) struct Places {
     pub(super) chunk: usize,
     /// Experts that a token can have at most.
     pub(super) max_k: usize,
+    /// Whether a choice may go expert by expert.
+    pub(super) many: bool,
     pub(super) valid: u64,
     pub(super) mask: u64,
     pub(super) scores: u64,
@@ -52,6 +54,7 @@ impl MoeFfn {
         let mut places = Places {
             chunk,
             max_k,
+            many: self.path(max_tokens, options, true) == Path::ExpertMajor,
             valid: 0,
             mask: 0,
             scores: 0,
@@ -114,7 +117,7 @@ impl MoeFfn {
                     .unwrap_or(0),
             ));
         }
-        if options.path == Some(Path::ExpertMajor) {
+        if places.many {
             let lists = places.lists(0, neurons.num_experts, places.chunk);
             include(Some(sparse(places.chunk, Some(lists))?));
         }

@@ -113,7 +113,7 @@ impl FfnPlan {
 
     /// The path that a run of so many tokens takes.
     pub fn path(&self, num_tokens: usize) -> Path {
-        self.ffn.path(num_tokens, &self.options)
+        self.ffn.path(num_tokens, &self.options, self.places.many)
     }
 
     /// The layer.

@@ -18,7 +18,7 @@ use crate::ffn::{MlpKind, Router, Selection};
 
 /// Up to here the rows of the first layer are dealt out, and each is read once for eight tokens: beyond,
 /// tiles read the weights less often.
-const MAX_FEW_TOKENS: usize = 2048;
+const MAX_FEW_TOKENS: usize = 1024;
 const MAX_FEW_EXPERTS: usize = 512;
 /// What every supported device gives to a block without being asked.
 const MAX_FEW_SHARED_BYTES: usize = 48 << 10;
@@ -439,12 +439,7 @@ unsafe fn launch_first(
     params: &moefy_router_select_params,
     dtype: DType,
 ) -> Result<()> {
-    let layer = first_layer(params, params.first);
-    if device.router_select.product(dtype, &layer).is_some() {
-        // SAFETY: the caller's promise.
-        return unsafe { launch_layer(device, stream, dtype, &layer) };
-    }
-    let width = layer.out_width;
+    let width = first_layer(params, params.first).out_width;
     let [tokens, d_model, outputs] = [params.num_tokens, params.d_model, width].map(|n| n as usize);
     // That kernel takes rows without gaps.
     if params.x_stride == u64::from(params.d_model)

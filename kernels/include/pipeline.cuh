@@ -1,0 +1,112 @@
+// Hopper: stages in shared memory that one warpgroup fills by asynchronous copies while two others multiply.
+#pragma once
+
+#include "memory.cuh"
+#include "wgmma.cuh"
+
+namespace moefy {
+
+constexpr uint32_t kCopiers = 128, kMultipliers = 256;
+constexpr uint32_t kPipelineThreads = kCopiers + kMultipliers;
+
+/// Who copies leaves registers to who multiplies: sums take 128. The three warpgroups have 65,536.
+__device__ __forceinline__ void become_copier() { asm volatile("setmaxnreg.dec.sync.aligned.u32 88;"); }
+__device__ __forceinline__ void become_multiplier() { asm volatile("setmaxnreg.inc.sync.aligned.u32 208;"); }
+
+/// The barriers of the stages. All threads of a block make one, before anything else that they share.
+template <int kStages>
+struct Pipeline {
+  uint32_t barriers;
+
+  __device__ Pipeline() {
+    __shared__ uint64_t memory[2 * kStages];
+    barriers = shared_address(memory);
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < kStages; ++stage) {
+        barrier_init(full(stage), kCopiers);
+        barrier_init(empty(stage), kMultipliers / 32);
+      }
+      fence_barriers();
+    }
+    __syncthreads();
+  }
+
+  __device__ uint32_t full(uint32_t stage) const { return barriers + stage * 8; }
+  __device__ uint32_t empty(uint32_t stage) const { return barriers + (kStages + stage) * 8; }
+};
+
+/// A thread that copies: between `begin`, which gives the stage, and `end` it asks for its part of one. Copies arrive a few
+/// stages later, and only then are handed over, because products see them only after a fence by who asked for them.
+template <int kStages>
+class Copier {
+ public:
+  __device__ explicit Copier(const Pipeline<kStages>& pipeline) : pipeline_(pipeline) {}
+
+  __device__ uint32_t begin() {
+    const uint32_t stage = count_ % kStages;
+    if (count_ >= kStages) barrier_wait(pipeline_.empty(stage), (count_ / kStages - 1) & 1);
+    return stage;
+  }
+
+  __device__ void end() {
+    copy_async_commit();
+    ++count_;
+    if (count_ - handed_ <= kBehind) return;
+    copy_async_wait<kBehind>();
+    hand_over();
+  }
+
+  /// Hands over every stage: at the end, and before a wait for products that may need them.
+  __device__ void flush() {
+    copy_async_wait<0>();
+    while (handed_ < count_) hand_over();
+  }
+
+ private:
+  static constexpr uint32_t kBehind = kStages - 2;
+
+  __device__ void hand_over() {
+    fence_for_copies();
+    barrier_arrive(pipeline_.full(handed_++ % kStages));
+  }
+
+  const Pipeline<kStages>& pipeline_;
+  uint32_t count_ = 0, handed_ = 0;
+};
+
+/// A thread that multiplies: between `begin`, which gives the stage, and `end` it begins at most one group of products. The
+/// group before it has then ended, and its stage can be filled again.
+template <int kStages>
+class Multiplier {
+ public:
+  __device__ explicit Multiplier(const Pipeline<kStages>& pipeline) : pipeline_(pipeline) {}
+
+  __device__ uint32_t begin() {
+    const uint32_t stage = count_ % kStages;
+    barrier_wait(pipeline_.full(stage), count_ / kStages & 1);
+    return stage;
+  }
+
+  __device__ void end() {
+    wgmma_wait<1>();
+    if (count_ > freed_) free();
+    ++count_;
+  }
+
+  /// Waits for all products.
+  __device__ void finish() {
+    wgmma_wait<0>();
+    while (count_ > freed_) free();
+  }
+
+ private:
+  __device__ void free() {
+    if (threadIdx.x % 32 == 0) barrier_arrive(pipeline_.empty(freed_ % kStages));
+    ++freed_;
+  }
+
+  const Pipeline<kStages>& pipeline_;
+  uint32_t count_ = 0, freed_ = 0;
+};
+
+}  // namespace moefy
