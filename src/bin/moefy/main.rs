@@ -69,10 +69,12 @@ fn dtype(name: &str) -> Result<moefy::DType, String> {
 }
 
 impl Place {
-    /// The GPU as a backend.
+    /// The GPU as a backend, with the function that the model has on a CPU.
     fn gpu(&self) -> moefy::Result<moefy::cuda::Gpu> {
+        use moefy::cuda::{Fallback, Gpu, GpuOptions};
         let device = std::sync::Arc::new(moefy::cuda::Device::open(0)?);
-        moefy::cuda::Gpu::new(&device, self.dtype)
+        let options = GpuOptions { fallback: Fallback::Masked, ..GpuOptions::default() };
+        Gpu::new(&device, self.dtype, options)
     }
 }
 
