@@ -92,13 +92,17 @@ impl EncoderGraphs {
     /// The bucket \[sequences, length\] that a batch takes: the one of fewest tokens that holds it.
     ///
     /// # Errors
-    /// When it has more sequences or longer ones than any bucket has room for.
+    /// When it is empty, or has more sequences or longer ones than any bucket has room for.
     pub fn bucket_of(&self, batch: &Batch) -> Result<[usize; 2]> {
         self.find(batch).map(|index| self.buckets[index].size)
     }
 
     fn find(&self, batch: &Batch) -> Result<usize> {
         let wanted = [batch.num_sequences(), batch.max_length()];
+        if wanted[0] == 0 {
+            let expected = "of at least one sequence";
+            return Err(Error::argument("encoder_graphs", "batch", expected, "none"));
+        }
         let holds = |[sequences, length]: [usize; 2]| wanted[0] <= sequences && wanted[1] <= length;
         self.buckets.iter().position(|bucket| holds(bucket.size)).ok_or_else(|| {
             let sizes: Vec<_> = self.buckets.iter().map(|bucket| bucket.size).collect();

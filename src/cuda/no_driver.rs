@@ -128,15 +128,4 @@ impl Function {
     ) -> Result<()> {
         match self.0 {}
     }
-
-    pub(super) unsafe fn launch_early<P: Pod>(
-        &self,
-        _: RawStream,
-        _: [u32; 3],
-        _: u32,
-        _: usize,
-        _: &P,
-    ) -> Result<()> {
-        match self.0 {}
-    }
 }

@@ -231,7 +231,7 @@ impl<B: Backend> Encoder<B> {
     /// Checks a batch against the model and copies it to the device.
     ///
     /// # Errors
-    /// When there is no sequence, a token id is not in the vocabulary, or a sequence is longer than
+    /// When a token id is not in the vocabulary, or a sequence is longer than
     /// [`max_length`](Self::max_length).
     pub fn batch(&self, batch: &Batch) -> Result<DeviceBatch<B>> {
         self.check(batch)?;
@@ -271,9 +271,6 @@ impl<B: Backend> Encoder<B> {
         let refuse = |argument, expected: String, got: String| {
             Err(Error::argument("encoder", argument, expected, got))
         };
-        if batch.num_sequences() == 0 {
-            return refuse("batch", "of at least one sequence".into(), "none".into());
-        }
         for (i, sequence) in batch.sequences().enumerate() {
             if let Some(id) = sequence.iter().find(|&&id| id as usize >= self.vocab_size) {
                 let expected = format!("less than vocab_size = {}", self.vocab_size);

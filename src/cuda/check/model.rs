@@ -1,0 +1,254 @@
+//! Whether a model gives on this card what the reference and the CPU give.
+
+use std::slice::from_ref;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::{Checked, Verdict};
+use crate::cpu::Cpu;
+use crate::cuda::{Device, Fallback, Gpu, GpuOptions};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::eval::{cosines, spearman};
+use crate::ffn::{ExpertMask, Selection, SelectionRule};
+use crate::model::{Backend, Batch, Encoder, Ffn, FfnRun, Folder, Workspace, embed};
+use crate::reference::{self, Reference};
+use crate::tensor::Tensor;
+
+/// 1 − the mean cosine between embeddings and the reference's.
+const COSINE_BAR: f64 = 5e-4;
+/// Between Spearman's correlation here and on the CPU.
+const SPEARMAN_BAR: f64 = 1e-3;
+/// Scores may be off by this share of a token's largest, and so may decide otherwise when they are that close
+/// to what selects them.
+const BAND: f64 = 1e-4;
+
+/// What a model is checked on, as tokens.
+pub struct ModelTexts<'a> {
+    /// For embeddings and masks, at least one. The reference takes its time for each.
+    pub sentences: &'a [Vec<u32>],
+    /// For the ranking: all first sentences, then all second ones, and their scores.
+    pub pairs: Option<(&'a [Vec<u32>], &'a [f64])>,
+}
+
+/// Checks a folder's model in each element type, as it is stored and with its FFNs dense; each finding goes to
+/// `found`:
+///
+/// - embeddings of the sentences, all in one batch and one by one, against those of the f64 reference: 1 − the
+///   mean cosine is at most 5e-4;
+/// - Spearman's correlation over the pairs against the CPU's: at most 1e-3 apart;
+/// - masks against exact scores. Layer by layer, each on the CPU's input of that layer, because roundings of the
+///   layers before would decide otherwise where scores are close: not one bit may differ where the exact score
+///   is further from the threshold than 1e-4 of the token's largest.
+///
+/// # Errors
+/// When there is no sentence, one does not fit the model, the model does not fit the device, or the device
+/// fails.
+pub fn check_model(
+    device: &Arc<Device>,
+    folder: &Folder,
+    dtypes: &[DType],
+    texts: &ModelTexts<'_>,
+    mut found: impl FnMut(Checked),
+) -> Result<()> {
+    if texts.sentences.is_empty() {
+        return Err(Error::argument("check", "sentences", "at least one", "none"));
+    }
+    let reference = Encoder::load(Reference, folder)?;
+    let cpu = Encoder::load(Cpu, folder)?;
+    let stored = folder.moefy().map(|_| ("as stored", FfnRun::Stored));
+    let mut runs = Vec::new();
+    for (name, run) in stored.into_iter().chain([("dense", FfnRun::Dense)]) {
+        let one = |sentence| embed(&reference, from_ref(sentence), run, None);
+        let embeddings = texts.sentences.par_iter().map(one).collect::<Result<Vec<_>>>()?.concat();
+        let correlation = texts.pairs.map(|pairs| rank(&cpu, pairs, run)).transpose()?;
+        runs.push(Expected { name, run, embeddings, correlation });
+    }
+    for &dtype in dtypes {
+        let options = GpuOptions { fallback: Fallback::Masked, ..GpuOptions::default() };
+        let on_gpu = Encoder::load(Gpu::new(device, dtype, options)?, folder)?;
+        for expected in &runs {
+            check_run(&on_gpu, dtype, texts, expected, &mut found)?;
+        }
+        if stored.is_some() {
+            found(check_masks(&on_gpu, &cpu, folder, dtype, texts.sentences)?);
+        }
+    }
+    Ok(())
+}
+
+/// A way to run the model, and what it should give.
+struct Expected {
+    name: &'static str,
+    run: FfnRun,
+    embeddings: Vec<f32>,
+    correlation: Option<f64>,
+}
+
+/// An encoder, and memory for all sentences at once.
+struct Passes<'a, B: Backend> {
+    encoder: &'a Encoder<B>,
+    x: B::Tensor,
+    workspace: Workspace<B>,
+}
+
+impl<'a, B: Backend> Passes<'a, B> {
+    fn new(encoder: &'a Encoder<B>, sentences: &[Vec<u32>]) -> Result<Self> {
+        let max_tokens = sentences.iter().map(Vec::len).sum();
+        let (x, workspace) = (encoder.activations(max_tokens)?, encoder.workspace(max_tokens)?);
+        Ok(Self { encoder, x, workspace })
+    }
+
+    fn embeddings(&mut self, sentences: &[Vec<u32>], run: FfnRun) -> Result<Vec<f32>> {
+        let Self { encoder, x, workspace } = self;
+        let batch = encoder.batch(&Batch::pack(sentences)?)?;
+        encoder.forward(run, x, &batch, workspace, None)?;
+        encoder.pool(x, &batch)
+    }
+}
+
+/// Spearman's correlation of the cosines of the pairs with their scores.
+fn rank<B: Backend>(
+    encoder: &Encoder<B>,
+    (sequences, scores): (&[Vec<u32>], &[f64]),
+    run: FfnRun,
+) -> Result<f64> {
+    let embeddings = embed(encoder, sequences, run, None)?;
+    let (first, second) = embeddings.split_at(embeddings.len() / 2);
+    spearman(&cosines(first, second, encoder.d_model()), scores)
+}
+
+fn check_run(
+    on_gpu: &Encoder<Gpu>,
+    dtype: DType,
+    texts: &ModelTexts<'_>,
+    Expected { name, run, embeddings, correlation }: &Expected,
+    found: &mut impl FnMut(Checked),
+) -> Result<()> {
+    let mut passes = Passes::new(on_gpu, texts.sentences)?;
+    let together = passes.embeddings(texts.sentences, *run)?;
+    let alone = texts.sentences.iter().map(|sentence| passes.embeddings(from_ref(sentence), *run));
+    let alone = alone.collect::<Result<Vec<_>>>()?.concat();
+    for (how, got) in [("in one batch", &together), ("one by one", &alone)] {
+        let distances = distances(got, embeddings, on_gpu.d_model());
+        let worst = distances.iter().copied().fold(0.0, f64::max);
+        let error = distances.iter().sum::<f64>() / distances.len() as f64;
+        let shape = format!("{} sentences, at worst {worst:.1e}", distances.len());
+        let name = format!("{name}: 1 - cosine, {how}");
+        found(Checked::number(name, shape, dtype, error, COSINE_BAR));
+    }
+    if let (Some(pairs), Some(expected)) = (texts.pairs, correlation) {
+        let got = rank(on_gpu, pairs, *run)?;
+        let shape = format!("{} pairs, {got:.4}, CPU {expected:.4}", pairs.1.len());
+        let name = format!("{name}: Spearman");
+        found(Checked::number(name, shape, dtype, (got - expected).abs(), SPEARMAN_BAR));
+    }
+    Ok(())
+}
+
+/// 1 − the cosine between the rows of `a` and `b`.
+fn distances(a: &[f32], b: &[f32], d_model: usize) -> Vec<f64> {
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+    };
+    let rows = a.chunks_exact(d_model).zip(b.chunks_exact(d_model));
+    rows.map(|(a, b)| 1.0 - dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()).collect()
+}
+
+/// Bits of all layers' masks that differ although they are not close.
+fn check_masks(
+    on_gpu: &Encoder<Gpu>,
+    cpu: &Encoder<Cpu>,
+    folder: &Folder,
+    dtype: DType,
+    sentences: &[Vec<u32>],
+) -> Result<Checked> {
+    let layers = (0..folder.num_layers()).map(|layer| folder.ffn(layer));
+    let layers = layers.collect::<Result<Vec<Ffn>>>()?;
+    let (mut here, mut there) = (Passes::new(on_gpu, sentences)?, Passes::new(cpu, sentences)?);
+    let (mut bits, mut close, mut wrong) = (0, 0, 0);
+    // Many tokens and few take different paths.
+    for sentences in [sentences].into_iter().chain(sentences.iter().map(from_ref)) {
+        let batch = Batch::pack(sentences)?;
+        let [num_tokens, d_model] = [batch.num_tokens(), cpu.d_model()];
+        let (batch_here, batch_there) = (on_gpu.batch(&batch)?, cpu.batch(&batch)?);
+        cpu.embed_tokens(&mut there.x, &batch_there)?;
+        for (layer, ffn) in layers.iter().enumerate() {
+            cpu.attention_block(layer, &mut there.x, &batch_there, &mut there.workspace)?;
+            let input = cpu.to_host(&there.x, &batch_there)?;
+            cpu.ffn_block(layer, FfnRun::Stored, &mut there.x, &batch_there, &mut there.workspace)?;
+            let Ffn::Moe(moe) = ffn else { continue };
+            let input = Tensor::matrix(input, [num_tokens, d_model])?.to_dtype(dtype);
+            let mut x = on_gpu.backend().tensor(input.view())?;
+            on_gpu.ffn_block(layer, FfnRun::Stored, &mut x, &batch_here, &mut here.workspace)?;
+            let none = || Error::argument("check", "masks", "one of each layer", "none");
+            let got = on_gpu.mask(&here.workspace)?.ok_or_else(none)?;
+            let router = moe.router().to_dtype(dtype);
+            let scores = reference::router_scores(&router, &input.to_f64(), d_model);
+            let [close_here, wrong_here] = differences(&moe.selection(), &scores, &got);
+            (close, wrong) = (close + close_here, wrong + wrong_here);
+            bits += num_tokens * moe.num_experts();
+        }
+    }
+    let shape = format!("{bits} bits, {close} differ within the band");
+    Ok(Checked::number("masks, outside the band".into(), shape, dtype, wrong as f64, 0.0))
+}
+
+/// Bits that differ from what exact scores select, within the band and outside.
+fn differences(selection: &Selection, scores: &[f64], got: &ExpertMask) -> [usize; 2] {
+    let num_experts = got.num_experts();
+    let rounded: Vec<f32> = scores.iter().map(|&score| score as f32).collect();
+    let expected = reference::select(selection, &rounded, num_experts).mask;
+    let mut found = [0; 2];
+    for (token, row) in scores.chunks_exact(num_experts).enumerate() {
+        let max = row.iter().copied().fold(0.0, f64::max);
+        let threshold = match *selection {
+            Selection { rule: SelectionRule::DynamicK { rel_threshold }, max_experts: None } => {
+                f64::from(rel_threshold) * max
+            }
+            // Where experts are counted, the last that came in decides.
+            _ => expected.experts(token).map(|e| row[e]).fold(max, f64::min),
+        };
+        let differ = |e: &usize| expected.contains(token, *e) != got.contains(token, *e);
+        for expert in (0..num_experts).filter(differ) {
+            found[usize::from((row[expert] - threshold).abs() > BAND * max)] += 1;
+        }
+    }
+    found
+}
+
+impl Checked {
+    /// A number that may be at most `bar`; a NaN is no pass.
+    fn number(name: String, shape: String, dtype: DType, error: f64, bar: f64) -> Self {
+        let verdict = if error <= bar { Verdict::Passed } else { Verdict::Failed };
+        Self { name, shape, dtype: Some(dtype), error, bar, verdict }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_close_scores_may_decide_otherwise() {
+        let scores = [1.0, 0.5, 0.500_04, 0.4, 0.499_97];
+        let mut exact = ExpertMask::none(1, 5);
+        [0, 1, 2].into_iter().for_each(|expert| exact.insert(0, expert));
+        let mut close = ExpertMask::none(1, 5);
+        [0, 1, 4].into_iter().for_each(|expert| close.insert(0, expert));
+        let mut wrong = exact.clone();
+        wrong.insert(0, 3);
+        for selection in [Selection::dynamic_k(0.5), Selection::top_k(3)] {
+            assert_eq!(differences(&selection, &scores, &exact), [0, 0]);
+            assert_eq!(differences(&selection, &scores, &close), [2, 0]);
+            assert_eq!(differences(&selection, &scores, &wrong), [0, 1]);
+        }
+    }
+
+    #[test]
+    fn distances_do_not_depend_on_length() {
+        let found = distances(&[3.0, 4.0, 1.0, 0.0], &[6.0, 8.0, 0.0, 2.0], 2);
+        approx::assert_relative_eq!(found[..], [0.0, 1.0][..], epsilon = 1e-12);
+    }
+}
