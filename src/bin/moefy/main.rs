@@ -82,7 +82,7 @@ impl Place {
 enum Command {
     /// Convert a model: split its FFNs into experts, train routers, calibrate the threshold
     Convert(convert::Convert),
-    /// Change the threshold of a converted model without converting again
+    /// Change the threshold of a converted model without converting again, or the type of its weights
     Retune(retune::Retune),
     /// Write the dense model again, every tensor bit-identical
     Restore(restore::Restore),
