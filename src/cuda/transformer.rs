@@ -455,8 +455,8 @@ impl GpuBatch {
 
 impl Encoder<Gpu> {
     /// A batch with room for `num_sequences` sequences of up to `length` tokens, to be
-    /// [refilled](Encoder::refill) with any that fits; full of token 0 until then. Everything but the experts
-    /// computes the padding too, so that a pass costs what the bucket has room for.
+    /// [refilled](Encoder::refill) with any that fits; full of token 0 until then. What a
+    /// batch leaves over is padding, which sparse experts and attention skip, and dense products and norms compute.
     ///
     /// # Errors
     /// When one of the sizes is 0, a sequence would be longer than the model's positions, or the device has
