@@ -48,7 +48,7 @@ annalog: ## convert the FFNs of a real ReLU model and see how close they stay (4
 	$(PYTHON) scripts/annalog.py
 	cargo run $(CARGO_FLAGS) --example relu_layers -- inputs/annalog/ffns.safetensors
 
-gpu-bundle: toolchain inputs ## build gpu-bundle/, whose run.sh tests and measures on a machine with a GPU; MOEFY_STS=CSV ranks
+gpu-bundle: toolchain inputs ## build gpu-bundle/, whose run.sh tests and measures on a machine with a GPU
 	@$(MAKE) --no-print-directory gpu-bundle-all
 
 gpu-bundle-all:

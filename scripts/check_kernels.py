@@ -44,9 +44,9 @@ def parse(log):
     return found
 
 
-def without_wait(ptx):
-    """Names of the entry points that do not wait."""
-    return [name for name, body in BODY.findall(ptx) if WAIT not in body]
+def waiting(ptx):
+    """Names of the entry points that wait."""
+    return {name for name, body in BODY.findall(ptx) if WAIT in body}
 
 
 def nvcc_of(nvcc, source, arguments, out):
@@ -61,10 +61,10 @@ def compile_one(nvcc, source, folder):
     """What the assembler says of each entry point, and which of them do not wait."""
     hopper = os.path.basename(os.path.dirname(source)) == "sm90"
     out = os.path.join(folder, source.replace(os.sep, "_"))
-    log = nvcc_of(nvcc, source, ["-fatbin", "-Xptxas", "-v", *(HOPPER if hopper else PORTABLE)], out)
+    found = parse(nvcc_of(nvcc, source, ["-fatbin", "-Xptxas", "-v", *(HOPPER if hopper else PORTABLE)], out))
     nvcc_of(nvcc, source, PTX, out)
     with open(out, encoding="utf-8") as file:
-        return parse(log), without_wait(file.read())
+        return found, {name for name, _ in found} - waiting(file.read())
 
 
 def complaints(found, allowed):

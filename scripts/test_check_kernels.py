@@ -51,5 +51,5 @@ class CheckKernels(unittest.TestCase):
         old = check_kernels.complaints(found, {("one", "sm_80"): "why", ("one", "sm_90a"): "why"})
         self.assertEqual(old, ["one does not spill on sm_90a any more: take it off the list"])
 
-    def test_finds_kernels_that_do_not_wait(self):
-        self.assertEqual(check_kernels.without_wait(PTX), ["goes_on"])
+    def test_finds_kernels_that_wait(self):
+        self.assertEqual(check_kernels.waiting(PTX), {"waits"})

@@ -111,7 +111,8 @@ impl EncoderGraphs {
         })
     }
 
-    /// Embeddings \[sequences, d_model\] of a batch, of unit length. Nothing is allocated on the device.
+    /// Embeddings \[sequences, d_model\] of a batch, of unit length, once they are there. Nothing is allocated on
+    /// the device.
     ///
     /// # Errors
     /// When the batch is empty or over every bucket, or a token id is not in the vocabulary; nothing was

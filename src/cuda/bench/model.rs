@@ -30,7 +30,7 @@ pub struct ModelRow {
     pub batch: usize,
     /// Tokens of each.
     pub length: usize,
-    /// Executed neurons / d_ff.
+    /// Executed neurons / d_ff where experts run; where an exact fallback is faster, all of them do.
     pub density: f64,
     /// What may run where the dense products are faster: "exact" or "masked".
     pub fallback: &'static str,
