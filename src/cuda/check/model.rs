@@ -60,8 +60,6 @@ pub fn check_model(
     }
     let reference = Encoder::load(Reference, folder)?;
     let cpu = Encoder::load(Cpu, folder)?;
-    let layers = (0..folder.num_layers()).map(|layer| folder.ffn(layer));
-    let layers = layers.collect::<Result<Vec<Ffn>>>()?;
     let stored = folder.moefy().map(|_| ("as stored", FfnRun::Stored));
     let mut runs = Vec::new();
     for (name, run) in stored.into_iter().chain([("dense", FfnRun::Dense)]) {
@@ -70,15 +68,14 @@ pub fn check_model(
         let correlation = texts.pairs.map(|pairs| rank(&cpu, pairs, run)).transpose()?;
         runs.push(Expected { name, run, embeddings, correlation });
     }
-    let exact = Exact { encoder: reference, layers };
     for &dtype in dtypes {
         let options = GpuOptions { fallback: Fallback::Masked, ..GpuOptions::default() };
         let on_gpu = Encoder::load(Gpu::new(device, dtype, options)?, folder)?;
         for expected in &runs {
-            check_run(&on_gpu, &exact, dtype, texts, expected, &mut found)?;
+            check_run(&on_gpu, &reference, dtype, texts, expected, &mut found)?;
         }
         if stored.is_some() {
-            found(check_masks(&on_gpu, &cpu, &exact.layers, dtype, texts.sentences)?);
+            found(check_masks(&on_gpu, &cpu, &reference, dtype, texts.sentences)?);
         }
     }
     Ok(())
@@ -93,37 +90,28 @@ struct Expected {
     correlation: Option<f64>,
 }
 
-/// The f64 reference, and the FFNs that it holds.
-struct Exact {
-    encoder: Encoder<Reference>,
-    layers: Vec<Ffn>,
-}
-
 /// S(t) of each layer that selects.
 type Masks = Vec<Option<ExpertMask>>;
 
-impl Exact {
-    /// The embedding of a sentence whose tokens run these experts.
-    fn embedding(&self, sentence: &[u32], masks: &Masks) -> Result<Vec<f32>> {
-        let Self { encoder, layers } = self;
-        let (num_tokens, d_model) = (sentence.len(), encoder.d_model());
-        let batch = encoder.batch(&Batch::pack([sentence])?)?;
-        let mut workspace = encoder.workspace(num_tokens)?;
-        let mut x = encoder.activations(num_tokens)?;
-        encoder.embed_tokens(&mut x, &batch)?;
-        for (layer, (ffn, mask)) in layers.iter().zip(masks).enumerate() {
-            encoder.attention_block(layer, &mut x, &batch, &mut workspace)?;
-            let (Ffn::Moe(moe), Some(mask)) = (ffn, mask) else {
-                encoder.ffn_block(layer, FfnRun::Dense, &mut x, &batch, &mut workspace)?;
-                continue;
-            };
-            let scores = reference::router_scores(moe.router(), &x, d_model);
-            let y = reference::experts(moe, &x, mask, Some(&scores));
-            let norm = encoder.surroundings(layer).ffn_norm;
-            encoder.backend().layer_norm(&mut x, Some(&y), norm, num_tokens)?;
-        }
-        encoder.pool(&x, &batch)
+/// The reference's embedding of a sentence whose tokens run these experts.
+fn embedding(encoder: &Encoder<Reference>, sentence: &[u32], masks: &Masks) -> Result<Vec<f32>> {
+    let (num_tokens, d_model) = (sentence.len(), encoder.d_model());
+    let batch = encoder.batch(&Batch::pack([sentence])?)?;
+    let mut workspace = encoder.workspace(num_tokens)?;
+    let mut x = encoder.activations(num_tokens)?;
+    encoder.embed_tokens(&mut x, &batch)?;
+    for (layer, mask) in masks.iter().enumerate() {
+        encoder.attention_block(layer, &mut x, &batch, &mut workspace)?;
+        let (Ffn::Moe(moe), Some(mask)) = (encoder.ffn(layer), mask) else {
+            encoder.ffn_block(layer, FfnRun::Dense, &mut x, &batch, &mut workspace)?;
+            continue;
+        };
+        let scores = reference::router_scores(moe.router(), &x, d_model);
+        let y = reference::experts(moe, &x, mask, Some(&scores));
+        let norm = encoder.surroundings(layer).ffn_norm;
+        encoder.backend().layer_norm(&mut x, Some(&y), norm, num_tokens)?;
     }
+    encoder.pool(&x, &batch)
 }
 
 /// An encoder, and memory for all sentences at once.
@@ -185,7 +173,7 @@ fn rank<B: Backend>(
 
 fn check_run(
     on_gpu: &Encoder<Gpu>,
-    exact: &Exact,
+    reference: &Encoder<Reference>,
     dtype: DType,
     texts: &ModelTexts<'_>,
     Expected { name, run, embeddings, correlation }: &Expected,
@@ -197,7 +185,7 @@ fn check_run(
     let alone = alone.collect::<Result<Vec<_>>>()?.concat();
     for (how, got) in [("in one batch", together), ("one by one", alone)] {
         let expected = texts.sentences.par_iter().zip(&got);
-        let expected = expected.map(|(sentence, (_, masks))| exact.embedding(sentence, masks));
+        let expected = expected.map(|(sentence, (_, masks))| embedding(reference, sentence, masks));
         let expected = expected.collect::<Result<Vec<_>>>()?;
         let mean_and_worst = |expected: &[Vec<f32>]| {
             let distances = got.iter().zip(expected).map(|((got, _), e)| distance(got, e));
@@ -234,7 +222,7 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 fn check_masks(
     on_gpu: &Encoder<Gpu>,
     cpu: &Encoder<Cpu>,
-    layers: &[Ffn],
+    reference: &Encoder<Reference>,
     dtype: DType,
     sentences: &[Vec<u32>],
 ) -> Result<Checked> {
@@ -246,11 +234,11 @@ fn check_masks(
         let [num_tokens, d_model] = [batch.num_tokens(), cpu.d_model()];
         let (batch_here, batch_there) = (on_gpu.batch(&batch)?, cpu.batch(&batch)?);
         cpu.embed_tokens(&mut there.x, &batch_there)?;
-        for (layer, ffn) in layers.iter().enumerate() {
+        for layer in 0..cpu.num_layers() {
             cpu.attention_block(layer, &mut there.x, &batch_there, &mut there.workspace)?;
             let input = cpu.to_host(&there.x, &batch_there)?;
             cpu.ffn_block(layer, FfnRun::Stored, &mut there.x, &batch_there, &mut there.workspace)?;
-            let Ffn::Moe(moe) = ffn else { continue };
+            let Ffn::Moe(moe) = reference.ffn(layer) else { continue };
             let input = Tensor::matrix(input, [num_tokens, d_model])?.to_dtype(dtype);
             let mut x = on_gpu.backend().tensor(input.view())?;
             on_gpu.ffn_block(layer, FfnRun::Stored, &mut x, &batch_here, &mut here.workspace)?;
@@ -301,6 +289,7 @@ impl Checked {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::EncoderShape;
 
     #[test]
     fn only_close_scores_may_decide_otherwise() {
@@ -322,6 +311,31 @@ mod tests {
     fn distances_do_not_depend_on_length() {
         approx::assert_relative_eq!(distance(&[3.0, 4.0], &[6.0, 8.0]), 0.0, epsilon = 1e-12);
         approx::assert_relative_eq!(distance(&[1.0, 0.0], &[0.0, 2.0]), 1.0, epsilon = 1e-12);
+    }
+
+    #[test]
+    fn with_its_own_experts_the_reference_is_itself() {
+        let shape = EncoderShape {
+            num_layers: 2,
+            d_model: 16,
+            num_heads: 2,
+            d_ff: 24,
+            vocab_size: 9,
+            max_length: 7,
+        };
+        let mut encoder = Encoder::random(Reference, &shape, 0).unwrap();
+        encoder.moefy_at_random(&shape, 6, 2, 1).unwrap();
+        let sentences = [vec![1, 2, 3], vec![8], vec![0, 5, 5, 5, 4]];
+        let mut passes = Passes::new(&encoder, &sentences).unwrap();
+        for run in [FfnRun::Stored, FfnRun::Dense] {
+            for (i, (own, masks)) in
+                passes.embeddings(&sentences, run).unwrap().into_iter().enumerate()
+            {
+                let again = embedding(&encoder, &sentences[i], &masks).unwrap();
+                assert!(distance(&own, &again) < 1e-12, "{run:?}, sentence {i}");
+                assert_eq!(masks.iter().all(Option::is_some), run == FfnRun::Stored);
+            }
+        }
     }
 
     #[test]
