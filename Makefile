@@ -19,7 +19,7 @@ export MOEFY_NVCC ?= $(INSTALLED_NVCC)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all inputs annalog toolchain fmt fmt-check clippy docs licences spills abi abi-check test-scripts \
+.PHONY: help demo test test-all inputs annalog toolchain fmt fmt-check clippy docs licences kernels-check abi abi-check test-scripts \
   test-rust gpu-bundle gpu-bundle-all tools clean-inputs
 # The steps of `test` share one build folder: they would only wait for each other.
 .NOTPARALLEL:
@@ -35,7 +35,7 @@ demo: inputs ## convert a real model and show what was skipped and what it cost
 test: toolchain ## everything that is checked before a change is accepted; WITHOUT_NVCC=1 leaves the kernels out
 	@$(MAKE) --no-print-directory test-all
 
-test-all: fmt-check licences test-scripts spills abi-check clippy docs test-rust
+test-all: fmt-check licences test-scripts kernels-check abi-check clippy docs test-rust
 
 inputs: ## fetch the model and the text that demo and test use (110 MB, once)
 	$(PYTHON) scripts/fetch_inputs.py
@@ -48,7 +48,7 @@ annalog: ## convert the FFNs of a real ReLU model and see how close they stay (4
 	$(PYTHON) scripts/annalog.py
 	cargo run $(CARGO_FLAGS) --example relu_layers -- inputs/annalog/ffns.safetensors
 
-gpu-bundle: toolchain ## build gpu-bundle/, whose run.sh tests and measures on a machine with a GPU
+gpu-bundle: toolchain inputs ## build gpu-bundle/, whose run.sh tests and measures on a machine with a GPU
 	@$(MAKE) --no-print-directory gpu-bundle-all
 
 gpu-bundle-all:
@@ -66,8 +66,8 @@ clippy: tools
 docs:
 	RUSTDOCFLAGS='-D warnings' cargo doc $(CARGO_FLAGS) --no-deps
 
-spills:
-	$(if $(INSTALLED_NVCC),$(PYTHON) scripts/check_spills.py $(INSTALLED_NVCC),@echo SKIPPED no nvcc: spills)
+kernels-check:
+	$(if $(INSTALLED_NVCC),$(PYTHON) scripts/check_kernels.py $(INSTALLED_NVCC),@echo SKIPPED no nvcc: kernels)
 
 # The crate without GPUs and without the command. Where libclang is installed, the build script has src/abi.rs to
 # generate on the way.

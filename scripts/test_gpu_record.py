@@ -2,7 +2,7 @@ import io
 import json
 import unittest
 
-from gpu_record import Machine, events, is_good, sanitizer_errors, test_results, text_of
+from gpu_record import Machine, events, is_good, model_checks, sanitizer_errors, test_results, text_of
 
 
 class GpuRecordTest(unittest.TestCase):
@@ -15,6 +15,18 @@ class GpuRecordTest(unittest.TestCase):
         passed, skipped = {"name": "a", "result": "passed"}, {"name": "b", "result": "skipped"}
         self.assertEqual(test_results(0, output), [passed, skipped])
         self.assertEqual(test_results(101, '{"type": "test", "event": "ok", "name": "a"}\n')[-1]["result"], "failed")
+
+    def test_checks_of_a_model(self):
+        def output(verdict):
+            check = {"name": "dense: Spearman", "dtype": "f16", "verdict": verdict}
+            return "a warning\n" + json.dumps({"failed": 0, "checks": [check]}, indent=2) + "\nerror: above\n"
+
+        passed = {"name": "model: dense: Spearman, f16", "result": "passed"}
+        self.assertEqual(model_checks(0, output("passed")), [passed])
+        self.assertEqual(model_checks(1, output("failed")), [{**passed, "result": "failed"}])
+        whole = {"name": "model: check as a whole", "result": "failed"}
+        self.assertEqual(model_checks(1, output("passed")), [passed, whole])
+        self.assertEqual(model_checks(1, "error: no GPU can be used\n"), [whole])
 
     def test_sanitizer_summaries(self):
         self.assertEqual(sanitizer_errors(0, "x\n========= ERROR SUMMARY: 0 errors\n"), 0)

@@ -12,6 +12,7 @@ use common::{TinyBert, VOCAB, read_tensors};
 use moefy::DType;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use safetensors::tensor::Dtype;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -123,6 +124,28 @@ fn convert_inspect_eval_retune_restore() {
     scene.moefy("retune moe dense-ish --density 0.8 --calibration text").assert().success();
     let tuned = scene.json("eval dense-ish --text text --json")["density"].as_f64().unwrap();
     assert!((tuned - 0.8).abs() < 0.08, "{tuned}");
+
+    scene.moefy("retune moe half --dtype f16").assert().success();
+    let counted = scene.json("inspect moe --text text --json");
+    let counted = counted["moefy"]["layers"].as_array().unwrap();
+    for (layer, measured) in counted.iter().zip(report["layers"].as_array().unwrap()) {
+        let of = |layer: &Value, key: &str| layer[key].as_f64().unwrap();
+        let (got, expected) = (of(&layer["statistics"], "density"), of(measured, "density"));
+        // Other batches round differently, and a close score may decide otherwise.
+        assert!((got - expected).abs() < 1e-3, "{got} against {expected}");
+    }
+    let half = read_tensors(&scene.path("half"));
+    for (name, tensor) in read_tensors(&scene.path("moe")) {
+        let is_float = tensor.dtype == Dtype::F32;
+        let expected = if is_float { Dtype::F16 } else { tensor.dtype };
+        assert_eq!(half[&name].dtype, expected, "{name}");
+        assert_eq!(half[&name].shape, tensor.shape, "{name}");
+    }
+    let rounded = scene.json("eval half --reference dense --text text --json");
+    for (key, most) in [("density", 0.01), ("embedding_cosine", 0.01)] {
+        let of = |report: &Value| report[key].as_f64().unwrap();
+        assert!((of(&rounded) - of(&report)).abs() < most, "{key}: {rounded}");
+    }
 
     let budget = 0.5 * report["hidden_error"].as_f64().unwrap();
     let retune = format!("--max-error {budget} --reference dense --calibration text");
@@ -308,6 +331,8 @@ fn bad_input_is_one_sentence_and_leaves_nothing() {
     scene.refuses("convert text out --experts 8 --density 0.4 --calibration text", &["text"]);
     scene.refuses("convert dense text --experts 8 --density 0.4 --calibration text", &["text"]);
     scene.refuses("eval dense --text text --device cuda", &["no GPU can be used"]);
+    scene.refuses("inspect dense --device cuda", &["--device", "--text"]);
+    scene.refuses("check dense", &["no GPU can be used"]);
     scene.refuses("eval dense --text text --max-tokens 1", &["--max-tokens"]);
     scene.refuses("eval dense --sts text", &["row 1"]);
     scene.refuses("restore dense out", &["dense"]);
@@ -316,6 +341,7 @@ fn bad_input_is_one_sentence_and_leaves_nothing() {
     scene.refuses("retune moe out --rel-threshold 1.5", &["rel_threshold", "1.5"]);
     let impossible = "retune moe out --max-error -1 --calibration text";
     scene.refuses(&impossible.replace(" -1", "=-1"), &["max_error", "at least 0."]);
+    scene.refuses("retune moe dense --dtype f16", &["dense", "exists"]);
     scene.refuses("convert moe out --experts 8 --density 0.4 --calibration text", &["converted"]);
     scene.refuses("restore moe dense", &["dense", "exists"]);
 }

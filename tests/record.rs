@@ -39,6 +39,23 @@ const BENCH_KEYS: [&str; 24] = [
     "experts_us",
 ];
 
+/// Of a row of whole models, in order.
+const MODEL_KEYS: [&str; 13] = [
+    "model",
+    "dtype",
+    "batch",
+    "length",
+    "density",
+    "fallback",
+    "tokens_per_s",
+    "dense_tokens_per_s",
+    "torch_tokens_per_s",
+    "us",
+    "dense_us",
+    "share_ffn",
+    "dense_share_ffn",
+];
+
 /// What is wrong with a record, if anything.
 fn problem(record: &Value, digest: &str) -> Option<String> {
     for key in ["date", "device", "driver", "toolkit"] {
@@ -62,14 +79,24 @@ fn problem(record: &Value, digest: &str) -> Option<String> {
             return Some(format!("{tool} found {} errors", record["sanitizers"][tool]));
         }
     }
-    let rows = record["bench"].as_array().unwrap_or(&empty);
-    if rows.is_empty() {
-        return Some("`bench` has no rows".into());
+    if !tests
+        .iter()
+        .any(|test| test["name"].as_str().is_some_and(|name| name.starts_with("model: ")))
+    {
+        return Some("it has no checks of a model".into());
     }
     let keys = |row: &Value| row.as_object().map(|row| row.keys().cloned().collect::<Vec<_>>());
-    let expected = BENCH_KEYS.map(String::from);
-    let wrong = rows.iter().find(|row| keys(row).as_deref() != Some(&expected[..]));
-    wrong.map(|row| format!("a row of `bench` has other keys: {row}"))
+    for (list, expected) in [("bench", &BENCH_KEYS[..]), ("model_bench", &MODEL_KEYS)] {
+        let rows = record[list].as_array().unwrap_or(&empty);
+        if rows.is_empty() {
+            return Some(format!("`{list}` has no rows"));
+        }
+        let wrong = rows.iter().find(|row| keys(row).is_none_or(|keys| keys != expected));
+        if let Some(row) = wrong {
+            return Some(format!("a row of `{list}` has other keys: {row}"));
+        }
+    }
+    None
 }
 
 #[test]
@@ -101,11 +128,13 @@ fn records_are_current() {
 
 #[test]
 fn wrong_records_are_found() {
-    let row: Value = BENCH_KEYS.iter().map(|key| (key.to_string(), Value::from(1))).collect();
+    let row = |keys: &[&str]| keys.iter().map(|key| (key.to_string(), Value::from(1))).collect();
+    let (row, model_row): (Value, Value) = (row(&BENCH_KEYS), row(&MODEL_KEYS));
     let good = serde_json::json!({
         "date": "2026-01-01", "device": "a GPU", "driver": "580", "toolkit": "13.0", "digest": "d",
-        "tests": [{"name": "a", "result": "passed"}],
+        "tests": [{"name": "model: a", "result": "passed"}],
         "sanitizers": {"memcheck": 0, "racecheck": 0, "initcheck": 0, "synccheck": 0}, "bench": [row],
+        "model_bench": [model_row],
     });
     assert_eq!(problem(&good, "d"), None);
     let with = |key: &str, value: Value| {
@@ -122,6 +151,10 @@ fn wrong_records_are_found() {
     assert!(with("sanitizers", serde_json::json!({"memcheck": 1})).contains("memcheck"));
     assert!(with("bench", serde_json::json!([])).contains("no rows"));
     assert!(with("bench", serde_json::json!([{"us": 1}])).contains("other keys"));
+    assert!(with("model_bench", serde_json::json!([])).contains("no rows"));
+    assert!(with("model_bench", serde_json::json!([{"us": 1}])).contains("other keys"));
+    let others = serde_json::json!([{"name": "a", "result": "passed"}]);
+    assert!(with("tests", others).contains("no checks of a model"));
 }
 
 #[test]

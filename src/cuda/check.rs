@@ -1,5 +1,7 @@
 //! Whether the kernels give on this card what the reference gives: a few cases of every operation and
-//! of every path through a layer.
+//! of every path through a layer; and whether a whole model does.
+
+mod model;
 
 use std::sync::Arc;
 
@@ -18,6 +20,8 @@ use crate::error::{Error, Result};
 use crate::ffn::{self, Activation, ExpertMask, Selection};
 use crate::reference;
 use crate::tensor::{Tensor, TensorRef};
+
+pub use model::{ModelTexts, check_model};
 
 /// What became of a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -40,7 +44,8 @@ pub struct Checked {
     pub shape: String,
     /// Of tokens and weights, where there are any.
     pub dtype: Option<DType>,
-    /// ‖out − ref‖ / ‖ref‖; of masks and lists, the number of words that differ.
+    /// ‖out − ref‖ / ‖ref‖; of masks and lists, the number of words that differ; of a model, what its name
+    /// says.
     pub error: f64,
     /// The most that the error may be.
     pub bar: f64,

@@ -4,7 +4,7 @@ use std::ffi::{CStr, CString, c_void};
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DriverError, result, sys};
 
 use super::Properties;
 use crate::error::{Error, Result};
@@ -38,6 +38,27 @@ impl Stream {
     /// Until everything queued on it is done.
     pub(super) fn wait(&self) -> Result<()> {
         self.0.synchronize().map_err(cannot("wait for a stream"))
+    }
+
+    /// What `launch` puts on it, recorded instead of run; `None` when that is nothing.
+    pub(super) fn capture(&self, launch: impl FnOnce() -> Result<()>) -> Result<Option<Graph>> {
+        let doing = "capture a graph";
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.0.begin_capture(mode).map_err(cannot(doing))?;
+        let launched = launch();
+        // A capture ends also where a launch failed.
+        let graph = self.0.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(cannot(doing));
+        launched?;
+        Ok(graph?.map(Graph))
+    }
+}
+
+/// Launches that were recorded, to be repeated on the stream that they were recorded from.
+pub(super) struct Graph(CudaGraph);
+
+impl Graph {
+    pub(super) fn launch(&self) -> Result<()> {
+        self.0.launch().map_err(cannot("launch a graph"))
     }
 }
 
@@ -109,6 +130,13 @@ impl Context {
         let out = (&raw mut ordinal).cast();
         unsafe { sys::cuPointerGetAttribute(out, attribute, address) }.result().ok()?;
         Some(ordinal)
+    }
+
+    /// Bytes that could be allocated.
+    pub(super) fn free_bytes(&self) -> Result<usize> {
+        self.bind()?;
+        let (free, _) = result::mem_get_info().map_err(cannot("ask for the free memory"))?;
+        Ok(free)
     }
 
     pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {

@@ -7,8 +7,8 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut
 
 use super::driver::Stream;
 use super::{
-    Device, DeviceRouter, Format, Gpu, RawStream, RouteIndexOutputs, RouterSelectOutputs,
-    SelectOutputs, View, Workspace,
+    Device, DeviceRouter, Format, Gpu, GpuOptions, RawStream, RouteIndexOutputs,
+    RouterSelectOutputs, SelectOutputs, View, Workspace,
 };
 use crate::dtype::{DType, Element};
 use crate::error::Result;
@@ -34,8 +34,13 @@ impl Gpu {
     ///
     /// # Errors
     /// When cuBLASLt is missing or the device has too little memory.
-    pub fn on_stream(device: &Arc<Device>, dtype: DType, stream: Arc<CudaStream>) -> Result<Self> {
-        Self::on(device, dtype, Stream(stream))
+    pub fn on_stream(
+        device: &Arc<Device>,
+        dtype: DType,
+        options: GpuOptions,
+        stream: Arc<CudaStream>,
+    ) -> Result<Self> {
+        Self::on(device, dtype, options, Stream(stream))
     }
 }
 

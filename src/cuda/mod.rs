@@ -31,6 +31,7 @@ mod cublaslt;
 mod cublaslt;
 mod dense;
 mod device;
+mod encoder_graphs;
 mod experts;
 mod experts_few;
 mod experts_many;
@@ -64,6 +65,7 @@ pub use body::{
 pub use buffer::Buffer;
 pub use device::{Device, Properties};
 pub use driver::RawStream;
+pub use encoder_graphs::EncoderGraphs;
 pub use experts::{ExpertLists, ExpertsInputs, experts, experts_workspace_bytes};
 pub use gates::gates;
 pub use kernels::{BuildInfo, build_info};
@@ -77,5 +79,5 @@ pub use router_select::{
 };
 pub use select::{SelectOutputs, select, select_workspace_bytes};
 pub use statistics::RoutingCounts;
-pub use transformer::{Gpu, GpuBatch, GpuFfn, GpuFfnWorkspace, GpuTensor};
+pub use transformer::{Gpu, GpuBatch, GpuFfn, GpuFfnWorkspace, GpuOptions, GpuTensor};
 pub use view::{Format, View, Workspace};

@@ -37,6 +37,10 @@ impl Context {
         match self.0 {}
     }
 
+    pub(super) fn free_bytes(&self) -> Result<usize> {
+        match self.0 {}
+    }
+
     pub(super) fn allocate(&self, _: usize) -> Result<u64> {
         match self.0 {}
     }
@@ -78,6 +82,18 @@ impl Stream {
     }
 
     pub(super) fn wait(&self) -> Result<()> {
+        match self.0 {}
+    }
+
+    pub(super) fn capture(&self, _: impl FnOnce() -> Result<()>) -> Result<Option<Graph>> {
+        match self.0 {}
+    }
+}
+
+pub(super) struct Graph(Infallible);
+
+impl Graph {
+    pub(super) fn launch(&self) -> Result<()> {
         match self.0 {}
     }
 }

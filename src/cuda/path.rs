@@ -66,6 +66,16 @@ pub enum Fallback {
     Masked,
 }
 
+impl Fallback {
+    /// Its name on the command line and in records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Masked => "masked",
+        }
+    }
+}
+
 /// What a plan may choose.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PlanOptions {

@@ -25,6 +25,18 @@ pub struct RoutingCounts {
     pub expert_counts: Vec<u64>,
 }
 
+impl RoutingCounts {
+    /// Takes in what another plan of the same layer counted.
+    pub(super) fn add(&mut self, other: &Self) {
+        let add = |sums: &mut Vec<u64>, counts: &[u64]| {
+            sums.resize(sums.len().max(counts.len()), 0);
+            sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+        };
+        add(&mut self.k_histogram, &other.k_histogram);
+        add(&mut self.expert_counts, &other.expert_counts);
+    }
+}
+
 /// The counters of one plan.
 pub(super) struct Counters {
     num_experts: usize,

@@ -9,12 +9,15 @@ use super::cublaslt::{
 use super::driver::Stream;
 use super::{
     AttentionInputs, Buffer, Device, EmbeddingTables, Fallback, FfnInputs, FfnPlan, Format, MoeFfn,
-    NormInputs, Path, PlanOptions, RawStream, View, Workspace, attention, embed_tokens, norm, pool,
+    NormInputs, Path, PlanOptions, RawStream, RoutingCounts, View, Workspace, attention,
+    embed_tokens, norm, pool,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ffn::{self, ExpertMask, Partition, Router, Selection};
-use crate::model::{Backend, Batch, Embeddings, Ffn, FfnRun, LayerNorm, Linear};
+use crate::model::{
+    Backend, Batch, DeviceBatch, Embeddings, Encoder, Ffn, FfnRun, LayerNorm, Linear,
+};
 use crate::tensor::{Tensor, TensorRef};
 
 /// Runs models on a GPU, with weights and activations of one element type, everything queued on one
@@ -25,10 +28,21 @@ pub struct Gpu {
     device: Arc<Device>,
     stream: Arc<Stream>,
     dtype: DType,
+    options: GpuOptions,
     library: Arc<CublasLt>,
     library_memory: Arc<Buffer>,
     products: Arc<Mutex<HashMap<ProductKey, Arc<Product>>>>,
     plans: Arc<Mutex<Plans>>,
+}
+
+/// How a backend runs FFNs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct GpuOptions {
+    /// What runs where the dense products are faster. With [`Fallback::Masked`] a model is one function at
+    /// every number of tokens, as on a CPU.
+    pub fallback: Fallback,
+    /// Whether to count what selection does, to be read by [`Encoder::statistics`].
+    pub statistics: bool,
 }
 
 /// Outputs, inputs, and tokens up to which an algorithm was chosen.
@@ -51,6 +65,8 @@ pub struct GpuBatch {
     num_tokens: usize,
     num_sequences: usize,
     max_length: usize,
+    /// Whether it may hold less than it has room for.
+    is_bucket: bool,
 }
 
 /// An FFN on the GPU.
@@ -74,16 +90,22 @@ impl Gpu {
     ///
     /// # Errors
     /// When cuBLASLt is missing or the device has too little memory.
-    pub fn new(device: &Arc<Device>, dtype: DType) -> Result<Self> {
-        Self::on(device, dtype, Stream::new(&device.context)?)
+    pub fn new(device: &Arc<Device>, dtype: DType, options: GpuOptions) -> Result<Self> {
+        Self::on(device, dtype, options, Stream::new(&device.context)?)
     }
 
-    pub(super) fn on(device: &Arc<Device>, dtype: DType, stream: Stream) -> Result<Self> {
+    pub(super) fn on(
+        device: &Arc<Device>,
+        dtype: DType,
+        options: GpuOptions,
+        stream: Stream,
+    ) -> Result<Self> {
         device.context.bind()?;
         Ok(Self {
             device: device.clone(),
             stream: Arc::new(stream),
             dtype,
+            options,
             library: Arc::new(CublasLt::open()?),
             library_memory: Arc::new(Buffer::new(device, WORKSPACE_BYTES)?),
             products: Arc::default(),
@@ -94,6 +116,11 @@ impl Gpu {
     /// Where everything is queued; valid as long as this or a copy of it.
     pub fn raw_stream(&self) -> RawStream {
         self.stream.raw()
+    }
+
+    /// Where everything is queued, to be captured from.
+    pub(super) fn stream(&self) -> &Stream {
+        &self.stream
     }
 
     fn wait(&self) -> Result<()> {
@@ -140,8 +167,10 @@ impl Gpu {
             None => {
                 self.wait()?;
                 let path = is_dense.then_some(Path::DenseExact);
-                let fallback = Fallback::Masked;
-                ffn.plan(max_tokens, PlanOptions { path, fallback, ..PlanOptions::default() })?
+                let GpuOptions { fallback, statistics } = self.options;
+                let statistics = statistics && !is_dense;
+                let density = None;
+                ffn.plan(max_tokens, PlanOptions { path, fallback, density, statistics })?
             }
         };
         plans.push((key, Arc::new(plan)));
@@ -162,6 +191,22 @@ impl Backend for Gpu {
     type Ffn = GpuFfn;
     type FfnWorkspace = GpuFfnWorkspace;
 
+    fn check_room(&self, num_weights: usize) -> Result<()> {
+        let free = self.device.context.free_bytes()?;
+        let needed = num_weights.saturating_mul(self.dtype.bytes());
+        if needed <= free {
+            return Ok(());
+        }
+        let mib = |bytes: usize| bytes.div_ceil(1 << 20);
+        let expected = format!("of at most the device's {} free MiB in {}", mib(free), self.dtype);
+        let missing = mib(needed - free);
+        let got = format!(
+            "{} MiB: {missing} MiB are missing, so free them or take a smaller type",
+            mib(needed)
+        );
+        Err(Error::argument("encoder", "weights", expected, got))
+    }
+
     fn tensor(&self, host: TensorRef<'_>) -> Result<GpuTensor> {
         let shape = host.shape();
         let host = host.to_owned().to_dtype(self.dtype);
@@ -169,15 +214,17 @@ impl Backend for Gpu {
     }
 
     fn activations(&self, rows: usize, cols: usize) -> Result<GpuTensor> {
-        let buffer = Buffer::new(&self.device, rows * cols * self.dtype.bytes())?;
+        // Attention leaves the rows of padding as they are, and products read them.
+        let buffer = Buffer::zeroed(&self.device, rows * cols * self.dtype.bytes())?;
         Ok(GpuTensor { buffer, shape: [rows, cols] })
     }
 
     fn to_host(&self, tensor: &GpuTensor, len: usize) -> Result<Vec<f32>> {
         self.wait()?;
-        let bytes = tensor.buffer.read::<u8>()?;
-        let bytes = &bytes[..len * self.dtype.bytes()];
-        let values = TensorRef::from_bytes(self.dtype, bytes, [1, len])?.to_owned();
+        let mut bytes = vec![0; (len * self.dtype.bytes()).min(tensor.buffer.bytes())];
+        // SAFETY: the buffer is at least as large.
+        unsafe { self.device.context.copy_to_host(&mut bytes, tensor.buffer.address())? };
+        let values = TensorRef::from_bytes(self.dtype, &bytes, [1, len])?.to_owned();
         Ok(values.to_f32().into_owned())
     }
 
@@ -189,6 +236,7 @@ impl Backend for Gpu {
             num_tokens: batch.num_tokens(),
             num_sequences: batch.num_sequences(),
             max_length: batch.max_length(),
+            is_bucket: false,
         })
     }
 
@@ -199,9 +247,17 @@ impl Backend for Gpu {
         position_ids: Vec<u32>,
     ) -> Result<()> {
         self.wait()?;
-        on_device.token_ids.write(batch.token_ids())?;
-        on_device.position_ids.write(&position_ids)?;
-        on_device.sequence_offsets.write(batch.sequence_offsets())
+        // What a smaller batch leaves over is token 0 at position 0, and sequences without tokens.
+        let padded = |values: &[u32], len: usize, padding: u32| {
+            let padding = std::iter::repeat(padding);
+            values.iter().copied().chain(padding).take(len).collect::<Vec<u32>>()
+        };
+        let GpuBatch { num_tokens, num_sequences, .. } = *on_device;
+        on_device.token_ids.write(&padded(batch.token_ids(), num_tokens, 0))?;
+        on_device.position_ids.write(&padded(&position_ids, num_tokens, 0))?;
+        let end = batch.num_tokens() as u32;
+        let offsets = padded(batch.sequence_offsets(), num_sequences + 1, end);
+        on_device.sequence_offsets.write(&offsets)
     }
 
     fn ffn(&self, ffn: &Ffn) -> Result<GpuFfn> {
@@ -329,10 +385,11 @@ impl Backend for Gpu {
         x: &GpuTensor,
         GpuFfn { ffn, is_moe, b_out }: &GpuFfn,
         run: FfnRun,
-        num_tokens: usize,
+        batch: &GpuBatch,
         workspace: &mut GpuFfnWorkspace,
     ) -> Result<()> {
         workspace.selected = None;
+        let num_tokens = batch.num_tokens;
         let shape = [num_tokens, b_out.len()];
         if run == FfnRun::Zero {
             return self.fill_rows(y, b_out, num_tokens);
@@ -348,10 +405,13 @@ impl Backend for Gpu {
         let memory = Workspace { address: memory.address(), bytes: memory.bytes() };
         let mut inputs = FfnInputs::new(self.view(x, shape));
         inputs.selection = selection.filter(|_| !is_dense);
-        if !is_dense {
+        inputs.num_valid_tokens = batch.num_valid_tokens();
+        if plan.path(num_tokens) != Path::DenseExact {
             let num_experts = ffn.neurons().num_experts;
             let words = num_experts.div_ceil(32);
-            let mask = grown(&self.device, &mut workspace.mask, 4 * num_tokens * words)?;
+            // Room for every batch, so that it stays where it is for those that were captured.
+            let bytes = 4 * workspace.max_tokens.max(num_tokens) * words;
+            let mask = grown(&self.device, &mut workspace.mask, bytes)?;
             inputs.mask = Some(View::matrix(mask.address(), Format::Word, [num_tokens, words]));
             workspace.selected = Some([num_tokens, num_experts]);
         }
@@ -382,6 +442,76 @@ impl Backend for Gpu {
         let offsets = View::words(batch.sequence_offsets.address(), batch.num_sequences + 1);
         // SAFETY: a batch has such offsets, and everything lives until the stream is done.
         unsafe { pool(&self.device, self.raw_stream(), y, x, offsets) }
+    }
+}
+
+impl GpuBatch {
+    /// The end of the last sequence, where there may be padding behind it.
+    fn num_valid_tokens(&self) -> Option<View> {
+        let end = self.sequence_offsets.address() + 4 * self.num_sequences as u64;
+        self.is_bucket.then(|| View::words(end, 1))
+    }
+}
+
+impl Encoder<Gpu> {
+    /// A batch with room for `num_sequences` sequences of up to `length` tokens, to be
+    /// [refilled](Encoder::refill) with any that fits; full of token 0 until then. What a
+    /// batch leaves over is padding, which sparse experts and attention skip, and dense products and norms compute.
+    ///
+    /// # Errors
+    /// When one of the sizes is 0, a sequence would be longer than the model's positions, or the device has
+    /// no room.
+    pub fn bucket(&self, [num_sequences, length]: [usize; 2]) -> Result<DeviceBatch<Gpu>> {
+        let refuse = |expected: String| {
+            let got = format!("[{num_sequences}, {length}]");
+            Err(Error::argument("encoder", "bucket", expected, got))
+        };
+        if num_sequences == 0 || length == 0 || length > self.max_length() {
+            let longest = self.max_length();
+            return refuse(format!(
+                "[sequences, length], at least 1 each, length at most {longest}"
+            ));
+        }
+        let tokens =
+            num_sequences.checked_mul(length).and_then(|tokens| u32::try_from(tokens).ok());
+        let Some(tokens) = tokens else { return refuse("of fewer than 2^32 tokens".into()) };
+        let device = &self.backend().device;
+        let offsets: Vec<u32> = (0..=tokens).step_by(length).collect();
+        let zeros = || Buffer::zeroed(device, 4 * tokens as usize);
+        let batch = GpuBatch {
+            token_ids: zeros()?,
+            position_ids: zeros()?,
+            sequence_offsets: Buffer::from_slice(device, &offsets)?,
+            num_tokens: tokens as usize,
+            num_sequences,
+            max_length: length,
+            is_bucket: true,
+        };
+        Ok(DeviceBatch::bucket(batch, [num_sequences, length]))
+    }
+
+    /// What selection did so far in each layer, read while the stream runs on: what is queued or under way is
+    /// not counted, or in part. A layer has none when its FFN is dense, nothing ran, or
+    /// [`GpuOptions::statistics`] was not asked for; passes that fell back to the exact dense FFN selected
+    /// nothing.
+    ///
+    /// # Errors
+    /// When an earlier kernel failed.
+    pub fn statistics(&self) -> Result<Vec<Option<RoutingCounts>>> {
+        let plans = &self.backend().plans;
+        let plans = plans.lock().unwrap_or_else(|poison| poison.into_inner());
+        let of_layer = |layer| {
+            let mut sum: Option<RoutingCounts> = None;
+            for (_, plan) in
+                plans.iter().filter(|(_, plan)| Arc::ptr_eq(plan.ffn(), &self.ffn(layer).ffn))
+            {
+                if let Some(counts) = plan.statistics()? {
+                    sum.get_or_insert_default().add(&counts);
+                }
+            }
+            Ok(sum)
+        };
+        (0..self.num_layers()).map(of_layer).collect()
     }
 }
 

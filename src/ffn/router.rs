@@ -80,6 +80,17 @@ impl Router {
         }
     }
 
+    /// The same router with its weights rounded to another element type.
+    pub fn to_dtype(&self, dtype: DType) -> Self {
+        match self {
+            Self::Linear { w } => Self::Linear { w: w.to_dtype(dtype) },
+            Self::Mlp { kind, w1, w2 } => {
+                Self::Mlp { kind: *kind, w1: w1.to_dtype(dtype), w2: w2.to_dtype(dtype) }
+            }
+            Self::Centroid { centroids } => Self::Centroid { centroids: centroids.to_dtype(dtype) },
+        }
+    }
+
     /// Multiply-adds of one token.
     pub fn macs_per_token(&self) -> u64 {
         (match self {

@@ -80,6 +80,14 @@ pub trait Backend: Send + Sync {
     /// Scratch memory of FFNs; it remembers the mask of the last one.
     type FfnWorkspace: Send;
 
+    /// Whether a model of so many weights has room on the device. Asked before the first is copied.
+    ///
+    /// # Errors
+    /// When it has not; the error says how much is missing.
+    fn check_room(&self, _num_weights: usize) -> Result<()> {
+        Ok(())
+    }
+
     /// Copies a tensor to the device.
     ///
     /// # Errors
@@ -105,7 +113,8 @@ pub trait Backend: Send + Sync {
     fn batch(&self, batch: &Batch, position_ids: Vec<u32>) -> Result<Self::Batch>;
 
     /// Overwrites a batch on the device by one with as many tokens and sequences, none of them longer than
-    /// the longest was: whatever was recorded with it then runs on that.
+    /// the longest was: whatever was recorded with it then runs on that. Where the backend has batches with
+    /// room to spare, the new one may be smaller, and what it leaves over is padding.
     ///
     /// # Errors
     /// When the device refuses.
@@ -177,7 +186,7 @@ pub trait Backend: Send + Sync {
         num_heads: usize,
     ) -> Result<()>;
 
-    /// y \[T, d_model\] = the FFN of x \[T, d_model\].
+    /// y \[T, d_model\] = the FFN of x \[T, d_model\], the tokens of `batch`.
     ///
     /// # Errors
     /// When the selection does not fit the layer, or the device refuses.
@@ -187,7 +196,7 @@ pub trait Backend: Send + Sync {
         x: &Self::Tensor,
         ffn: &Self::Ffn,
         run: FfnRun,
-        num_tokens: usize,
+        batch: &Self::Batch,
         workspace: &mut Self::FfnWorkspace,
     ) -> Result<()>;
 

@@ -63,6 +63,21 @@ pub struct DeviceBatch<B: Backend> {
     num_tokens: usize,
     num_sequences: usize,
     max_length: usize,
+    /// Whether it may be refilled with less.
+    is_bucket: bool,
+}
+
+impl<B: Backend> DeviceBatch<B> {
+    /// Room for `num_sequences` sequences of up to `length` tokens.
+    pub(crate) fn bucket(batch: B::Batch, [num_sequences, length]: [usize; 2]) -> Self {
+        let num_tokens = num_sequences * length;
+        Self { batch, num_tokens, num_sequences, max_length: length, is_bucket: true }
+    }
+
+    /// T, padding included.
+    pub fn num_tokens(&self) -> usize {
+        self.num_tokens
+    }
 }
 
 /// Memory for what is between the layers' inputs and outputs. It serves one pass at a time.
@@ -83,6 +98,7 @@ impl<B: Backend> Encoder<B> {
     /// # Errors
     /// When a tensor is not what the folder's config promises, or the device refuses.
     pub fn load(backend: B, folder: &Folder) -> Result<Self> {
+        backend.check_room(folder.num_weights())?;
         let (config, names) = (folder.config(), folder.names());
         let loader = Loader { backend: &backend, folder, d_model: config.hidden_size };
         let layers = (0..config.num_hidden_layers).map(|layer| {
@@ -129,6 +145,16 @@ impl<B: Backend> Encoder<B> {
             embedding_norm,
             layers,
         }
+    }
+
+    /// Where it runs.
+    pub(crate) fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// A layer's FFN.
+    pub(crate) fn ffn(&self, layer: usize) -> &B::Ffn {
+        &self.layers[layer].ffn
     }
 
     /// Token ids.
@@ -214,22 +240,26 @@ impl<B: Backend> Encoder<B> {
             num_tokens: batch.num_tokens(),
             num_sequences: batch.num_sequences(),
             max_length: batch.max_length(),
+            is_bucket: false,
         })
     }
 
-    /// Overwrites a batch on the device: a pass that was recorded with it then runs on the new one.
+    /// Overwrites a batch on the device: a pass that was recorded with it then runs on the new one. Of a
+    /// bucket, tokens and sequences may be fewer; then what is left over is padding, which costs as much as
+    /// tokens do outside the experts.
     ///
     /// # Errors
-    /// Those of [`batch`](Self::batch), and when the new batch has another number of tokens or sequences, or
-    /// a longer one.
+    /// Those of [`batch`](Self::batch), and when the new batch has another number of tokens or sequences
+    /// (for a bucket, more), or a longer one.
     pub fn refill(&self, on_device: &mut DeviceBatch<B>, batch: &Batch) -> Result<()> {
         self.check(batch)?;
         let sizes = |tokens, sequences, longest| {
             format!("{tokens} tokens in {sequences} sequences of at most {longest}")
         };
-        let DeviceBatch { num_tokens, num_sequences, max_length, .. } = *on_device;
+        let DeviceBatch { num_tokens, num_sequences, max_length, is_bucket, .. } = *on_device;
         let same = (num_tokens, num_sequences) == (batch.num_tokens(), batch.num_sequences());
-        if !same || batch.max_length() > max_length {
+        let less = batch.num_tokens() <= num_tokens && batch.num_sequences() <= num_sequences;
+        if !(same || is_bucket && less) || batch.max_length() > max_length {
             let expected = sizes(num_tokens, num_sequences, max_length);
             let got = sizes(batch.num_tokens(), batch.num_sequences(), batch.max_length());
             return Err(Error::argument("encoder", "batch", expected, got));
@@ -318,10 +348,10 @@ impl<B: Backend> Encoder<B> {
         workspace: &mut Workspace<B>,
     ) -> Result<()> {
         workspace.check(batch)?;
-        let (layer, tokens) = (&self.layers[layer], batch.num_tokens);
+        let layer = &self.layers[layer];
         let Workspace { branch, ffn, .. } = workspace;
-        self.backend.run_ffn(branch, x, &layer.ffn, run, tokens, ffn)?;
-        self.backend.layer_norm(x, Some(branch), &layer.ffn_norm, tokens)
+        self.backend.run_ffn(branch, x, &layer.ffn, run, &batch.batch, ffn)?;
+        self.backend.layer_norm(x, Some(branch), &layer.ffn_norm, batch.num_tokens)
     }
 
     /// S(t) of the last [`ffn_block`](Self::ffn_block); none when it ran without selection.
@@ -365,8 +395,16 @@ impl<B: Backend> Encoder<B> {
     /// When the device refuses.
     pub fn pool(&self, x: &B::Tensor, batch: &DeviceBatch<B>) -> Result<Vec<f32>> {
         let mut y = self.activations(batch.num_sequences)?;
-        self.backend.pool(&mut y, x, &batch.batch, self.d_model)?;
+        self.pool_to(&mut y, x, batch)?;
         self.backend.to_host(&y, batch.num_sequences * self.d_model)
+    }
+
+    /// The same to y \[num_sequences, d_model\] on the device, without waiting for it.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn pool_to(&self, y: &mut B::Tensor, x: &B::Tensor, batch: &DeviceBatch<B>) -> Result<()> {
+        self.backend.pool(y, x, &batch.batch, self.d_model)
     }
 
     /// Hidden states on the host, \[T, d_model\].

@@ -131,6 +131,25 @@ impl Folder {
         }
     }
 
+    /// Weights of the encoder, whatever their format.
+    pub(super) fn num_weights(&self) -> usize {
+        let of = |tensors: Vec<(String, Vec<usize>)>| -> usize {
+            tensors.iter().map(|(_, dims)| dims.iter().product::<usize>()).sum()
+        };
+        let layers = (0..self.num_layers()).map(|layer| {
+            let ffn = match self.moefy.as_ref().and_then(|moefy| moefy.layer(layer)) {
+                Some(record) => ffn_tensors::parts(record, &self.config)
+                    .iter()
+                    .filter(|(part, _)| *part != ffn_tensors::LABELS)
+                    .map(|(_, dims)| dims.iter().product::<usize>())
+                    .sum(),
+                None => of(self.names.dense_ffn(layer, &self.config).into()),
+            };
+            ffn + of(self.names.outside_ffn(layer, &self.config))
+        });
+        of(self.names.embeddings(&self.config)) + layers.sum::<usize>()
+    }
+
     pub(super) fn weights(&self) -> &Weights {
         &self.weights
     }

@@ -50,4 +50,4 @@ pub use output::Output;
 pub use random::EncoderShape;
 #[cfg(feature = "cli")]
 pub use tokenizer::Tokenizer;
-pub use write::{Conversion, ConvertedLayer, restore, retune, write_moefied};
+pub use write::{Conversion, ConvertedLayer, restore, retune, round, write_moefied};

@@ -40,6 +40,17 @@ impl EncoderShape {
         }
     }
 
+    /// Weights of an encoder of these sizes.
+    fn num_weights(&self) -> Option<usize> {
+        let Self { num_layers, d_model, d_ff, vocab_size, max_length, .. } = *self;
+        // Four projections and an FFN, their biases, and two norms.
+        let matrices = d_model.checked_mul(4)?.checked_add(d_ff.checked_mul(2)?)?;
+        let vectors = d_model.checked_mul(9)?.checked_add(d_ff)?;
+        let layer = matrices.checked_mul(d_model)?.checked_add(vectors)?;
+        let rows = vocab_size.checked_add(max_length)?.checked_add(3)?;
+        num_layers.checked_mul(layer)?.checked_add(rows.checked_mul(d_model)?)
+    }
+
     /// all-MiniLM-L6-v2.
     pub const MINILM: Self = Self::bert(6, 384, 12);
     /// bert-base (arXiv 1810.04805, section 3).
@@ -92,13 +103,14 @@ impl<B: Backend> Encoder<B> {
     /// Draws a BERT of these sizes.
     ///
     /// # Errors
-    /// When the heads do not divide the width, or the device refuses.
+    /// When the heads do not divide the width, or the device has no room or refuses.
     pub fn random(backend: B, shape: &EncoderShape, seed: u64) -> Result<Self> {
         let EncoderShape { num_layers, d_model, num_heads, vocab_size, max_length, .. } = *shape;
         if num_heads == 0 || !d_model.is_multiple_of(num_heads) {
             let expected = format!("a divisor of d_model = {d_model}");
             return Err(Error::argument("encoder", "num_heads", expected, num_heads));
         }
+        backend.check_room(shape.num_weights().unwrap_or(usize::MAX))?;
         let mut draw = Draw { backend: &backend, rng: ChaCha8Rng::seed_from_u64(seed) };
         let embeddings = Embeddings {
             words: draw.on_device([vocab_size, d_model])?,

@@ -10,7 +10,7 @@ use super::{ConvertedLayer, Folder, ffn_tensors};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ffn::DenseFfn;
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, TensorRef};
 
 /// A tensor of the new weights.
 pub(super) struct Planned<'a> {
@@ -22,6 +22,8 @@ pub(super) struct Planned<'a> {
 
 pub(super) enum Content<'a> {
     Bytes(Cow<'a, [u8]>),
+    /// Elements that are rounded to another format when their turn comes.
+    Rounded(TensorRef<'a>, DType),
     /// Part of the FFN of a layer, which is made when its turn comes.
     Neurons(usize, Part),
 }
@@ -104,6 +106,28 @@ pub(super) fn restored(
         replacements.insert(name(part), vec![Planned { name: dense, dtype, shape, content }]);
     }
     replacements
+}
+
+/// What takes the place of each tensor of floating-point numbers when they are all stored in one format.
+pub(super) fn rounded(source: &Folder, dtype: DType) -> Result<HashMap<String, Vec<Planned<'_>>>> {
+    let mut replacements = HashMap::new();
+    for shard in &source.weights().shards {
+        for (name, info) in &shard.tensors {
+            let from = match info.dtype {
+                Dtype::F32 => DType::F32,
+                Dtype::F16 => DType::F16,
+                Dtype::BF16 => DType::BF16,
+                _ => continue,
+            };
+            let bytes = shard.tensor_bytes(info);
+            let elements = TensorRef::from_bytes(from, bytes, [1, bytes.len() / from.bytes()])?;
+            let content = Content::Rounded(elements, dtype);
+            let (dtype, shape) = (stored_dtype(dtype), info.shape.clone());
+            let planned = Planned { name: name.clone(), dtype, shape, content };
+            replacements.insert(name.clone(), vec![planned]);
+        }
+    }
+    Ok(replacements)
 }
 
 /// The format of a tensor that opening the folder has found.

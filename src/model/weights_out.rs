@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::output::{Staging, Writer};
 use super::replacements::{Content, Planned};
 use super::shards::{INDEX, Weights};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ffn::DenseFfn;
 
 /// Writes weight files like the source's, with some tensors replaced by others. `neurons` makes the
@@ -43,6 +43,15 @@ pub(super) fn write_weights<'a>(
         for tensor in tensors {
             match &tensor.content {
                 Content::Bytes(bytes) => writer.write(bytes)?,
+                Content::Rounded(elements, dtype) => {
+                    let rounded = elements.to_owned().to_dtype(*dtype);
+                    if let Some(([_, at], value)) = rounded.first_non_finite() {
+                        let got = format!("{value} at element {at}");
+                        let expected = format!("values that are finite in {dtype}");
+                        return Err(Error::argument("write", tensor.name, expected, got));
+                    }
+                    writer.write(rounded.as_bytes())?;
+                }
                 Content::Neurons(layer, part) => {
                     if current.as_ref().is_none_or(|(made, _)| made != layer) {
                         // The last one goes before the next one comes.

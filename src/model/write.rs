@@ -10,6 +10,7 @@ use super::output::{Output, Staging};
 use super::shards::INDEX;
 use super::weights_out::write_weights;
 use super::{Ffn, Folder, ffn_tensors, replacements};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ffn::{
     Compensation, DenseFfn, Gate, MoeFfn, Partition, Router, RoutingStatistics, Selection,
@@ -188,6 +189,22 @@ pub fn restore(source: &Folder, output: Output<'_>) -> Result<()> {
     let staging = Staging::new(source.path(), output)?;
     write_weights(source.weights(), replaced, &neurons, &staging)?;
     finish(source, staging, &config)
+}
+
+/// Writes a model, converted or not, with every floating-point tensor rounded to one element type: f16 and
+/// bf16 take half the space of f32. `config.json` and all other files are carried over; what `restore` makes
+/// of a rounded model is the rounded dense one.
+///
+/// # Errors
+/// When a value is too large for the type, the output is refused, or writing fails or is interrupted.
+pub fn round(source: &Folder, dtype: DType, output: Output<'_>) -> Result<()> {
+    let neurons = |layer| {
+        let got = format!("layer {layer}");
+        Err(Error::argument("round", "neurons", "left as they are", got))
+    };
+    let staging = Staging::new(source.path(), output)?;
+    write_weights(source.weights(), replacements::rounded(source, dtype)?, &neurons, &staging)?;
+    finish(source, staging, source.config().raw())
 }
 
 fn converted(source: &Folder) -> Result<&MoefyConfig> {

@@ -113,10 +113,10 @@ impl Backend for Reference {
         x: &Vec<f64>,
         ffn: &Ffn,
         run: FfnRun,
-        num_tokens: usize,
+        batch: &ReferenceBatch,
         mask: &mut Option<ExpertMask>,
     ) -> Result<()> {
-        let neurons = ffn.neurons();
+        let (neurons, num_tokens) = (ffn.neurons(), batch.batch.num_tokens());
         let x = &x[..num_tokens * neurons.d_model()];
         *mask = None;
         let moe = match (ffn, run) {

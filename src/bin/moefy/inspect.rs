@@ -1,15 +1,18 @@
 //! `moefy inspect`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use moefy::Result;
-use moefy::ffn::SelectionRule;
-use moefy::model::Folder;
-use moefy::model::format::LayerConfig;
+use moefy::convert::routing_statistics;
+use moefy::cpu::Cpu;
+use moefy::ffn::{ExpertMask, SelectionRule};
+use moefy::model::format::{LayerConfig, MoefyConfig};
+use moefy::model::{BATCH_TOKENS, Backend, Batch, Encoder, Ffn, FfnRun, Folder, Tokenizer};
+use moefy::{Error, Result};
 use serde_json::json;
 
 use crate::chart::{self, Axis, Panel, Series};
-use crate::{Common, output};
+use crate::text::read_lines;
+use crate::{Common, Device, Place, output};
 
 #[derive(clap::Args)]
 pub struct Inspect {
@@ -18,22 +21,78 @@ pub struct Inspect {
     /// Draw how many tokens run each expert, a line for each layer
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
+    /// Run this text, one text per line, and count which experts run, instead of what was counted when the
+    /// model was converted
+    #[arg(long, value_name = "TEXT")]
+    text: Option<PathBuf>,
+    #[command(flatten)]
+    place: Place,
 }
 
 impl Inspect {
     pub fn run(self, common: &Common) -> Result<()> {
         let folder = Folder::open(&self.model)?;
-        show(&folder, common);
+        let mut moefy = folder.moefy().cloned();
+        match (&self.text, &mut moefy, self.place.device) {
+            (Some(text), Some(moefy), Device::Cpu) => count(Cpu, &folder, text, moefy)?,
+            (Some(text), Some(moefy), Device::Cuda) => {
+                count(self.place.gpu()?, &folder, text, moefy)?;
+            }
+            (None, _, Device::Cuda) => {
+                let expected = "given together with --text, because nothing runs without it";
+                return Err(Error::argument("inspect", "--device", expected, "cuda alone"));
+            }
+            _ => {}
+        }
+        show_with(&folder, moefy.as_ref(), common);
         match &self.svg {
-            Some(file) => chart::write(file, &expert_use(&folder)),
+            Some(file) => chart::write(file, &expert_use(moefy.as_ref())),
             None => Ok(()),
         }
     }
 }
 
-/// The share of the calibration tokens that run an expert, experts in descending order.
-fn expert_use(folder: &Folder) -> String {
-    let layers = folder.moefy().map_or(&[][..], |moefy| &moefy.layers);
+/// Runs a text, in its order, and replaces the statistics of every layer by what was selected.
+fn count(
+    backend: impl Backend,
+    folder: &Folder,
+    text: &Path,
+    moefy: &mut MoefyConfig,
+) -> Result<()> {
+    let sequences = Tokenizer::open(folder, None)?.encode(&read_lines(text)?)?;
+    let encoder = Encoder::load(backend, folder)?;
+    let max_tokens = sequences.iter().map(Vec::len).max().unwrap_or(0).max(BATCH_TOKENS);
+    let mut workspace = encoder.workspace(max_tokens)?;
+    let mut x = encoder.activations(max_tokens)?;
+    let mut words = vec![Vec::new(); folder.num_layers()];
+    let mut rest = &sequences[..];
+    while !rest.is_empty() {
+        let mut room = max_tokens;
+        let fits = |sequence: &&Vec<u32>| {
+            let fits = sequence.len() <= room;
+            room = room.saturating_sub(sequence.len());
+            fits
+        };
+        let (together, behind) = rest.split_at(rest.iter().take_while(fits).count());
+        let batch = encoder.batch(&Batch::pack(together)?)?;
+        let mut observe =
+            |layer: usize, mask: &ExpertMask| words[layer].extend_from_slice(mask.words());
+        encoder.forward(FfnRun::Stored, &mut x, &batch, &mut workspace, Some(&mut observe))?;
+        rest = behind;
+    }
+    let num_tokens = sequences.iter().map(Vec::len).sum();
+    for record in &mut moefy.layers {
+        let Ffn::Moe(ffn) = folder.ffn(record.layer)? else { continue };
+        let words = std::mem::take(&mut words[record.layer]);
+        let mask = ExpertMask::from_words(num_tokens, ffn.num_experts(), words)?;
+        record.statistics = Some(routing_statistics(ffn.partition(), &mask));
+    }
+    Ok(())
+}
+
+/// The share of the tokens that run an expert, experts in descending order.
+fn expert_use(moefy: Option<&MoefyConfig>) -> String {
+    let layers = moefy.map_or(&[][..], |moefy| &moefy.layers);
     let line = |layer: &LayerConfig| {
         let statistics = layer.statistics.as_ref()?;
         let mut shares = statistics.hotness.clone();
@@ -65,8 +124,12 @@ fn expert_use(folder: &Folder) -> String {
 
 /// Prints what a folder holds.
 pub fn show(folder: &Folder, common: &Common) {
+    show_with(folder, folder.moefy(), common);
+}
+
+/// The same with another `moefy` object than the folder's.
+fn show_with(folder: &Folder, moefy: Option<&MoefyConfig>, common: &Common) {
     let config = folder.config();
-    let moefy = folder.moefy();
     if common.json {
         output::json(&json!({
             "model": folder.path(),

@@ -69,10 +69,12 @@ fn dtype(name: &str) -> Result<moefy::DType, String> {
 }
 
 impl Place {
-    /// The GPU as a backend.
+    /// The GPU as a backend, with the function that the model has on a CPU.
     fn gpu(&self) -> moefy::Result<moefy::cuda::Gpu> {
+        use moefy::cuda::{Fallback, Gpu, GpuOptions};
         let device = std::sync::Arc::new(moefy::cuda::Device::open(0)?);
-        moefy::cuda::Gpu::new(&device, self.dtype)
+        let options = GpuOptions { fallback: Fallback::Masked, ..GpuOptions::default() };
+        Gpu::new(&device, self.dtype, options)
     }
 }
 
@@ -80,7 +82,7 @@ impl Place {
 enum Command {
     /// Convert a model: split its FFNs into experts, train routers, calibrate the threshold
     Convert(convert::Convert),
-    /// Change the threshold of a converted model without converting again
+    /// Change the threshold of a converted model without converting again, or the type of its weights
     Retune(retune::Retune),
     /// Write the dense model again, every tensor bit-identical
     Restore(restore::Restore),

@@ -2,17 +2,17 @@
 
 use std::path::PathBuf;
 
-use moefy::Result;
 use moefy::convert::{
     CalibrationText, ErrorBudget, ThresholdTarget, density_for_error, retune_model,
 };
 use moefy::cpu::Cpu;
-use moefy::model::{Encoder, Folder, Output, retune};
+use moefy::model::{Encoder, Folder, Output, retune, round};
+use moefy::{DType, Result};
 
 use crate::convert::Scope;
 use crate::progress::{Bar, interrupted};
 use crate::text::{file_name_of, tokenise_calibration};
-use crate::{Common, inspect};
+use crate::{Common, dtype, inspect};
 
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("target").required(true))]
@@ -31,6 +31,9 @@ pub struct Retune {
     /// density that keeps within it is found
     #[arg(long, value_name = "E", group = "target", requires = "calibration")]
     max_error: Option<f64>,
+    /// Leave the thresholds, and store the weights in this type: f16, bf16, f32; of a dense MODEL too
+    #[arg(long, value_name = "TYPE", group = "target", value_parser = dtype)]
+    dtype: Option<DType>,
     /// The dense original to measure that error against [default: the dense FFNs that MODEL
     /// holds, unless it was refined]
     #[arg(long, value_name = "DENSE", requires = "max_error")]
@@ -39,7 +42,7 @@ pub struct Retune {
     #[arg(long, value_enum, default_value_t)]
     threshold_scope: Scope,
     /// Text to calibrate on and to take statistics of, one text per line
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "dtype")]
     calibration: Option<PathBuf>,
     /// Replace OUT if it exists
     #[arg(long)]
@@ -52,6 +55,11 @@ impl Retune {
         let output =
             Output { path: &self.out, overwrite: self.overwrite, interrupted: interrupted() };
         output.check(folder.path())?;
+        if let Some(dtype) = self.dtype {
+            round(&folder, dtype, output)?;
+            inspect::show(&Folder::open(&self.out)?, common);
+            return Ok(());
+        }
         let file = self.calibration.as_deref();
         let sequences = file.map(|file| tokenise_calibration(&folder, file)).transpose()?;
         let name = file.map(file_name_of);

@@ -145,10 +145,10 @@ impl Backend for Cpu {
         x: &Vec<f32>,
         CpuFfn { neurons, b_out }: &CpuFfn,
         run: FfnRun,
-        num_tokens: usize,
+        CpuBatch { batch, .. }: &CpuBatch,
         CpuFfnWorkspace { memory, mask }: &mut CpuFfnWorkspace,
     ) -> Result<()> {
-        let len = num_tokens * b_out.len();
+        let len = batch.num_tokens() * b_out.len();
         let (x, y) = (&x[..len], &mut y[..len]);
         *mask = None;
         match (neurons, run) {

@@ -129,10 +129,7 @@ impl FfnBench {
             tokens: run.tokens,
             routing: run.routing_name(),
             density: bench.layer.density(set_up.mean_k),
-            fallback: match run.fallback {
-                Fallback::Exact => "exact",
-                Fallback::Masked => "masked",
-            },
+            fallback: run.fallback.name(),
             path: path.name(),
             path_forced: run.path.is_some(),
             us,

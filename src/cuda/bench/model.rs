@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::graph::{TimedGraph, pairs};
 use super::median;
 use crate::cuda::driver::cannot;
-use crate::cuda::{Device, Gpu};
+use crate::cuda::{Device, Fallback, Gpu, GpuOptions};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::model::{Batch, Encoder, FfnRun};
@@ -30,8 +30,10 @@ pub struct ModelRow {
     pub batch: usize,
     /// Tokens of each.
     pub length: usize,
-    /// Executed neurons / d_ff.
+    /// Executed neurons / d_ff where experts run; where an exact fallback is faster, all of them do.
     pub density: f64,
+    /// What may run where the dense products are faster: "exact" or "masked".
+    pub fallback: &'static str,
     /// With experts.
     pub tokens_per_s: f64,
     /// With dense FFNs, by turns with it.
@@ -52,6 +54,7 @@ pub struct ModelRow {
 pub struct ModelBench {
     name: String,
     dtype: DType,
+    fallback: Fallback,
     stream: Arc<CudaStream>,
     gpu: Gpu,
 }
@@ -61,10 +64,16 @@ impl ModelBench {
     ///
     /// # Errors
     /// When cuBLASLt is missing or the device has too little memory.
-    pub fn new(device: &Arc<Device>, name: String, dtype: DType) -> Result<Self> {
+    pub fn new(
+        device: &Arc<Device>,
+        name: String,
+        dtype: DType,
+        fallback: Fallback,
+    ) -> Result<Self> {
         let stream = device.cudarc_context().new_stream().map_err(cannot("create a stream"))?;
-        let gpu = Gpu::on_stream(device, dtype, stream.clone())?;
-        Ok(Self { name, dtype, stream, gpu })
+        let options = GpuOptions { fallback, ..GpuOptions::default() };
+        let gpu = Gpu::on_stream(device, dtype, options, stream.clone())?;
+        Ok(Self { name, dtype, fallback, stream, gpu })
     }
 
     /// The backend to load the model onto.
@@ -122,6 +131,7 @@ impl ModelBench {
             batch,
             length,
             density,
+            fallback: self.fallback.name(),
             tokens_per_s: per_s(us),
             dense_tokens_per_s: per_s(dense_us),
             torch_tokens_per_s: None,

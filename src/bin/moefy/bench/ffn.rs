@@ -10,7 +10,7 @@ use moefy::{DType, Error, Result};
 
 use super::sets::Set;
 use super::traces::Source;
-use super::{Case, machine, plot, shapes, table};
+use super::{Case, fallback, machine, plot, shapes, table};
 use crate::{Common, chart, dtype, output};
 
 #[derive(clap::Args)]
@@ -93,14 +93,6 @@ impl Choice {
 
 fn activation(name: &str) -> Result<Activation, String> {
     serde_json::from_value(name.into()).map_err(|error| error.to_string())
-}
-
-fn fallback(name: &str) -> Result<Fallback, String> {
-    match name {
-        "exact" => Ok(Fallback::Exact),
-        "masked" => Ok(Fallback::Masked),
-        _ => Err("expected exact or masked".into()),
-    }
 }
 
 fn tokens(text: &str) -> Result<usize, String> {

@@ -11,6 +11,7 @@ mod table;
 mod traces;
 
 use moefy::Result;
+use moefy::cuda::Fallback;
 use moefy::cuda::bench::{LayerSpec, RunSpec};
 
 use crate::Common;
@@ -39,6 +40,11 @@ impl Bench {
             What::Plot(plot) => plot.run(),
         }
     }
+}
+
+fn fallback(name: &str) -> Result<Fallback, String> {
+    let known = [Fallback::Exact, Fallback::Masked];
+    known.into_iter().find(|f| f.name() == name).ok_or("expected exact or masked".into())
 }
 
 /// One row to measure.

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use moefy::cuda::Device;
 use moefy::cuda::bench::{ModelBench, ModelRow};
+use moefy::cuda::{Device, Fallback};
 use moefy::model::{Encoder, EncoderShape, Folder};
 use moefy::{DType, Error, Result};
 
+use super::fallback;
 use crate::chart::{self, Axis, Panel, Series};
 use crate::{Common, dtype, output};
 
@@ -41,6 +42,11 @@ pub struct Model {
     /// f16, bf16, f32
     #[arg(long, value_name = "TYPE", value_delimiter = ',', value_parser = dtype, default_value = "f16")]
     dtype: Vec<DType>,
+    /// What runs where dense products are faster: exact (the original layer), masked (the sparse layer's
+    /// function)
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = fallback)]
+    #[arg(default_value = "exact")]
+    fallback: Vec<Fallback>,
     /// Rows of `benches/peers/bert.py`, a line of JSON each: their tokens/s go beside ours
     #[arg(long, value_name = "FILE")]
     peers: Option<PathBuf>,
@@ -79,11 +85,13 @@ impl Model {
             }
             rows.push(row);
         };
-        for &dtype in &self.dtype {
+        let dtypes = self.dtype.iter();
+        let kinds = dtypes.flat_map(|&dtype| self.fallback.iter().map(move |&f| (dtype, f)));
+        for (dtype, fallback) in kinds {
             if let Some(model) = &self.model {
                 let folder = Folder::open(model)?;
                 let name = model.display().to_string();
-                let bench = ModelBench::new(&device, name, dtype)?;
+                let bench = ModelBench::new(&device, name, dtype, fallback)?;
                 let layers = folder.moefy().map_or(&[][..], |moefy| &moefy.layers);
                 let densities =
                     layers.iter().filter_map(|layer| Some(layer.statistics.as_ref()?.density));
@@ -93,7 +101,7 @@ impl Model {
                 self.sizes(&bench, &encoder, density, &mut found)?;
             }
             for (name, shape) in &self.named {
-                let bench = ModelBench::new(&device, name.to_string(), dtype)?;
+                let bench = ModelBench::new(&device, name.to_string(), dtype, fallback)?;
                 let mut encoder = Encoder::random(bench.backend(), shape, 0)?;
                 for &density in &self.density {
                     let k = (density * self.experts as f64).round().max(1.0) as usize;
@@ -152,6 +160,7 @@ fn table(rows: &[ModelRow]) -> String {
         "batch",
         "length",
         "density",
+        "fallback",
         "tokens/s",
         "dense",
         "PyTorch",
@@ -168,6 +177,7 @@ fn table(rows: &[ModelRow]) -> String {
                 row.batch.to_string(),
                 row.length.to_string(),
                 output::percent(row.density),
+                row.fallback.into(),
                 number(row.tokens_per_s),
                 number(row.dense_tokens_per_s),
                 row.torch_tokens_per_s.map_or("-".into(), number),
@@ -192,7 +202,9 @@ fn svg(rows: &[ModelRow]) -> String {
     for row in rows {
         let (tokens, model) = (row.batch * row.length, format!("{}, {}", row.model, row.length));
         add(format!("{model}, dense"), tokens, row.dense_tokens_per_s);
-        add(format!("{model}, {}", output::percent(row.density)), tokens, row.tokens_per_s);
+        let masked = if row.fallback == "masked" { ", masked" } else { "" };
+        let name = format!("{model}, {}{masked}", output::percent(row.density));
+        add(name, tokens, row.tokens_per_s);
     }
     for series in &mut series {
         series.points.sort_by(|a, b| a.0.total_cmp(&b.0));

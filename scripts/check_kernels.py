@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""Compiles every kernel for the GPU generations we know and fails when one keeps registers in memory.
+"""Compiles every kernel for the GPU generations we know and fails when one keeps registers in memory, or does not wait.
 
-    scripts/check_spills.py NVCC
+Kernels are launched before the one ahead of them in the stream has ended (programmatic dependent launch), so each has to
+wait by itself: kernels/include/dependency.cuh.
+
+    scripts/check_kernels.py NVCC
 """
 
 import concurrent.futures
@@ -15,11 +18,16 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
 PORTABLE = ["-gencode=arch=compute_80,code=[sm_80,sm_100a,sm_120]", *HOPPER]
+# What a GPU that knows programmatic dependent launch gets, as text.
+PTX = ["-ptx", "-arch=compute_90a"]
+WAIT = "griddepcontrol.wait"
 # (entry point, architecture) -> why its spills are accepted.
 ALLOWED = {}
 
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+# Name and body of an entry point in PTX.
+BODY = re.compile(r"\.entry (\w+)\(.*?^\{(.*?)^\}", re.DOTALL | re.MULTILINE)
 REGISTERS = re.compile(r"Used (\d+) registers")
 
 
@@ -36,15 +44,27 @@ def parse(log):
     return found
 
 
-def compile_one(nvcc, source, folder):
-    hopper = os.path.basename(os.path.dirname(source)) == "sm90"
-    out = os.path.join(folder, source.replace(os.sep, "_"))
-    command = [nvcc, "-fatbin", "-O3", "-std=c++17", "-Ikernels/include", "-Xptxas", "-v",
-               *(HOPPER if hopper else PORTABLE), "-o", out, source]
+def waiting(ptx):
+    """Names of the entry points that wait."""
+    return {name for name, body in BODY.findall(ptx) if WAIT in body}
+
+
+def nvcc_of(nvcc, source, arguments, out):
+    command = [nvcc, "-O3", "-std=c++17", "-Ikernels/include", *arguments, "-o", out, source]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit("error: {}:\n{}".format(source, done.stderr))
-    return parse(done.stderr)
+    return done.stderr
+
+
+def compile_one(nvcc, source, folder):
+    """What the assembler says of each entry point, and which of them do not wait."""
+    hopper = os.path.basename(os.path.dirname(source)) == "sm90"
+    out = os.path.join(folder, source.replace(os.sep, "_"))
+    found = parse(nvcc_of(nvcc, source, ["-fatbin", "-Xptxas", "-v", *(HOPPER if hopper else PORTABLE)], out))
+    nvcc_of(nvcc, source, PTX, out)
+    with open(out, encoding="utf-8") as file:
+        return found, {name for name, _ in found} - waiting(file.read())
 
 
 def complaints(found, allowed):
@@ -60,13 +80,17 @@ def main():
         sys.exit(__doc__)
     sources = sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, "kernels", "**", "*.cu"),
                                                                        recursive=True))
-    found = {}
+    found, careless = {}, []
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for part in pool.map(lambda source: compile_one(sys.argv[1], source, folder), sources):
+        for part, names in pool.map(lambda source: compile_one(sys.argv[1], source, folder), sources):
             found.update(part)
-    if problems := complaints(found, ALLOWED):
+            careless += names
+    problems = complaints(found, ALLOWED)
+    problems += ["{} does not wait for the kernel before it: call begin() or wait_for_dependencies() of dependency.cuh"
+                 .format(name) for name in sorted(careless)]
+    if problems:
         sys.exit("error: " + "\nerror: ".join(problems))
-    print("{} kernels for {} architectures, at most {} registers, {} spills allowed".format(
+    print("{} kernels for {} architectures, at most {} registers, {} spills allowed; all wait".format(
         len({name for name, _ in found}), len({arch for _, arch in found}),
         max((registers for _, registers in found.values()), default=0), len(ALLOWED)))
 
