@@ -127,9 +127,16 @@ impl Context {
         self.bind().ok()?;
         let mut ordinal = -1i32;
         let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
-        let out = (&raw mut ordinal).cast();
-        unsafe { sys::cuPointerGetAttribute(out, attribute, address) }.result().ok()?;
-        Some(ordinal)
+        // Of memory from a pool the driver does not tell while the thread records a graph, unless the thread says that
+        // nothing it asks belongs to the recording.
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        let found = unsafe {
+            sys::cuThreadExchangeStreamCaptureMode(&mut mode).result().ok()?;
+            let found = sys::cuPointerGetAttribute((&raw mut ordinal).cast(), attribute, address);
+            sys::cuThreadExchangeStreamCaptureMode(&mut mode).result().ok()?;
+            found.result()
+        };
+        found.ok().map(|()| ordinal)
     }
 
     /// Bytes that could be allocated.

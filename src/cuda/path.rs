@@ -1,6 +1,7 @@
 //! Which way a layer is computed.
 
 use super::dense::DenseLayer;
+use super::places::MAX_CHUNK;
 #[cfg(feature = "cuda")]
 use super::plan::Stage;
 use super::view::View;
@@ -163,7 +164,10 @@ impl MoeFfn {
             Path::DenseMasked => {
                 dense_us + router_us + tokens * (rows_in + rows_out) * element / 2e6
             }
-            Path::ExpertMajor => self.expert_major_us(tokens, density) + 20.0 + router_us,
+            Path::ExpertMajor => {
+                let chunks = tokens / (MAX_CHUNK as f64).min(tokens);
+                20.0 * chunks + router_us + chunks * self.expert_major_us(tokens / chunks, density)
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use super::{
 use crate::error::Result;
 
 /// Tokens that go through the layer together; more go in turns, so that the workspace is bounded.
-const MAX_CHUNK: usize = 8192;
+pub(super) const MAX_CHUNK: usize = 8192;
 /// Bytes of h of the experts that a chunk may have.
 const MAX_HIDDEN_BYTES: usize = 512 << 20;
 
