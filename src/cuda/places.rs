@@ -74,12 +74,14 @@ impl MoeFfn {
             places.valid = place(max_tokens.div_ceil(chunk.max(1)))?;
             places.mask = place(chunk * num_experts.div_ceil(32))?;
             places.scores = place(chunk.checked_mul(num_experts)?)?;
-            places.counts = place(num_experts)?;
-            places.offsets = place(num_experts + 1)?;
-            places.token_ids = place(chunk.checked_mul(max_k)?)?;
-            places.expert_masks = place(num_experts.checked_mul(chunk.div_ceil(32))?)?;
-            places.union_ids = place(num_experts)?;
-            places.num_union = place(1)?;
+            if places.many {
+                places.counts = place(num_experts)?;
+                places.offsets = place(num_experts + 1)?;
+                places.token_ids = place(chunk.checked_mul(max_k)?)?;
+                places.expert_masks = place(num_experts.checked_mul(chunk.div_ceil(32))?)?;
+                places.union_ids = place(num_experts)?;
+                places.num_union = place(1)?;
+            }
             places.op = place(op?.div_ceil(4))?;
             Some(())
         };
