@@ -33,11 +33,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut y = stream.alloc_zeros::<f32>(TOKENS * D_MODEL)?;
     let mut scratch = stream.alloc_zeros::<u8>(plan.workspace_bytes())?;
 
-    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-    {
+    let graph = {
+        // Addresses are asked for before the recording and given back after it: cudarc may wait for events then, which
+        // a recording must not hold.
         let (x, _read) = x.device_ptr(&stream);
         let (y, _written) = y.device_ptr_mut(&stream);
         let (address, _used) = scratch.device_ptr_mut(&stream);
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
         let matrix = |at| View::matrix(at, Format::Float(DType::F32), [TOKENS, D_MODEL]);
         let workspace = Workspace { address, bytes: plan.workspace_bytes() };
         // SAFETY: the memory has these sizes and lives until the graph is done.
@@ -45,8 +47,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let raw = RawStream(stream.cu_stream().cast());
             plan.run(raw, matrix(y), &FfnInputs::new(matrix(x)), workspace)?;
         }
-    }
-    let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0))?.ok_or("nothing to launch")?;
+        stream.end_capture(sys::CUgraphInstantiate_flags(0))?.ok_or("nothing to launch")?
+    };
     graph.launch()?;
     let y = stream.clone_dtoh(&y)?;
     println!("{} on {TOKENS} tokens: y[0] = {:.4}", plan.path(TOKENS).name(), y[0]);

@@ -123,20 +123,13 @@ impl Context {
     }
 
     /// The device that holds `address`, if any does.
-    pub(super) fn device_of(&self, address: u64) -> Option<i32> {
-        self.bind().ok()?;
+    pub(super) fn device_of(&self, address: u64) -> Result<Option<i32>> {
+        self.bind()?;
         let mut ordinal = -1i32;
         let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
-        // Of memory from a pool the driver does not tell while the thread records a graph, unless the thread says that
-        // nothing it asks belongs to the recording.
-        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        let found = unsafe {
-            sys::cuThreadExchangeStreamCaptureMode(&mut mode).result().ok()?;
-            let found = sys::cuPointerGetAttribute((&raw mut ordinal).cast(), attribute, address);
-            sys::cuThreadExchangeStreamCaptureMode(&mut mode).result().ok()?;
-            found.result()
-        };
-        found.ok().map(|()| ordinal)
+        let out = (&raw mut ordinal).cast();
+        let found = unsafe { sys::cuPointerGetAttribute(out, attribute, address) }.result();
+        Ok(found.ok().map(|()| ordinal))
     }
 
     /// Bytes that could be allocated.

@@ -1,5 +1,7 @@
 //! The operations on cudarc's own streams and slices: lengths and devices are checked by type, and
-//! cudarc learns of every read and write, after the launch, so that its other streams wait.
+//! cudarc learns of every read and write, after the launch, so that its other streams wait. The waits that
+//! cudarc adds for this do not belong into a recording: to record a graph, ask slices for their addresses
+//! before it begins (`examples/engine.rs`).
 
 use std::sync::Arc;
 

@@ -33,7 +33,7 @@ impl Context {
         match self.0 {}
     }
 
-    pub(super) fn device_of(&self, _: u64) -> Option<i32> {
+    pub(super) fn device_of(&self, _: u64) -> Result<Option<i32>> {
         match self.0 {}
     }
 

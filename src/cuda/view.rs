@@ -169,7 +169,7 @@ impl Arguments<'_> {
             return Err(self.error(name, expected, format!("{address:#x}")));
         }
         let ordinal = self.device.properties().ordinal;
-        match self.device.context.device_of(address) {
+        match self.device.context.device_of(address)? {
             Some(owner) if usize::try_from(owner) == Ok(ordinal) => Ok(address),
             Some(owner) => {
                 Err(self.error(name, format!("on device {ordinal}"), format!("device {owner}")))

@@ -92,10 +92,7 @@ impl Gpu {
     }
 
     /// What `launch` puts on the stream.
-    pub fn capture(
-        &self,
-        launch: impl FnOnce(RawStream) -> moefy::Result<()>,
-    ) -> Option<CudaGraph> {
+    pub fn capture(&self, launch: impl Fn(RawStream) -> moefy::Result<()>) -> Option<CudaGraph> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.stream.begin_capture(mode).expect("capture");
         launch(self.raw_stream()).expect("arguments that fit");
