@@ -3,44 +3,14 @@
 // f16 and bf16: on tensor cores. A warp takes 32 queries of one head, or 16 of a wide one, a block four times as many; two
 // tiles of keys and values lie in shared memory, one of which is under way. f32: a warp takes a query at a time, a lane one
 // key of a tile.
+#include "attention.cuh"
 #include "dependency.cuh"
-#include "experts.cuh"
-#include "mma.cuh"
 
 namespace moefy {
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
 constexpr int kWarps = 4;
 constexpr uint32_t kThreads = kWarps * 32;
-
-/// What a block works on.
-struct Place {
-  uint32_t begin;   // first token of the sequence
-  uint32_t length;  // of the sequence
-  uint32_t query0;  // first query, within the sequence
-  uint32_t head;
-
-  __device__ Place(const moefy_attention_params& p, uint32_t queries) {
-    begin = p.sequence_offsets[blockIdx.z];
-    length = p.sequence_offsets[blockIdx.z + 1] - begin;
-    query0 = blockIdx.x * queries;
-    head = blockIdx.y;
-  }
-};
-
-template <class T>
-__device__ __forceinline__ uint32_t pack(float a, float b);
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float a, float b) {
-  const __half2 pair = __floats2half2_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float a, float b) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 
 // ---- f16, bf16 ----
 
@@ -50,12 +20,6 @@ template <int kHead>
 constexpr int kDown = kHead <= 64 ? 2 : 1;
 template <int kHead>
 constexpr uint32_t kQueries = kWarps * 16 * kDown<kHead>;
-
-__device__ __forceinline__ float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 template <class T, int kHead>
 struct Tiles {
@@ -85,7 +49,7 @@ __device__ __forceinline__ void attention(const moefy_attention_params& p) {
   begin();
   const Place place(p, kQueries<kHead>);
   if (place.query0 >= place.length) return;
-  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t kv_head = place.head / (p.num_heads / p.num_kv_heads);
   const T* q = static_cast<const T*>(p.q) + place.begin * p.stride + place.head * kHead;
   const T* k = static_cast<const T*>(p.k) + place.begin * p.stride + kv_head * kHead;
@@ -145,54 +109,12 @@ __device__ __forceinline__ void attention(const moefy_attention_params& p) {
           }
         }
       }
-      // What a query must not see.
-      if ((tile + 1) * kKeys > (p.is_causal ? min(own_query0, place.length) : place.length)) {
+      if (hides_keys(p, place, (tile + 1) * kKeys, own_query0)) {
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-#pragma unroll
-          for (int n = 0; n < kAcross; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const uint32_t key = tile * kKeys + n * 8 + 2 * t + i % 2;
-              const uint32_t query = own_query0 + m * 16 + g + i / 2 * 8;
-              const bool sees = key < place.length && (!p.is_causal || key <= query);
-              if (!sees) scores[m][n][i] = -INFINITY;
-            }
-          }
-        }
+        for (int m = 0; m < kM; ++m) hide_keys(p, place, tile * kKeys, own_query0 + m * 16, scores[m]);
       }
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        float kept[2], offset[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float most = largest[m][half];
-#pragma unroll
-          for (int n = 0; n < kAcross; ++n) {
-            most = fmaxf(most, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
-          }
-          most = fmaxf(most, __shfl_xor_sync(kAll, most, 1));
-          most = fmaxf(most, __shfl_xor_sync(kAll, most, 2));
-          // The first tile has key 0, which every query sees, so it is a number.
-          kept[half] = fast_exp2((largest[m][half] - most) * scale);
-          offset[half] = -most * scale;
-          largest[m][half] = most;
-          sums[m][half] *= kept[half];
-        }
-#pragma unroll
-        for (int d = 0; d < kHead / 8; ++d) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) out[m][d][i] *= kept[i / 2];
-        }
-#pragma unroll
-        for (int n = 0; n < kAcross; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            scores[m][n][i] = fast_exp2(fmaf(scores[m][n][i], scale, offset[i / 2]));
-            sums[m][i / 2] += scores[m][n][i];
-          }
-        }
-      }
+      for (int m = 0; m < kM; ++m) soften(scores[m], out[m], largest[m], sums[m], scale);
 #pragma unroll
       for (int n = 0; n < kAcross; n += 2) {
         uint32_t weights[kM][4];
@@ -220,19 +142,7 @@ __device__ __forceinline__ void attention(const moefy_attention_params& p) {
   }
 
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float factor = 1.0f / quad_sum(sums[m][half]);
-      const uint32_t query = own_query0 + m * 16 + g + half * 8;
-      if (query >= place.length) continue;
-      T* y = static_cast<T*>(p.y) + (static_cast<uint64_t>(place.begin + query) * p.num_heads + place.head) * kHead + 2 * t;
-#pragma unroll
-      for (int d = 0; d < kHead / 8; ++d) {
-        *reinterpret_cast<uint32_t*>(y + d * 8) = pack<T>(out[m][d][2 * half] * factor, out[m][d][2 * half + 1] * factor);
-      }
-    }
-  }
+  for (int m = 0; m < kM; ++m) store_queries<T, kHead>(p, place, own_query0 + m * 16, out[m], sums[m]);
 }
 
 // ---- f32 ----

@@ -42,6 +42,10 @@ __device__ __forceinline__ void wgmma_wait() {
 template <class T, bool kByColumns, int kSums>
 __device__ __forceinline__ void wgmma(float (&c)[kSums], uint64_t a, uint64_t b, bool adds);
 
+/// The same with a in registers: of each of its fragments of 16 x 16 four words, as for `mma`.
+template <class T, bool kByColumns, int kSums>
+__device__ __forceinline__ void wgmma(float (&c)[kSums], const uint32_t (&a)[4], uint64_t b, bool adds);
+
 #define MOEFY_WGMMA_32(type, name, by_columns) \
   template <> \
   __device__ __forceinline__ void wgmma<type, by_columns>(float (&c)[16], uint64_t a, uint64_t b, bool adds) { \
@@ -99,6 +103,49 @@ __device__ __forceinline__ void wgmma(float (&c)[kSums], uint64_t a, uint64_t b,
         : "l"(a), "l"(b), "r"(static_cast<int>(adds))); \
   }
 
+#define MOEFY_WGMMA_REGISTERS_64(type, name, by_columns) \
+  template <> \
+  __device__ __forceinline__ void wgmma<type, by_columns>(float (&c)[32], const uint32_t (&a)[4], uint64_t b, bool adds) { \
+    asm volatile( \
+        "{.reg .pred adds; setp.ne.b32 adds, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+        "}, {%32, %33, %34, %35}, %36, adds, 1, 1, " #by_columns ";}" \
+        : \
+          "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), \
+          "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), \
+          "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), \
+          "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), \
+          "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), \
+          "+f"(c[30]), "+f"(c[31]) \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds))); \
+  }
+
+#define MOEFY_WGMMA_REGISTERS_128(type, name, by_columns) \
+  template <> \
+  __device__ __forceinline__ void wgmma<type, by_columns>(float (&c)[64], const uint32_t (&a)[4], uint64_t b, bool adds) { \
+    asm volatile( \
+        "{.reg .pred adds; setp.ne.b32 adds, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+        "}, {%64, %65, %66, %67}, %68, adds, 1, 1, " #by_columns ";}" \
+        : \
+          "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), \
+          "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), \
+          "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), \
+          "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), \
+          "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), \
+          "+f"(c[30]), "+f"(c[31]), "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), \
+          "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]), "+f"(c[40]), "+f"(c[41]), \
+          "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]), \
+          "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), \
+          "+f"(c[54]), "+f"(c[55]), "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), \
+          "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63]) \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds))); \
+  }
+
 MOEFY_WGMMA_32(__half, "f16", 0)
 MOEFY_WGMMA_32(__nv_bfloat16, "bf16", 0)
 MOEFY_WGMMA_64(__half, "f16", 0)
@@ -107,5 +154,9 @@ MOEFY_WGMMA_128(__half, "f16", 0)
 MOEFY_WGMMA_128(__nv_bfloat16, "bf16", 0)
 MOEFY_WGMMA_128(__half, "f16", 1)
 MOEFY_WGMMA_128(__nv_bfloat16, "bf16", 1)
+MOEFY_WGMMA_REGISTERS_64(__half, "f16", 1)
+MOEFY_WGMMA_REGISTERS_64(__nv_bfloat16, "bf16", 1)
+MOEFY_WGMMA_REGISTERS_128(__half, "f16", 1)
+MOEFY_WGMMA_REGISTERS_128(__nv_bfloat16, "bf16", 1)
 
 }  // namespace moefy

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
 /// Algorithms that are timed.
 const CANDIDATES: usize = 24;
-/// Runs of each, of which the fastest counts; then so many of the best are run so often, by turns.
+/// Runs of each, of which the fastest counts; then so many of the best are run so often, by turns, and the median counts.
 const RUNS: usize = 3;
 const FINALISTS: usize = 4;
 const FINAL_RUNS: usize = 12;
@@ -276,12 +276,19 @@ impl Product {
         }
         times.sort_by(|a, b| a.0.total_cmp(&b.0));
         times.truncate(FINALISTS);
+        let mut finals: Vec<_> = times.iter().map(|&(_, index)| (Vec::new(), index)).collect();
         for _ in 0..FINAL_RUNS {
-            for (best, index) in &mut times {
-                *best = fastest(&candidates[*index], 1)?.min(*best);
+            for (times, index) in &mut finals {
+                times.push(fastest(&candidates[*index], 1)?);
             }
         }
-        let best = times.iter().min_by(|a, b| a.0.total_cmp(&b.0)).map_or(0, |best| best.1);
+        // One lucky run does not decide.
+        let median = |times: &mut Vec<f32>| {
+            times.sort_by(f32::total_cmp);
+            times[FINAL_RUNS / 2]
+        };
+        let medians = finals.iter_mut().map(|(times, index)| (median(times), *index));
+        let best = medians.min_by(|a, b| a.0.total_cmp(&b.0)).map_or(0, |best| best.1);
         Ok(candidates.swap_remove(best))
     }
 

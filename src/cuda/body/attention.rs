@@ -2,7 +2,7 @@
 
 use super::{Arguments, PerDType, VECTOR_BYTES, View};
 use crate::abi::moefy_attention_params;
-use crate::cuda::driver::RawStream;
+use crate::cuda::driver::{Function, RawStream};
 use crate::cuda::kernels::Modules;
 use crate::cuda::{Device, Format};
 use crate::dtype::DType;
@@ -16,7 +16,21 @@ const QUERIES_F32: usize = 16;
 /// Rows in shared memory beside the queries: two tiles of keys and two of values.
 const KEYS_AND_VALUES: usize = 4 * 64;
 
-pub(super) struct Kernels([PerDType; 4]);
+pub(super) struct Kernels {
+    portable: [PerDType; 4],
+    /// On Hopper, of heads of 64 and of 128: f16, bf16.
+    wide: Option<[[Function; 2]; 2]>,
+}
+
+const WIDE_MODULE: &str = "sm90_attention";
+const WIDE_HEADS: [usize; 2] = [64, 128];
+const WIDE_QUERIES: usize = 64;
+
+/// Dynamic shared memory of the kernels for Hopper: queries, and two tiles of keys and two of values.
+fn wide_shared_bytes(d_head: usize) -> usize {
+    let keys = if d_head == 64 { 128 } else { 64 };
+    (WIDE_QUERIES + 4 * keys) * 2 * d_head
+}
 
 macro_rules! names {
     ($d_head:literal) => {
@@ -45,7 +59,43 @@ impl Kernels {
         for (names, d_head) in names.into_iter().zip(HEADS) {
             loaded.push(modules.per_dtype("attention", names, shared_bytes(d_head))?);
         }
-        Ok(Self(loaded.try_into().unwrap_or_else(|_| unreachable!("as many as there are heads"))))
+        let wide = || -> Result<[[Function; 2]; 2]> {
+            let load =
+                |d_head, name| modules.function(WIDE_MODULE, name, wide_shared_bytes(d_head));
+            Ok([
+                [
+                    load(64, "moefy_attention_wide_f16_64")?,
+                    load(64, "moefy_attention_wide_bf16_64")?,
+                ],
+                [
+                    load(128, "moefy_attention_wide_f16_128")?,
+                    load(128, "moefy_attention_wide_bf16_128")?,
+                ],
+            ])
+        };
+        Ok(Self {
+            portable: loaded
+                .try_into()
+                .unwrap_or_else(|_| unreachable!("as many as there are heads")),
+            wide: modules.module(WIDE_MODULE).map(|_| wide()).transpose()?,
+        })
+    }
+
+    /// Kernel, queries of a block, and bytes of shared memory, for the head of this place among [`HEADS`].
+    fn of(&self, dtype: DType, size: usize) -> (&Function, usize, usize) {
+        let d_head = HEADS[size];
+        let wide = WIDE_HEADS.iter().position(|&head| head == d_head);
+        if let (Some(kernels), Some(wide)) = (&self.wide, wide)
+            && dtype != DType::F32
+        {
+            let kernel = &kernels[wide][usize::from(dtype == DType::BF16)];
+            return (kernel, WIDE_QUERIES, wide_shared_bytes(d_head));
+        }
+        let kernel = self.portable[size].get(dtype);
+        match dtype {
+            DType::F32 => (kernel, QUERIES_F32, 0),
+            _ => (kernel, queries(d_head), shared_bytes(d_head)),
+        }
     }
 }
 
@@ -142,12 +192,8 @@ pub unsafe fn attention(
         return Ok(());
     }
     device.context.bind()?;
-    let (queries, shared_bytes) = match dtype {
-        DType::F32 => (QUERIES_F32, 0),
-        _ => (queries(d_head), shared_bytes(d_head)),
-    };
+    let (kernel, queries, shared_bytes) = device.body.attention.of(dtype, size);
     let grid = [max_length.div_ceil(queries) as u32, params.num_heads, num_sequences as u32];
-    let kernel = device.body.attention.0[size].get(dtype);
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe { kernel.launch(stream, grid, THREADS, shared_bytes, &params) }
 }
