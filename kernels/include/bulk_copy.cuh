@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "moefy_abi.h"
+
 namespace moefy {
 
 /// A phase ends with the last of `arrivals`.
@@ -43,6 +45,34 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "{\n.reg .pred done;\nWAIT_%=:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra WAIT_%=;\n}" ::"r"(barrier),
       "r"(parity)
+      : "memory");
+}
+
+/// The same address in another block of the cluster.
+__device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+/// Arrives at the barrier of a block of the cluster.
+__device__ __forceinline__ void barrier_arrive_in_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/// Waits for all threads of the cluster.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+/// Copies the box at these coordinates, the innermost first, to the same address of both blocks of a cluster, and counts its
+/// bytes at the same barrier of each.
+__device__ __forceinline__ void copy_box_to_pair(uint32_t to, const moefy_tensor_map& map, const uint32_t (&at)[4],
+                                                 uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+      "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(barrier), "h"(static_cast<uint16_t>(3))
       : "memory");
 }
 

@@ -212,6 +212,19 @@ typedef struct moefy_experts_params {
   uint32_t slab;       /* many tokens: which */
 } moefy_experts_params;
 
+/* What the driver makes of a matrix for the copy engine. */
+typedef struct __attribute__((aligned(64))) moefy_tensor_map {
+  uint64_t opaque[16];
+} moefy_tensor_map;
+
+/* The first product for many tokens, where two blocks share the weights. `w_in` has four dimensions: d_model; 8 neurons that
+ * follow each other; gate and up rows of a GLU; groups of 8 neurons. A box is half of a block's rows by 64 of d_model. */
+typedef struct moefy_experts_paired_params {
+  moefy_tensor_map w_in;
+  moefy_experts_params experts;
+  uint64_t reserved[5]; /* to a multiple of the alignment */
+} moefy_experts_paired_params;
+
 /* Partial outputs -> y: b_out and all shares, or zeros for a token at or beyond num_valid_tokens. */
 typedef struct moefy_add_shares_params {
   MOEFY_PTR(const float) shares;              /* [num_shares, num_tokens, d_model] */

@@ -13,8 +13,10 @@ constexpr uint32_t kPipelineThreads = kCopiers + kMultipliers;
 __device__ __forceinline__ void become_copier() { asm volatile("setmaxnreg.dec.sync.aligned.u32 88;"); }
 __device__ __forceinline__ void become_multiplier() { asm volatile("setmaxnreg.inc.sync.aligned.u32 208;"); }
 
-/// The barriers of the stages. All threads of a block make one, before anything else that they share.
-template <int kStages>
+/// The barriers of the stages. All threads of a block make one, before anything else that they share. `kPaired`: the blocks
+/// of a cluster of two fill parts of each other's stages by the copy engine, so that both must be done with one, and a stage
+/// is full when those bytes are there too.
+template <int kStages, bool kPaired = false>
 struct Pipeline {
   uint32_t barriers;
 
@@ -23,12 +25,16 @@ struct Pipeline {
     barriers = shared_address(memory);
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
-        barrier_init(full(stage), kCopiers);
-        barrier_init(empty(stage), kMultipliers / 32);
+        barrier_init(full(stage), kCopiers + kPaired);
+        barrier_init(empty(stage), kMultipliers / 32 * (1 + kPaired));
       }
       fence_barriers();
     }
-    __syncthreads();
+    if constexpr (kPaired) {
+      sync_cluster();
+    } else {
+      __syncthreads();
+    }
   }
 
   __device__ uint32_t full(uint32_t stage) const { return barriers + stage * 8; }
@@ -37,10 +43,10 @@ struct Pipeline {
 
 /// A thread that copies: between `begin`, which gives the stage, and `end` it asks for its part of one. Copies arrive a few
 /// stages later, and only then are handed over, because products see them only after a fence by who asked for them.
-template <int kStages>
+template <int kStages, bool kPaired = false>
 class Copier {
  public:
-  __device__ explicit Copier(const Pipeline<kStages>& pipeline) : pipeline_(pipeline) {}
+  __device__ explicit Copier(const Pipeline<kStages, kPaired>& pipeline) : pipeline_(pipeline) {}
 
   __device__ uint32_t begin() {
     const uint32_t stage = count_ % kStages;
@@ -70,16 +76,16 @@ class Copier {
     barrier_arrive(pipeline_.full(handed_++ % kStages));
   }
 
-  const Pipeline<kStages>& pipeline_;
+  const Pipeline<kStages, kPaired>& pipeline_;
   uint32_t count_ = 0, handed_ = 0;
 };
 
 /// A thread that multiplies: between `begin`, which gives the stage, and `end` it begins at most one group of products. The
 /// group before it has then ended, and its stage can be filled again.
-template <int kStages>
+template <int kStages, bool kPaired = false>
 class Multiplier {
  public:
-  __device__ explicit Multiplier(const Pipeline<kStages>& pipeline) : pipeline_(pipeline) {}
+  __device__ explicit Multiplier(const Pipeline<kStages, kPaired>& pipeline) : pipeline_(pipeline) {}
 
   __device__ uint32_t begin() {
     const uint32_t stage = count_ % kStages;
@@ -101,11 +107,15 @@ class Multiplier {
 
  private:
   __device__ void free() {
-    if (threadIdx.x % 32 == 0) barrier_arrive(pipeline_.empty(freed_ % kStages));
-    ++freed_;
+    const uint32_t empty = pipeline_.empty(freed_++ % kStages), lane = threadIdx.x % 32;
+    if constexpr (kPaired) {
+      if (lane < 2) barrier_arrive_in_cluster(address_in_block(empty, lane));
+    } else {
+      if (lane == 0) barrier_arrive(empty);
+    }
   }
 
-  const Pipeline<kStages>& pipeline_;
+  const Pipeline<kStages, kPaired>& pipeline_;
   uint32_t count_ = 0, freed_ = 0;
 };
 

@@ -2,6 +2,8 @@
 //
 // A persistent grid takes tiles of 128 tokens of one expert by kRows input rows of it. One warpgroup copies: token rows are
 // gathered straight from x. The other two multiply 64 tokens each, and store while the next tile's stages are under way.
+// kPaired: two blocks, a cluster, take neighbouring tiles of tokens, and the copy engine brings each half of the weights to
+// both. For that the neurons of an expert are a multiple of eight, and there are no linear ones.
 #include "expert_groups.cuh"
 #include "pipeline.cuh"
 #include "wgmma.cuh"
@@ -21,6 +23,10 @@ constexpr int kStages = kRows == 256 ? 4 : kRows == 128 ? 6 : 8;
 template <int kRows>
 constexpr int kStageBytes = (kTokens + kRows) * kRowBytes;
 
+/// Tokens that are dealt out together.
+template <bool kPaired>
+constexpr uint32_t kDealt = kPaired ? 2 * kTokens : kTokens;
+
 /// A tile: which tokens of a group, and which of its rows.
 struct Tile {
   Group group;
@@ -28,7 +34,7 @@ struct Tile {
   uint32_t row0;
 };
 
-template <int kRows>
+template <int kRows, bool kPaired>
 __device__ __forceinline__ Tile tile_of(const moefy_experts_params& p, const uint32_t* tile_offsets, uint32_t tile) {
   const uint32_t index = find_tile(tile_offsets, num_groups(p.neurons), tile);
   Tile found;
@@ -36,24 +42,37 @@ __device__ __forceinline__ Tile tile_of(const moefy_experts_params& p, const uin
   const uint32_t across = ceil_div(found.group.width * found.group.halves, kRows);
   const uint32_t inside = tile - tile_offsets[index];
   const RowRange all = rows_of(p, found.group);
-  const uint32_t first = inside / across * kTokens;
+  uint32_t first = inside / across * kDealt<kPaired>;
+  if constexpr (kPaired) first = min(first + blockIdx.x % 2 * kTokens, all.count);
   found.tokens = {all.begin + first, min(all.count - first, kTokens)};
   found.row0 = inside % across * kRows;
   return found;
 }
 
-template <class T, int kRows>
-__device__ __forceinline__ void copy_tiles(const moefy_experts_params& p, const uint32_t* tile_offsets, uint32_t memory,
-                                           const Pipeline<kStages<kRows>>& pipeline) {
-  constexpr int kTokenPasses = kTokens / kRowsPerPass, kRowPasses = kRows / kRowsPerPass;
+/// Tiles, or pairs of them, that a block or a pair of blocks takes.
+template <bool kPaired>
+__device__ __forceinline__ uint32_t first_tile() {
+  return kPaired ? blockIdx.x / 2 : blockIdx.x;
+}
+
+template <bool kPaired>
+__device__ __forceinline__ uint32_t tile_step() {
+  return kPaired ? gridDim.x / 2 : gridDim.x;
+}
+
+template <class T, int kRows, bool kPaired>
+__device__ __forceinline__ void copy_tiles(const moefy_experts_params& p, const moefy_tensor_map* w_in,
+                                           const uint32_t* tile_offsets, uint32_t memory,
+                                           const Pipeline<kStages<kRows>, kPaired>& pipeline) {
+  constexpr int kTokenPasses = kTokens / kRowsPerPass, kRowPasses = kPaired ? 0 : kRows / kRowsPerPass;
   const moefy_neurons& n = p.neurons;
   const uint32_t thread = threadIdx.x % kCopiers, chunk = thread % kChunks, pass_row = thread / kChunks;
   const uint32_t num_tiles = tile_offsets[num_groups(n)], num_stages = ceil_div(n.d_model, 64);
-  Copier<kStages<kRows>> copier(pipeline);
-  for (uint32_t index = blockIdx.x; index < num_tiles; index += gridDim.x) {
-    const Tile tile = tile_of<kRows>(p, tile_offsets, index);
+  Copier<kStages<kRows>, kPaired> copier(pipeline);
+  for (uint32_t index = first_tile<kPaired>(); index < num_tiles; index += tile_step<kPaired>()) {
+    const Tile tile = tile_of<kRows, kPaired>(p, tile_offsets, index);
     // Rows that this thread copies its chunk of.
-    uint32_t x[kTokenPasses], w[kRowPasses];
+    uint32_t x[kTokenPasses], w[kRowPasses + 1];
 #pragma unroll
     for (int i = 0; i < kTokenPasses; ++i) {
       const uint32_t row = pass_row + i * kRowsPerPass;
@@ -72,7 +91,16 @@ __device__ __forceinline__ void copy_tiles(const moefy_experts_params& p, const 
     };
 #pragma unroll 1
     for (uint32_t stage = 0; stage < num_stages; ++stage) {
-      const uint32_t to = memory + copier.begin() * kStageBytes<kRows>, k = stage * 64 + chunk * 8;
+      const uint32_t slot = copier.begin(), to = memory + slot * kStageBytes<kRows>, k = stage * 64 + chunk * 8;
+      if constexpr (kPaired) {
+        if (thread == 0) {
+          const uint32_t row = tile.row0 + blockIdx.x % 2 * (kRows / 2), full = pipeline.full(slot);
+          const uint32_t group_of_8 = (tile.group.first_neuron + row / tile.group.halves) / 8;
+          barrier_expect(full, kRows * kRowBytes);
+          copy_box_to_pair(to + (kTokens + blockIdx.x % 2 * (kRows / 2)) * kRowBytes, *w_in, {stage * 64, 0, 0, group_of_8},
+                           full);
+        }
+      }
 #pragma unroll
       for (int i = 0; i < kTokenPasses; ++i) {
         copy_row(to + swizzled<kRowBytes>(pass_row + i * kRowsPerPass, chunk), p.x, x[i], k);
@@ -87,17 +115,18 @@ __device__ __forceinline__ void copy_tiles(const moefy_experts_params& p, const 
   copier.flush();
 }
 
-template <class T, int kRows>
+template <class T, int kRows, bool kPaired>
 __device__ __forceinline__ void multiply_tiles(const moefy_experts_params& p, const uint32_t* tile_offsets,
-                                               uint32_t memory, const Pipeline<kStages<kRows>>& pipeline) {
+                                               uint32_t memory,
+                                               const Pipeline<kStages<kRows>, kPaired>& pipeline) {
   constexpr int kAcross = kRows == 256 ? 128 : kRows;  // columns of one instruction
   constexpr int kParts = kRows / kAcross;
   const moefy_neurons& n = p.neurons;
   const uint32_t thread = threadIdx.x - kCopiers, group_token = thread / 128 * 64;
   const uint32_t num_tiles = tile_offsets[num_groups(n)], num_stages = ceil_div(n.d_model, 64);
-  Multiplier<kStages<kRows>> multiplier(pipeline);
-  for (uint32_t index = blockIdx.x; index < num_tiles; index += gridDim.x) {
-    const Tile tile = tile_of<kRows>(p, tile_offsets, index);
+  Multiplier<kStages<kRows>, kPaired> multiplier(pipeline);
+  for (uint32_t index = first_tile<kPaired>(); index < num_tiles; index += tile_step<kPaired>()) {
+    const Tile tile = tile_of<kRows, kPaired>(p, tile_offsets, index);
     const bool has_tokens = group_token < tile.tokens.count;
     float c[kParts][kAcross / 2];
 #pragma unroll 1
@@ -127,23 +156,25 @@ __device__ __forceinline__ void multiply_tiles(const moefy_experts_params& p, co
   }
 }
 
-template <class T, int kRows>
-__device__ __forceinline__ void many_hidden(const moefy_experts_params& p) {
+template <class T, int kRows, bool kPaired>
+__device__ __forceinline__ void many_hidden(const moefy_experts_params& p, const moefy_tensor_map* w_in) {
   extern __shared__ __align__(1024) unsigned char memory[];
   uint32_t* tile_offsets = reinterpret_cast<uint32_t*>(memory + kStages<kRows> * kStageBytes<kRows>);
-  Pipeline<kStages<kRows>> pipeline;
+  const Pipeline<kStages<kRows>, kPaired> pipeline;
   wait_for_dependencies();
   launch_dependents();
   count_tiles<kPipelineThreads>(p, tile_offsets, [&](const Group& group) {
-    return ceil_div(rows_of(p, group).count, kTokens) * ceil_div(group.width * group.halves, kRows);
+    return ceil_div(rows_of(p, group).count, kDealt<kPaired>) * ceil_div(group.width * group.halves, kRows);
   });
   if (threadIdx.x < kCopiers) {
     become_copier();
-    copy_tiles<T, kRows>(p, tile_offsets, shared_address(memory), pipeline);
+    copy_tiles<T, kRows, kPaired>(p, w_in, tile_offsets, shared_address(memory), pipeline);
   } else {
     become_multiplier();
-    multiply_tiles<T, kRows>(p, tile_offsets, shared_address(memory), pipeline);
+    multiply_tiles<T, kRows, kPaired>(p, tile_offsets, shared_address(memory), pipeline);
   }
+  // The other block may still write here.
+  if constexpr (kPaired) sync_cluster();
 }
 
 }  // namespace
@@ -153,7 +184,12 @@ __device__ __forceinline__ void many_hidden(const moefy_experts_params& p) {
 #define MOEFY_EXPERTS_MANY_HIDDEN(name, type, rows)                                                    \
   extern "C" __global__ void __launch_bounds__(moefy::kPipelineThreads, 1)                             \
       moefy_experts_many_wide_hidden_##name##_##rows(const __grid_constant__ moefy_experts_params p) { \
-    moefy::many_hidden<type, rows>(p);                                                                 \
+    moefy::many_hidden<type, rows, false>(p, nullptr);                                                 \
+  }                                                                                                    \
+  extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(moefy::kPipelineThreads, 1)   \
+      moefy_experts_many_paired_hidden_##name##_##rows(                                                \
+          const __grid_constant__ moefy_experts_paired_params p) {                                     \
+    moefy::many_hidden<type, rows, true>(p.experts, &p.w_in);                                          \
   }
 
 MOEFY_EXPERTS_MANY_HIDDEN(f16, __half, 32)

@@ -35,6 +35,7 @@ pub fn host_abi() -> Vec<u32> {
         moefy_route_index_params.reserved,
         moefy_neurons.reserved,
         moefy_experts_params.slab,
+        moefy_experts_paired_params.reserved,
         moefy_ffn_few_params.stage_neurons,
         moefy_add_shares_params.num_tokens,
         moefy_gates_params.reserved,
