@@ -417,6 +417,40 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_params, slab) - 212usize];
 };
 #[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_tensor_map {
+    pub opaque: [u64; 16usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_tensor_map"][::std::mem::size_of::<moefy_tensor_map>() - 128usize];
+    ["Alignment of moefy_tensor_map"][::std::mem::align_of::<moefy_tensor_map>() - 64usize];
+    ["Offset of field: moefy_tensor_map::opaque"]
+        [::std::mem::offset_of!(moefy_tensor_map, opaque) - 0usize];
+};
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_experts_paired_params {
+    pub w_in: moefy_tensor_map,
+    pub experts: moefy_experts_params,
+    pub reserved: [u64; 5usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_experts_paired_params"]
+        [::std::mem::size_of::<moefy_experts_paired_params>() - 384usize];
+    ["Alignment of moefy_experts_paired_params"]
+        [::std::mem::align_of::<moefy_experts_paired_params>() - 64usize];
+    ["Offset of field: moefy_experts_paired_params::w_in"]
+        [::std::mem::offset_of!(moefy_experts_paired_params, w_in) - 0usize];
+    ["Offset of field: moefy_experts_paired_params::experts"]
+        [::std::mem::offset_of!(moefy_experts_paired_params, experts) - 128usize];
+    ["Offset of field: moefy_experts_paired_params::reserved"]
+        [::std::mem::offset_of!(moefy_experts_paired_params, reserved) - 344usize];
+};
+#[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct moefy_add_shares_params {
     pub shares: u64,

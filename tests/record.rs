@@ -85,6 +85,10 @@ fn problem(record: &Value, digest: &str) -> Option<String> {
     {
         return Some("it has no checks of a model".into());
     }
+    if !tests.iter().any(|test| test["name"].as_str().is_some_and(|name| name.contains("Spearman")))
+    {
+        return Some("no pairs were ranked: make the bundle with MOEFY_STS".into());
+    }
     let keys = |row: &Value| row.as_object().map(|row| row.keys().cloned().collect::<Vec<_>>());
     for (list, expected) in [("bench", &BENCH_KEYS[..]), ("model_bench", &MODEL_KEYS)] {
         let rows = record[list].as_array().unwrap_or(&empty);

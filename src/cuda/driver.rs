@@ -7,6 +7,8 @@ use bytemuck::Pod;
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DriverError, result, sys};
 
 use super::Properties;
+use crate::abi::moefy_tensor_map;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 /// A stream of the driver: a `CUstream`, or a `cudaStream_t`, which is the same.
@@ -315,5 +317,46 @@ impl Function {
         unsafe { sys::cuLaunchKernelEx(&config, self.raw, arguments.as_mut_ptr(), extra) }
             .result()
             .map_err(cannot(format!("launch {}", self.name)))
+    }
+
+    /// What the copy engine takes of a matrix w_in \[halves · d_ff, d_model\] of 16 bits, in four dimensions: d_model, 8 neurons
+    /// that follow each other, gate and up, groups of 8 neurons. A box is 64 columns of `groups` groups with all that they have.
+    pub(super) fn tensor_map(
+        &self,
+        dtype: DType,
+        w_in: u64,
+        [d_model, d_ff, halves]: [usize; 3],
+        groups: usize,
+    ) -> Result<moefy_tensor_map> {
+        use sys::CUtensorMapDataType as Type;
+        let element = match dtype {
+            DType::BF16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            _ => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        };
+        let row = (d_model * dtype.bytes()) as u64;
+        let sizes = [d_model as u64, 8, halves as u64, (d_ff / 8) as u64];
+        let strides = [row, row * d_ff as u64, row * 8];
+        let of_box = [64, 8, halves as u32, groups as u32];
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        // SAFETY: the sizes are those of the arrays; the address is only noted.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                element,
+                4,
+                w_in as *mut c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                of_box.as_ptr(),
+                [1; 4].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(cannot("describe a matrix to the copy engine"))?;
+        Ok(moefy_tensor_map { opaque: map.opaque })
     }
 }

@@ -4,7 +4,9 @@ use super::driver::{Function, RawStream};
 use super::experts::{Launch, THREADS, Variants, variants};
 use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
-use crate::abi::{MOEFY_EXPERTS_MANY_SLAB, MOEFY_MAX_EXPERTS, moefy_experts_params};
+use crate::abi::{
+    MOEFY_EXPERTS_MANY_SLAB, MOEFY_MAX_EXPERTS, moefy_experts_paired_params, moefy_experts_params,
+};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -36,6 +38,8 @@ pub(super) struct Kernels {
 /// Both products by whole warpgroups.
 struct Wide {
     hidden: [Function; 4],
+    /// Where two blocks share the weights.
+    paired: [Function; 4],
     output: Function,
 }
 
@@ -45,17 +49,41 @@ const WIDE_THREADS: u32 = 384;
 const WIDE_ROWS: [usize; 4] = [32, 64, 128, 256];
 const WIDE_STAGES: [usize; 4] = [8, 8, 6, 4];
 const WIDE_OUTPUT_BYTES: usize = 192 << 10;
+/// From so many tokens on an expert has enough of them for two blocks.
+const PAIRED_TOKENS: usize = 4096;
+
+macro_rules! wide_hidden {
+    ($dtype:literal) => {
+        [wide_hidden!("wide", $dtype), wide_hidden!("paired", $dtype)]
+    };
+    ($kind:literal, $dtype:literal) => {
+        [
+            concat!("moefy_experts_many_", $kind, "_hidden_", $dtype, "_32"),
+            concat!("moefy_experts_many_", $kind, "_hidden_", $dtype, "_64"),
+            concat!("moefy_experts_many_", $kind, "_hidden_", $dtype, "_128"),
+            concat!("moefy_experts_many_", $kind, "_hidden_", $dtype, "_256"),
+        ]
+    };
+}
 
 impl Wide {
-    fn load(modules: &Modules, hidden: [&'static str; 4], output: &'static str) -> Result<Self> {
+    fn load(
+        modules: &Modules,
+        [hidden, paired]: [[&'static str; 4]; 2],
+        output: &'static str,
+    ) -> Result<Self> {
         let most = MOEFY_MAX_EXPERTS as usize;
-        let load = |size: usize| {
-            let bytes = wide_hidden_shared_bytes(size, most);
-            modules.function(WIDE_MODULES[0], hidden[size], bytes)
+        let load = |names: [&'static str; 4]| -> Result<[Function; 4]> {
+            let load = |size: usize| {
+                let bytes = wide_hidden_shared_bytes(size, most);
+                modules.function(WIDE_MODULES[0], names[size], bytes)
+            };
+            Ok([load(0)?, load(1)?, load(2)?, load(3)?])
         };
         let bytes = wide_output_shared_bytes(most);
         Ok(Self {
-            hidden: [load(0)?, load(1)?, load(2)?, load(3)?],
+            hidden: load(hidden)?,
+            paired: load(paired)?,
             output: modules.function(WIDE_MODULES[1], output, bytes)?,
         })
     }
@@ -94,21 +122,9 @@ impl Kernels {
         };
         let per_dtype = |names, bytes| modules.per_dtype("experts_many_output", names, bytes);
         let wide = || -> Result<[Wide; 2]> {
-            let f16 = [
-                "moefy_experts_many_wide_hidden_f16_32",
-                "moefy_experts_many_wide_hidden_f16_64",
-                "moefy_experts_many_wide_hidden_f16_128",
-                "moefy_experts_many_wide_hidden_f16_256",
-            ];
-            let bf16 = [
-                "moefy_experts_many_wide_hidden_bf16_32",
-                "moefy_experts_many_wide_hidden_bf16_64",
-                "moefy_experts_many_wide_hidden_bf16_128",
-                "moefy_experts_many_wide_hidden_bf16_256",
-            ];
             Ok([
-                Wide::load(modules, f16, "moefy_experts_many_wide_output_f16")?,
-                Wide::load(modules, bf16, "moefy_experts_many_wide_output_bf16")?,
+                Wide::load(modules, wide_hidden!("f16"), "moefy_experts_many_wide_output_f16")?,
+                Wide::load(modules, wide_hidden!("bf16"), "moefy_experts_many_wide_output_bf16")?,
             ])
         };
         Ok(Self {
@@ -160,6 +176,8 @@ fn output_shared_bytes(stages: usize, num_experts: usize) -> usize {
 pub(super) struct Shape {
     size: usize,
     wide_size: usize,
+    /// d_model, d_ff and gate with up, where the copy engine can bring the weights.
+    paired: Option<[usize; 3]>,
     dtype: DType,
     multiprocessors: usize,
     num_tokens: usize,
@@ -207,6 +225,10 @@ impl Shape {
         Some(Self {
             size,
             wide_size,
+            paired: (num_tokens >= PAIRED_TOKENS
+                && launch.rank == 0
+                && [launch.expert_width, launch.d_ff].iter().all(|n| n.is_multiple_of(8)))
+            .then_some([d_model, launch.d_ff, launch.halves]),
             dtype,
             multiprocessors: launch.multiprocessors,
             num_tokens,
@@ -296,7 +318,23 @@ impl Shape {
         let down = self.num_tokens.div_ceil(THREADS as usize / 32);
         let most = (self.multiprocessors * SUM_BLOCKS).div_ceil(across);
         let warps = [down.min(most) as u32, across as u32, 1];
-        run(hidden, &params)?;
+        match (kernels.wide(self.dtype), self.paired) {
+            (Some(wide), Some(sizes)) => {
+                let kernel = &wide.paired[self.wide_size];
+                let groups = WIDE_ROWS[self.wide_size] / 2 / (8 * sizes[2]);
+                let params = moefy_experts_paired_params {
+                    w_in: kernel.tensor_map(self.dtype, params.neurons.w_in, sizes, groups)?,
+                    experts: params,
+                    reserved: [0; 5],
+                };
+                let shared = wide_hidden_shared_bytes(self.wide_size, experts);
+                // SAFETY: the caller's promise.
+                unsafe {
+                    kernel.launch(stream, [blocks & !1, 1, 1], WIDE_THREADS, shared, &params)?
+                };
+            }
+            _ => run(hidden, &params)?,
+        }
         for slab in 0..self.num_slabs {
             let params = moefy_experts_params { slab: slab as u32, ..params };
             run(output, &params)?;

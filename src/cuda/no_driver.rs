@@ -6,6 +6,8 @@ use std::ffi::c_void;
 use bytemuck::Pod;
 
 use super::Properties;
+use crate::abi::moefy_tensor_map;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 /// A stream of the driver: a `CUstream`, or a `cudaStream_t`, which is the same.
@@ -126,6 +128,16 @@ impl Function {
         _: usize,
         _: &P,
     ) -> Result<()> {
+        match self.0 {}
+    }
+
+    pub(super) fn tensor_map(
+        &self,
+        _: DType,
+        _: u64,
+        _: [usize; 3],
+        _: usize,
+    ) -> Result<moefy_tensor_map> {
         match self.0 {}
     }
 }
