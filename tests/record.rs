@@ -136,7 +136,7 @@ fn wrong_records_are_found() {
     let (row, model_row): (Value, Value) = (row(&BENCH_KEYS), row(&MODEL_KEYS));
     let good = serde_json::json!({
         "date": "2026-01-01", "device": "a GPU", "driver": "580", "toolkit": "13.0", "digest": "d",
-        "tests": [{"name": "model: a", "result": "passed"}],
+        "tests": [{"name": "model: Spearman", "result": "passed"}],
         "sanitizers": {"memcheck": 0, "racecheck": 0, "initcheck": 0, "synccheck": 0}, "bench": [row],
         "model_bench": [model_row],
     });
