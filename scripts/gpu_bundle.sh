@@ -36,6 +36,8 @@ fi
 rm -rf "$files/converted"
 if [ -n "${MOEFY_STS:-}" ]; then
   cp "$MOEFY_STS" "$files/sts.csv"
+else
+  echo "MOEFY_STS is not set: the record will not say how the model ranks pairs on the GPU" >&2
 fi
 
 rm -rf "$bundle"

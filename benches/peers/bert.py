@@ -3,8 +3,8 @@
 
     bert.py [--named minilm,bert-base] [--batch 1,8,64,256] [--length 32,128,512] [--dtype f16]
 
-Needs PyTorch alone. The model is written out with scaled_dot_product_attention, and each size runs as one CUDA graph, with
-and without torch.compile; the faster one counts.
+Needs PyTorch alone. The model is written out with scaled_dot_product_attention, and each size runs as one CUDA graph.
+With --compile, torch.compile is tried as well, and the faster one counts.
 """
 
 import argparse

@@ -14,6 +14,7 @@ mod model;
 mod options;
 pub mod partition;
 mod refine;
+mod router_network;
 mod router_training;
 mod routers;
 mod shared;

@@ -60,8 +60,8 @@ pub struct Convert {
     /// Tokens of the calibration text to use at most
     #[arg(long, value_name = "N", default_value_t = ConvertOptions::default().calibration_tokens)]
     calibration_tokens: usize,
-    /// Tokens to train experts and compensation on, until the model is close to the dense one; the text
-    /// is gone through again and again [default: none]
+    /// Tokens to train experts, routers (d2dmoe with dynamic-k) and compensation on, until the model is
+    /// close to the dense one; the text is gone through again and again [default: none]
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     refine: usize,
     /// Passes over the calibration tokens

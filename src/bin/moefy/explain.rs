@@ -2,7 +2,7 @@
 
 use moefy::ffn::SelectionRule;
 use moefy::model::Folder;
-use moefy::model::format::{CompensationConfig, LayerConfig, Method, MoefyConfig};
+use moefy::model::format::{CompensationConfig, LayerConfig, Method, MoefyConfig, RouterConfig};
 
 use crate::output::percent;
 
@@ -109,7 +109,12 @@ fn of_layer(layer: &LayerConfig, method: &Method, d_ff: usize) -> String {
         }
     }
     if layer.refined {
-        text += " The neurons were trained further.";
+        // A router that learned along has no training of its own any more.
+        let is_network = matches!(layer.router, RouterConfig::Mlp { .. });
+        text += match is_network && layer.router_training.is_none() {
+            true => " Neurons and router were trained further, so that this selection loses least.",
+            false => " The neurons were trained further.",
+        };
     }
     text
 }

@@ -2,13 +2,15 @@
 
 use rayon::prelude::*;
 
+use super::router::{LearningRouter, RouterTrace};
+use crate::convert::adam::Adam;
 use crate::convert::options::check_refinable;
-use crate::cpu::{Matrix, MatrixMut, activate_with_slope, gemm, linear};
+use crate::cpu::{self, Matrix, MatrixMut, activate, activate_with_slope, gemm, linear};
 use crate::error::Result;
 use crate::ffn::{Activation, Compensation, DenseFfn, ExpertMask, MoeFfn};
 use crate::tensor::Tensor;
 
-/// What is trained, or its gradient: all of it in expert order.
+/// What is trained besides the router, or its gradient: all of it in expert order.
 #[derive(Clone)]
 pub(super) struct Weights {
     /// W1 \[F, d\].
@@ -43,6 +45,14 @@ pub(super) struct Trained {
     /// b2 where `bias` is a compensation's, zeros otherwise.
     fixed_bias: Vec<f32>,
     rank: usize,
+    optimisers: Vec<Adam>,
+    pub(super) router: Option<LearningRouter>,
+}
+
+/// What a step changes.
+pub(super) struct Gradients {
+    weights: Weights,
+    router: Option<Vec<f32>>,
 }
 
 /// What the way back needs.
@@ -55,6 +65,9 @@ pub(super) struct Trace {
     slope: Vec<f32>,
     /// V x \[T, rank\].
     low: Vec<f32>,
+    /// φ(z) \[T, F\] of every expert, where the router learns.
+    hidden_of_all: Vec<f32>,
+    pub(super) router: Option<RouterTrace>,
 }
 
 impl Trained {
@@ -84,7 +97,9 @@ impl Trained {
             v,
         };
         let rank = weights.u.len() / moe.d_model();
-        Ok(Self { weights, fixed_bias, rank, moe })
+        let optimisers = weights.arrays().map(|array| Adam::new(array.len())).into();
+        let router = LearningRouter::new(&moe);
+        Ok(Self { weights, fixed_bias, rank, optimisers, router, moe })
     }
 
     pub(super) fn moe(&self) -> &MoeFfn {
@@ -113,7 +128,11 @@ impl Trained {
             matrix(w_out)?,
             Some(vector(b_out)),
         )?;
-        let (partition, router) = (self.moe.partition().clone(), self.moe.router().clone());
+        let partition = self.moe.partition().clone();
+        let router = match &self.router {
+            Some(router) => router.to_router()?,
+            None => self.moe.router().clone(),
+        };
         let moe = MoeFfn::from_expert_order(neurons, partition, router, self.moe.selection())?;
         match compensation {
             Some(compensation) => moe.with_compensation(compensation),
@@ -121,8 +140,28 @@ impl Trained {
         }
     }
 
+    /// x + FFN(x) with the experts that the router selects.
+    pub(super) fn forward(&self, inputs: Vec<f32>) -> Result<(Vec<f32>, Trace)> {
+        let (d, num_experts) = (self.moe.d_model(), self.moe.num_experts());
+        let mut mask = ExpertMask::none(inputs.len() / d, num_experts);
+        let router = match &self.router {
+            Some(router) => {
+                let trace = router.forward(&inputs);
+                cpu::select(&router.selection(), &trace.scores, &mut mask);
+                Some(trace)
+            }
+            None => {
+                let scores = cpu::router_scores(self.moe.router(), &inputs, d)?;
+                cpu::select(&self.moe.selection(), &scores, &mut mask);
+                None
+            }
+        };
+        let (sums, trace) = self.forward_selected(inputs, &mask);
+        Ok((sums, Trace { router, ..trace }))
+    }
+
     /// x + FFN(x) with the experts of `mask`.
-    pub(super) fn forward(&self, inputs: Vec<f32>, mask: &ExpertMask) -> (Vec<f32>, Trace) {
+    fn forward_selected(&self, inputs: Vec<f32>, mask: &ExpertMask) -> (Vec<f32>, Trace) {
         let Weights { w_in, b_in, w_out, bias, u, v } = &self.weights;
         let (d, d_ff, rank) = (self.moe.d_model(), self.moe.d_ff(), self.rank);
         let tokens = inputs.len() / d;
@@ -130,6 +169,11 @@ impl Trained {
         linear(&mut hidden, &inputs, w_in, Some(b_in), d, d_ff);
         let mut slope = vec![0.0; tokens * d_ff];
         let (activation, width) = (self.moe.neurons().activation(), self.moe.expert_width());
+        let mut hidden_of_all = Vec::new();
+        if self.router.is_some() {
+            hidden_of_all.clone_from(&hidden);
+            hidden_of_all.par_chunks_exact_mut(d_ff).for_each(|z| activate(activation, z));
+        }
         hidden
             .par_chunks_exact_mut(d_ff)
             .zip(slope.par_chunks_exact_mut(d_ff))
@@ -153,11 +197,11 @@ impl Trained {
             linear(&mut low, &inputs, v, None, d, rank);
             outputs(&mut sums, &low, u, rank);
         }
-        (sums, Trace { inputs, hidden, slope, low })
+        (sums, Trace { inputs, hidden, slope, low, hidden_of_all, router: None })
     }
 
-    /// The gradient of the weights, and dL/dx from dL/d(x + FFN(x)), which it takes the place of.
-    pub(super) fn backward(&self, gradient: &mut [f32], trace: &Trace) -> Weights {
+    /// The gradients, and dL/dx from dL/d(x + FFN(x)), which it takes the place of.
+    pub(super) fn backward(&self, gradient: &mut [f32], trace: &Trace) -> Gradients {
         let Weights { w_in, w_out, u, v, .. } = &self.weights;
         let (d, d_ff, rank) = (self.moe.d_model(), self.moe.d_ff(), self.rank);
         let tokens = gradient.len() / d;
@@ -171,13 +215,14 @@ impl Trained {
             v: zeros(v),
         };
         let out = gradient.to_vec();
+        let mut values = Vec::new();
         // Through one pair of matrices: y = a · w_out, a = act(x · w_inᵀ).
-        let through = |inner: &[f32],
-                       slope: Option<&[f32]>,
-                       cols: usize,
-                       [w_in, w_out]: [&[f32]; 2],
-                       [d_w_in, d_w_out]: [&mut [f32]; 2],
-                       gradient: &mut [f32]|
+        let mut through = |inner: &[f32],
+                           slope: Option<&[f32]>,
+                           cols: usize,
+                           [w_in, w_out]: [&[f32]; 2],
+                           [d_w_in, d_w_out]: [&mut [f32]; 2],
+                           gradient: &mut [f32]|
          -> Vec<f32> {
             let y = Matrix::new(&out, [tokens, d]);
             let inner = Matrix::new(inner, [tokens, cols]);
@@ -186,6 +231,7 @@ impl Trained {
             let w_out = Matrix::new(w_out, [cols, d]);
             gemm(1.0, y, w_out.transposed(), 0.0, MatrixMut::new(&mut d_inner, [tokens, cols]));
             if let Some(slope) = slope {
+                values = self.values(&d_inner, &trace.hidden_of_all);
                 d_inner.par_iter_mut().zip(slope).for_each(|(d, slope)| *d *= slope);
             }
             let z = Matrix::new(&d_inner, [tokens, cols]);
@@ -208,7 +254,33 @@ impl Trained {
             through(&trace.low, None, rank, [v, u], [d_v, d_u], gradient);
         }
         weights.b_in = column_sums(&d_hidden, d_ff);
-        weights
+        let router = self.router.as_ref().zip(trace.router.as_ref());
+        let router =
+            router.map(|(router, learned)| router.backward(&trace.inputs, learned, &values));
+        Gradients { weights, router }
+    }
+
+    /// What the loss changes by with every expert that runs, ⟨dL/dy, expert_e(x)⟩ \[T, E\], from dL/dh
+    /// and h of all neurons \[T, F\].
+    fn values(&self, d_hidden: &[f32], hidden: &[f32]) -> Vec<f32> {
+        let (d_ff, width, num_experts) =
+            (self.moe.d_ff(), self.moe.expert_width(), self.moe.num_experts());
+        let tokens = d_hidden.par_chunks_exact(d_ff).zip(hidden.par_chunks_exact(d_ff));
+        let of_token = |(d, h): (&[f32], &[f32])| -> Vec<f32> {
+            let experts = d.chunks_exact(width).zip(h.chunks_exact(width)).take(num_experts);
+            experts.map(|(d, h)| d.iter().zip(h).map(|(d, h)| d * h).sum()).collect()
+        };
+        tokens.flat_map_iter(of_token).collect()
+    }
+
+    pub(super) fn step(&mut self, gradients: &Gradients, learning_rate: f32) {
+        let arrays = self.weights.arrays_mut().into_iter().zip(gradients.weights.arrays());
+        for ((values, gradient), optimiser) in arrays.zip(&mut self.optimisers) {
+            optimiser.step(values, gradient, learning_rate);
+        }
+        if let (Some(router), Some(gradient)) = (&mut self.router, &gradients.router) {
+            router.step(gradient, learning_rate);
+        }
     }
 }
 
@@ -247,7 +319,7 @@ fn column_sums(matrix: &[f32], cols: usize) -> Vec<f32> {
 mod tests {
     use super::super::finite_differences::{assert_gradient, dot, random};
     use super::*;
-    use crate::ffn::{Partition, Router, Selection};
+    use crate::ffn::{MlpKind, Partition, Router, Selection};
 
     const D: usize = 5;
     const TOKENS: usize = 4;
@@ -266,7 +338,8 @@ mod tests {
             Some(vector(3, D)),
         );
         let partition = Partition::new(3, vec![0, 0, 1, 1, 2, 2, 3, 3]).unwrap();
-        let router = Router::Linear { w: matrix(4, 3) };
+        let (kind, w2) = (MlpKind::D2dMoe, Tensor::matrix(random(10, 3 * 4), [3, 4]).unwrap());
+        let router = Router::Mlp { kind, w1: matrix(4, 4), w2 };
         let rule = Selection::dynamic_k(0.5);
         let moe = MoeFfn::from_expert_order(neurons.unwrap(), partition, router, rule).unwrap();
         if !compensated {
@@ -290,22 +363,43 @@ mod tests {
         for (activation, compensated) in smooth.into_iter().zip([true, false, true]) {
             let mut trained = Trained::new(layer(activation, compensated)).unwrap();
             let (x, direction) = (random(8, TOKENS * D), random(9, TOKENS * D));
-            let (_, trace) = trained.forward(x.clone(), &mask());
+            let (_, trace) = trained.forward_selected(x.clone(), &mask());
             let mut gradient = direction.clone();
             let gradients = trained.backward(&mut gradient, &trace);
             assert_gradient(&x, &gradient, |x| {
-                dot(&trained.forward(x.to_vec(), &mask()).0, &direction)
+                dot(&trained.forward_selected(x.to_vec(), &mask()).0, &direction)
             });
             for array in 0..6 {
                 let at = trained.weights.arrays()[array].clone();
                 if at.is_empty() {
                     continue;
                 }
-                assert_gradient(&at, gradients.arrays()[array], |values| {
+                assert_gradient(&at, gradients.weights.arrays()[array], |values| {
                     trained.weights.arrays_mut()[array].copy_from_slice(values);
-                    dot(&trained.forward(x.clone(), &mask()).0, &direction)
+                    dot(&trained.forward_selected(x.clone(), &mask()).0, &direction)
                 });
                 trained.weights.arrays_mut()[array].copy_from_slice(&at);
+            }
+        }
+    }
+
+    #[test]
+    fn values_are_what_another_expert_changes() {
+        let trained = Trained::new(layer(Activation::Gelu, true)).unwrap();
+        let (x, direction) = (random(8, TOKENS * D), random(9, TOKENS * D));
+        let (sums, trace) = trained.forward_selected(x.clone(), &mask());
+        let d_hidden: Vec<f32> = direction
+            .chunks_exact(D)
+            .flat_map(|d| trained.weights.w_out.chunks_exact(D).map(|w| dot(d, w) as f32))
+            .collect();
+        let values = trained.values(&d_hidden, &trace.hidden_of_all);
+        for token in 0..TOKENS {
+            for expert in (0..3).filter(|&expert| !mask().contains(token, expert)) {
+                let mut more = mask();
+                more.insert(token, expert);
+                let (with, _) = trained.forward_selected(x.clone(), &more);
+                let change = dot(&with, &direction) - dot(&sums, &direction);
+                assert!((change - f64::from(values[token * 3 + expert])).abs() < 1e-5);
             }
         }
     }
@@ -322,7 +416,7 @@ mod tests {
     fn forward_is_the_layer_with_its_residual() {
         let moe = layer(Activation::Relu, true);
         let x = random(8, TOKENS * D);
-        let (sums, _) = Trained::new(moe.clone()).unwrap().forward(x.clone(), &mask());
+        let (sums, _) = Trained::new(moe.clone()).unwrap().forward_selected(x.clone(), &mask());
         let x: Vec<f64> = x.into_iter().map(f64::from).collect();
         let expected = crate::reference::experts(&moe, &x, &mask(), None);
         for ((sum, y), x) in sums.iter().zip(expected).zip(x) {

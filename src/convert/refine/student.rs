@@ -1,10 +1,10 @@
 //! The converted model on the way forth and back. Only its FFNs are trained.
 
-use super::ffn::{Trace, Trained, Weights};
+use super::ffn::{Gradients, Trace, Trained};
 use super::{attention, layer_norm};
-use crate::cpu::{self, Cpu, Matrix, MatrixMut, gemm, linear};
+use crate::convert::{ThresholdScope, calibrate};
+use crate::cpu::{Cpu, Matrix, MatrixMut, gemm, linear};
 use crate::error::Result;
-use crate::ffn::ExpertMask;
 use crate::model::{Backend, Batch, Encoder, Linear, Surroundings};
 
 /// An encoder whose FFNs are replaced by trained ones.
@@ -29,7 +29,7 @@ impl<'a> Student<'a> {
         Self { encoder, ffns }
     }
 
-    /// The final hidden states \[T, d\]. Selection is that of the routers; no gradient passes it.
+    /// The final hidden states \[T, d\].
     pub(super) fn forward(&self, batch: &Batch) -> Result<(Vec<f32>, StudentTrace)> {
         let encoder = self.encoder;
         let (d, tokens) = (encoder.d_model(), batch.num_tokens());
@@ -49,11 +49,7 @@ impl<'a> Student<'a> {
             sum.iter_mut().zip(&x).for_each(|(sum, x)| *sum += x);
             let (inputs, attention_trace) = layer_norm::forward(sum, attention_norm);
 
-            let moe = ffn.moe();
-            let scores = cpu::router_scores(moe.router(), &inputs, d)?;
-            let mut mask = ExpertMask::none(tokens, moe.num_experts());
-            cpu::select(&moe.selection(), &scores, &mut mask);
-            let (sum, ffn_trace) = ffn.forward(inputs, &mask);
+            let (sum, ffn_trace) = ffn.forward(inputs)?;
             let (output, norm_trace) = layer_norm::forward(sum, ffn_norm);
             x = output;
             trace.push(LayerTrace {
@@ -66,13 +62,42 @@ impl<'a> Student<'a> {
         Ok((x, StudentTrace(trace)))
     }
 
+    /// Moves the τ of every router that learns towards the one with which this batch has a density.
+    pub(super) fn follow_density(
+        &mut self,
+        trace: &StudentTrace,
+        density: f64,
+        scope: ThresholdScope,
+    ) {
+        let layers = self.ffns.iter_mut().zip(&trace.0).filter_map(|(ffn, trace)| {
+            let (num_experts, mean_k) =
+                (ffn.moe().num_experts(), ffn.moe().partition().mean_k(density));
+            let scores = &trace.ffn.router.as_ref()?.scores;
+            Some((ffn.router.as_mut()?, scores, num_experts, mean_k))
+        });
+        match scope {
+            ThresholdScope::Layer => {
+                for (router, scores, num_experts, mean_k) in layers {
+                    router.follow(calibrate::rel_threshold(scores, num_experts, mean_k));
+                }
+            }
+            ThresholdScope::Global => {
+                let mut layers: Vec<_> = layers.collect();
+                let Some(&(_, _, num_experts, mean_k)) = layers.first() else { return };
+                let scores = layers.iter().flat_map(|layer| layer.1).copied().collect::<Vec<_>>();
+                let shared = calibrate::rel_threshold(&scores, num_experts, mean_k);
+                layers.iter_mut().for_each(|layer| layer.0.follow(shared));
+            }
+        }
+    }
+
     /// The gradients of all FFNs, from that of the final hidden states.
     pub(super) fn backward(
         &self,
         mut gradient: Vec<f32>,
         trace: StudentTrace,
         batch: &Batch,
-    ) -> Vec<Weights> {
+    ) -> Vec<Gradients> {
         let d = self.encoder.d_model();
         let mut gradients = Vec::with_capacity(self.ffns.len());
         let layers = self.ffns.iter().zip(trace.0).enumerate().rev();

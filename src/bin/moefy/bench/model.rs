@@ -121,17 +121,11 @@ impl Model {
     }
 
     fn read_peers(&self) -> Result<Vec<Peer>> {
-        let Some(file) = self.peers.clone() else { return Ok(Vec::new()) };
-        let doing = "read";
-        let text = std::fs::read_to_string(&file).map_err(|source| Error::Io {
-            doing,
-            file: file.clone(),
-            source,
-        })?;
+        let Some(file) = &self.peers else { return Ok(Vec::new()) };
+        let text = std::fs::read_to_string(file).map_err(Error::io("read", file))?;
         let peer = |(number, line)| {
-            serde_json::from_str(line).map_err(|error| Error::File {
-                file: file.clone(),
-                problem: format!("line {} is no row: {error}", number + 1),
+            serde_json::from_str(line).map_err(|error| {
+                Error::file(file, format!("line {} is no row: {error}", number + 1))
             })
         };
         text.lines().enumerate().map(peer).collect()

@@ -58,7 +58,7 @@ impl Network {
     }
 
     /// relu or tanh of W1 x \[T, hidden\], and W2 of that \[T, num_experts\], before the last function.
-    fn layers(&self, inputs: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    pub(super) fn layers(&self, inputs: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let tokens = inputs.len() / self.d_model;
         let mut inner = vec![0.0; tokens * self.hidden];
         linear(&mut inner, inputs, self.w1(), None, self.d_model, self.hidden);
@@ -103,8 +103,6 @@ impl Network {
 
     /// The mean loss over all entries, and its gradient in the layout of `values`.
     pub(super) fn loss_and_gradient(&self, batch: &Batch) -> (f64, Vec<f32>) {
-        let (d_model, hidden, num_experts) = (self.d_model, self.hidden, self.num_experts);
-        let tokens = batch.inputs.len() / d_model;
         let (inner, output) = self.layers(&batch.inputs);
 
         let per_entry = 1.0 / output.len() as f32;
@@ -119,15 +117,24 @@ impl Network {
             })
             .collect();
 
+        let count = output.len() as f64;
+        (loss / count, self.gradient(&batch.inputs, &inner, &d_output))
+    }
+
+    /// The gradient in the layout of `values`, from that of the second of [`layers`](Self::layers), and
+    /// the first.
+    pub(super) fn gradient(&self, inputs: &[f32], inner: &[f32], d_output: &[f32]) -> Vec<f32> {
+        let (d_model, hidden, num_experts) = (self.d_model, self.hidden, self.num_experts);
+        let tokens = inputs.len() / d_model;
         let mut d_inner = vec![0.0; tokens * hidden];
         gemm(
             1.0,
-            Matrix::new(&d_output, [tokens, num_experts]),
+            Matrix::new(d_output, [tokens, num_experts]),
             Matrix::new(self.w2(), [num_experts, hidden]),
             0.0,
             MatrixMut::new(&mut d_inner, [tokens, hidden]),
         );
-        d_inner.iter_mut().zip(&inner).for_each(|(d, inner)| {
+        d_inner.iter_mut().zip(inner).for_each(|(d, inner)| {
             *d *= match self.kind {
                 MlpKind::D2dMoe => f32::from(u8::from(*inner > 0.0)),
                 MlpKind::Moefication => 1.0 - inner * inner,
@@ -139,18 +146,18 @@ impl Network {
         gemm(
             1.0,
             Matrix::new(&d_inner, [tokens, hidden]).transposed(),
-            Matrix::new(&batch.inputs, [tokens, d_model]),
+            Matrix::new(inputs, [tokens, d_model]),
             0.0,
             MatrixMut::new(d_w1, [hidden, d_model]),
         );
         gemm(
             1.0,
-            Matrix::new(&d_output, [tokens, num_experts]).transposed(),
-            Matrix::new(&inner, [tokens, hidden]),
+            Matrix::new(d_output, [tokens, num_experts]).transposed(),
+            Matrix::new(inner, [tokens, hidden]),
             0.0,
             MatrixMut::new(d_w2, [num_experts, hidden]),
         );
-        (loss / output.len() as f64, gradient)
+        gradient
     }
 }
 

@@ -5,17 +5,15 @@
 //! r(x) = sigmoid(W2 tanh(W1 x/‖x‖)) learns every expert's sum of activations, in units of the largest
 //! of the batch, with a binary cross-entropy; W1 begins as the experts' centroids, W2 as the identity.
 
-mod network;
-
 use rand::Rng;
 use rand::seq::SliceRandom;
 
 use super::adam::Adam;
+use super::router_network::{Batch, Network};
 use crate::cpu::select;
 use crate::error::{Error, Result};
 use crate::ffn::{ExpertMask, MlpKind, Router, Selection};
 use crate::model::format::RouterTraining;
-use network::{Batch, Network};
 
 /// How a kind is trained.
 struct Recipe {
