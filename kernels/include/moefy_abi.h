@@ -210,6 +210,9 @@ typedef struct moefy_experts_params {
   uint32_t max_pairs;  /* many tokens: entries of token_ids */
   uint32_t num_splits; /* few tokens: shares of the neurons */
   uint32_t slab;       /* many tokens: which */
+  /* From so many pairs on, the second product goes by tiles of tokens, with fewer pair by pair. */
+  uint32_t min_token_pairs;
+  uint32_t reserved;
 } moefy_experts_params;
 
 /* What the driver makes of a matrix for the copy engine. */
@@ -217,13 +220,14 @@ typedef struct __attribute__((aligned(64))) moefy_tensor_map {
   uint64_t opaque[16];
 } moefy_tensor_map;
 
-/* The first product for many tokens, where two blocks share the weights. `w_in` has four dimensions: d_model; 8 neurons that
- * follow each other; gate and up rows of a GLU; groups of 8 neurons. A box is half of a block's rows by 64 of d_model. */
-typedef struct moefy_experts_paired_params {
-  moefy_tensor_map w_in;
+/* Products for many tokens where the copy engine brings the weights, as an array of four dimensions. First product, of w_in:
+ * d_model; 8 neurons that follow each other; gate and up rows of a GLU; groups of 8 neurons. A box is a block's rows by 64 of
+ * d_model. Second product, of w_out: d_model; neurons; 1; 1. A box is 64 neurons by 64 of d_model. */
+typedef struct moefy_experts_engine_params {
+  moefy_tensor_map weights;
   moefy_experts_params experts;
-  uint64_t reserved[5]; /* to a multiple of the alignment */
-} moefy_experts_paired_params;
+  uint64_t reserved[4]; /* to a multiple of the alignment */
+} moefy_experts_engine_params;
 
 /* Partial outputs -> y: b_out and all shares, or zeros for a token at or beyond num_valid_tokens. */
 typedef struct moefy_add_shares_params {

@@ -113,6 +113,8 @@ pub(super) struct Launch {
     pub(super) rank: usize,
     pub(super) halves: usize,
     pub(super) multiprocessors: usize,
+    /// Whether whole warpgroups multiply for many tokens.
+    pub(super) is_wide: bool,
 }
 
 impl Launch {
@@ -128,6 +130,7 @@ impl Launch {
             rank: neurons.rank,
             halves: neurons.halves(),
             multiprocessors: device.properties().multiprocessors,
+            is_wide: device.experts.many.is_wide(dtype),
         }
     }
 }
