@@ -55,6 +55,7 @@ mod statistics;
 #[cfg(feature = "cuda")]
 mod synthetic;
 mod transformer;
+mod tuning;
 mod view;
 mod workspace;
 
@@ -80,4 +81,5 @@ pub use router_select::{
 pub use select::{SelectOutputs, select, select_workspace_bytes};
 pub use statistics::RoutingCounts;
 pub use transformer::{Gpu, GpuBatch, GpuFfn, GpuFfnWorkspace, GpuOptions, GpuTensor};
+pub use tuning::{LayerShape, TunedLayer, TunedTime, Tuning};
 pub use view::{Format, View, Workspace};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::dense::DenseLayer;
 use super::neurons::Neurons;
 use super::view::{Arguments, Format, View};
-use super::{Buffer, Device, DeviceRouter, RouterView, ffn_few};
+use super::{Buffer, Device, DeviceRouter, LayerShape, RouterView, ffn_few};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ffn::{self, Compensation, Gate, Router, Selection};
@@ -15,6 +15,7 @@ use crate::tensor::Tensor;
 pub struct MoeFfn {
     device: Arc<Device>,
     dtype: DType,
+    shape: LayerShape,
     neurons: Neurons,
     /// b1, b2, and b2 with the constant of a compensation, of the weights' element type, or null.
     biases: [u64; 3],
@@ -105,6 +106,7 @@ impl MoeFfn {
         };
         Ok(Self {
             dtype,
+            shape: LayerShape::of(ffn),
             neurons,
             biases,
             router,
@@ -144,6 +146,7 @@ impl MoeFfn {
         };
         Ok(Self {
             dtype: self.dtype,
+            shape: self.shape,
             neurons,
             biases: self.biases.map(moved),
             router,
@@ -173,6 +176,11 @@ impl MoeFfn {
     /// Element type of weights and activations.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// What measured times are kept by.
+    pub(super) fn shape(&self) -> &LayerShape {
+        &self.shape
     }
 
     /// The selection rule.

@@ -1,11 +1,13 @@
 //! Which way a layer is computed.
 
+use serde::{Deserialize, Serialize};
+
 use super::dense::DenseLayer;
 use super::places::MAX_CHUNK;
 #[cfg(feature = "cuda")]
 use super::plan::Stage;
 use super::view::View;
-use super::{MoeFfn, ffn_few};
+use super::{MoeFfn, Tuning, ffn_few};
 use crate::error::Result;
 use crate::ffn::Selection;
 
@@ -15,7 +17,8 @@ pub(super) const MAX_FEW_TOKENS: usize = 8;
 pub(super) const MIN_MANY_TOKENS: usize = 1024;
 
 /// A way to compute the layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Path {
     /// `few-fused`: streams the union of the tokens' experts, with routing inside; f16 and bf16 on Hopper,
     /// up to 32 tokens.
@@ -68,6 +71,14 @@ pub enum Fallback {
 }
 
 impl Fallback {
+    /// The path that it is.
+    pub fn path(self) -> Path {
+        match self {
+            Self::Exact => Path::DenseExact,
+            Self::Masked => Path::DenseMasked,
+        }
+    }
+
     /// Its name on the command line and in records.
     pub fn name(self) -> &'static str {
         match self {
@@ -120,23 +131,46 @@ impl FfnInputs {
 impl MoeFfn {
     /// The path for so many tokens. `many`: whether there is memory to go expert by expert by choice.
     pub(super) fn path(&self, num_tokens: usize, options: &PlanOptions, many: bool) -> Path {
-        match (options.path, options.fallback) {
-            (Some(path), _) => path,
-            (None, fallback) => {
-                let dense = match fallback {
-                    Fallback::Exact => Path::DenseExact,
-                    Fallback::Masked => Path::DenseMasked,
-                };
-                let estimate = |path: &Path| self.estimate_us(*path, num_tokens, options);
-                let fused = self.few_fused(num_tokens).map(|_| Path::FewFused);
-                let few = (num_tokens <= MAX_FEW_TOKENS).then_some(Path::Few);
-                let many = (many && num_tokens >= MIN_MANY_TOKENS).then_some(Path::ExpertMajor);
-                let sparse = fused.into_iter().chain(few).chain(many);
-                let sparse = sparse.min_by(|a, b| estimate(a).total_cmp(&estimate(b)));
-                // Where they are equal, the dense one needs no router.
-                sparse.filter(|path| estimate(path) < 0.97 * estimate(&dense)).unwrap_or(dense)
-            }
-        }
+        let tuning = self.device().tuning();
+        options.path.unwrap_or_else(|| self.choose(tuning, num_tokens, options, many))
+    }
+
+    /// The same where no path is forced, by a tuning where it has every time that matters: what was measured is
+    /// never compared with an estimate.
+    pub(super) fn choose(
+        &self,
+        tuning: Option<&Tuning>,
+        num_tokens: usize,
+        options: &PlanOptions,
+        many: bool,
+    ) -> Path {
+        let dense = options.fallback.path();
+        let sparse = self.sparse_paths(num_tokens, many);
+        let measured = tuning.and_then(|tuning| tuning.layer(self.shape())).and_then(|layer| {
+            let density = self.density(options);
+            faster(sparse.clone(), dense, |path| layer.us(path, num_tokens, density))
+        });
+        let estimate = |path| Some(self.estimate_us(path, num_tokens, options));
+        measured.or_else(|| faster(sparse, dense, estimate)).unwrap_or(dense)
+    }
+
+    /// What a choice may take instead of the dense path.
+    pub(super) fn sparse_paths(
+        &self,
+        num_tokens: usize,
+        many: bool,
+    ) -> impl Iterator<Item = Path> + Clone {
+        let fused = self.few_fused(num_tokens).map(|_| Path::FewFused);
+        let few = (num_tokens <= MAX_FEW_TOKENS).then_some(Path::Few);
+        let many = (many && num_tokens >= MIN_MANY_TOKENS).then_some(Path::ExpertMajor);
+        fused.into_iter().chain(few).chain(many)
+    }
+
+    /// The density that a choice goes by.
+    fn density(&self, options: &PlanOptions) -> f64 {
+        let num_experts = self.neurons().num_experts;
+        let most = self.selection().most_experts(num_experts) as f64;
+        options.density.unwrap_or(most / num_experts as f64)
     }
 
     /// Microseconds that a path takes, from measurements on an H100 (kernels/NOTES.md): good enough to
@@ -147,9 +181,8 @@ impl MoeFfn {
         let (tokens, d_model) = (num_tokens as f64, neurons.d_model() as f64);
         let [rows_in, rows_out] = [&neurons.w_in, &neurons.w_out].map(|w| w.shape[0] as f64);
         let all_us = (rows_in + rows_out) * d_model * element / 2.8e6;
+        let density = self.density(options);
         // If tokens route independently.
-        let most = self.selection().most_experts(neurons.num_experts) as f64;
-        let density = options.density.unwrap_or(most / neurons.num_experts as f64);
         let union = 1.0 - (1.0 - density).powi(num_tokens.min(1 << 20) as i32);
         let union_us = union * all_us;
         let of_products = tokens * (rows_in + rows_out) * d_model / 3.6e8;
@@ -212,4 +245,21 @@ impl MoeFfn {
             (Some(_), _) => Ok(None),
         }
     }
+}
+
+/// The fastest of the sparse paths and the dense one, if the times of all of them are known.
+fn faster(
+    sparse: impl Iterator<Item = Path>,
+    dense: Path,
+    us: impl Fn(Path) -> Option<f64>,
+) -> Option<Path> {
+    // Where they are equal, the dense one needs no router.
+    let mut best = (dense, 0.97 * us(dense)?);
+    for path in sparse {
+        let us = us(path)?;
+        if us < best.1 {
+            best = (path, us);
+        }
+    }
+    Some(best.0)
 }

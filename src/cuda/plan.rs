@@ -33,6 +33,8 @@ pub struct FfnPlan {
     max_tokens: usize,
     options: PlanOptions,
     places: Places,
+    /// The paths for few tokens, whose runs are so short that a choice would count.
+    few: [Path; ffn_few::MAX_TOKENS + 1],
     dense: Option<Dense>,
     counters: Option<Counters>,
 }
@@ -66,11 +68,13 @@ impl MoeFfn {
             let got = format!("few-fused for {max_tokens} tokens");
             return Err(check.error("path", expected, got));
         }
+        let places = self.places(max_tokens, &options)?;
         let mut plan = FfnPlan {
             ffn: self.clone(),
             max_tokens,
             options,
-            places: self.places(max_tokens, &options)?,
+            few: std::array::from_fn(|tokens| self.path(tokens, &options, places.many)),
+            places,
             dense: None,
             counters: None,
         };
@@ -113,7 +117,8 @@ impl FfnPlan {
 
     /// The path that a run of so many tokens takes.
     pub fn path(&self, num_tokens: usize) -> Path {
-        self.ffn.path(num_tokens, &self.options, self.places.many)
+        let chosen = self.few.get(num_tokens).copied();
+        chosen.unwrap_or_else(|| self.ffn.path(num_tokens, &self.options, self.places.many))
     }
 
     /// The layer.

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use moefy::cuda::{
-    Fallback, FfnInputs, FfnPlan, Format, MoeFfn, Path, PlanOptions, View, Workspace,
+    Device, Fallback, FfnInputs, FfnPlan, Format, LayerShape, MoeFfn, Path, PlanOptions,
+    TunedLayer, TunedTime, Tuning, View, Workspace, build_info,
 };
 use moefy::ffn::{self, ExpertMask};
 use moefy::{DType, Tensor, TensorRef, reference};
@@ -23,6 +24,7 @@ pub fn tests() -> crate::Tests {
         // With tuned products of cuBLASLt, which racecheck cannot run.
         ("dense::paths", dense_paths),
         ("dense::automatic", automatic),
+        ("dense::follows_a_tuning", follows_a_tuning),
         ("dense::replays_with_other_inputs", dense_replays),
     ]
 }
@@ -229,6 +231,63 @@ fn automatic(gpu: &Gpu) {
             let error = relative_error(&case.read(num_tokens), &expected);
             assert!(error <= 2e-3, "{} T {num_tokens}: {error:.3e}", path.name());
         }
+    }
+}
+
+/// A tuning decides where it has every time that matters, and nothing else does.
+fn follows_a_tuning(gpu: &Gpu) {
+    let layer = random_layer(&mut gpu.rng(), PLAIN, DType::F16);
+    let name = gpu.device.properties().name.clone();
+    let kernels = build_info().expect("kernels").source_digest;
+    let few = [(1, 1.0), (2, 1.0), (4, 20.0), (8, 20.0)];
+    let many = [(1024, 5.0), (8192, 5.0)];
+    let dense = few.into_iter().chain(many).map(|(tokens, _)| (tokens, 10.0));
+    let mut times = Vec::new();
+    let mut add = |path, density, (tokens, us)| times.push(TunedTime { path, tokens, density, us });
+    for density in [Some(0.1), Some(0.3)] {
+        few.into_iter().for_each(|point| add(Path::Few, density, point));
+        few.into_iter().for_each(|(tokens, _)| add(Path::FewFused, density, (tokens, 15.0)));
+        many.into_iter().for_each(|point| add(Path::ExpertMajor, density, point));
+    }
+    dense.for_each(|point| add(Path::DenseExact, None, point));
+    let mut tuning = Tuning::new(name, kernels);
+    tuning.insert(TunedLayer { shape: LayerShape::of(&layer), times });
+
+    let mut device = Device::open(0).expect("the device of the other tests");
+    let mut refused = |wrong: fn(&mut Tuning), words: &[&str]| {
+        let mut tuning = tuning.clone();
+        wrong(&mut tuning);
+        let message = device.set_tuning(tuning).expect_err("a refusal").to_string();
+        words.iter().for_each(|word| assert!(message.contains(word), "{message:?} lacks {word:?}"));
+        assert_eq!(device.tuning(), None);
+    };
+    refused(|tuning| tuning.device = "another".into(), &["this device", "another"]);
+    refused(|tuning| tuning.kernels = "others".into(), &["kernels", "moefy tune"]);
+    refused(|tuning| tuning.layers[0].times[0].us = f64::NAN, &["few at T 1", "NaN"]);
+    device.set_tuning(tuning).expect("a tuning of this device");
+    let max_tokens = if is_small() { 40 } else { 9000 };
+    let plan = |device, fallback, density| {
+        let options = PlanOptions { fallback, density, ..PlanOptions::default() };
+        let layer = Arc::new(MoeFfn::new(device, &layer).expect("memory"));
+        layer.plan(max_tokens, options).expect("a plan")
+    };
+    let device = Arc::new(device);
+    let tuned = plan(&device, Fallback::Exact, Some(0.2));
+    let default = plan(&gpu.device, Fallback::Exact, Some(0.2));
+    for tokens in 1..=max_tokens {
+        let expected = match tokens {
+            1..=3 => Path::Few,
+            4..=8 => Path::DenseExact,
+            // Nothing was measured for some of the paths.
+            9..1024 => default.path(tokens),
+            _ => Path::ExpertMajor,
+        };
+        assert_eq!(tuned.path(tokens), expected, "T {tokens}");
+    }
+    for (fallback, density) in [(Fallback::Masked, Some(0.2)), (Fallback::Exact, Some(0.05))] {
+        let [tuned, default] = [&device, &gpu.device].map(|device| plan(device, fallback, density));
+        let same = (1..=max_tokens).all(|tokens| tuned.path(tokens) == default.path(tokens));
+        assert!(same, "{fallback:?} at {density:?} was not measured");
     }
 }
 
