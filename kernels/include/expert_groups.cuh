@@ -78,7 +78,9 @@ __device__ __forceinline__ Slab find_slab(const moefy_experts_params& p) {
   const uint64_t rows = num_pairs(p) + (uint64_t(n.shared > 0) + (n.rank > 0)) * p.num_tokens;
   const uint64_t fit = p.rows_bytes / (max(rows, uint64_t(1)) * sizeof(T));
   const uint32_t all = round_up_8(n.d_model);
-  const uint32_t width = rows == 0 || fit >= all ? all : static_cast<uint32_t>(fit) / kStep * kStep;
+  // As equal as they can be: of two slabs, rows of 2304 and 1792 columns took 864 us where 2048 each took 777.
+  const uint32_t slabs = rows == 0 || fit >= all ? 1 : ceil_div(all, static_cast<uint32_t>(fit) / kStep * kStep);
+  const uint32_t width = slabs == 1 ? all : ceil_div(ceil_div(all, slabs), kStep) * kStep;
   const uint32_t first = p.slab * width;
   return {width, first, min(first + width, static_cast<uint32_t>(n.d_model))};
 }

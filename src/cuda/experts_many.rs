@@ -62,7 +62,7 @@ const WIDE_SHARED_BYTES: usize = 226 << 10;
 /// and end a tile as so many stages; a byte of y of a pair, written, read and added.
 const TOKEN_STAGE_US: f64 = 0.72;
 const TOKEN_TILE_STAGES: usize = 8;
-const PAIR_BYTE_US: f64 = 1.0 / 0.86e6;
+const PAIR_BYTE_US: f64 = 1.0 / 0.95e6;
 const PAIRS_US: f64 = 15.0;
 
 macro_rules! wide_hidden {
@@ -428,19 +428,34 @@ impl Shape {
     }
 }
 
-/// From how many pairs on tiles of tokens are faster than pair by pair; `usize::MAX` where there are none.
+/// From how many pairs on tiles of tokens are faster than pair by pair; `usize::MAX` where there are no such tiles.
 fn min_token_pairs(launch: &Launch) -> usize {
+    match token_output_us(launch) {
+        Some(us) => ((us - PAIRS_US).max(0.0) / pair_us(launch)) as usize,
+        None => usize::MAX,
+    }
+}
+
+/// What the second product takes for so many pairs, either way.
+pub(super) fn second_product_us(launch: &Launch, pairs: f64) -> f64 {
+    let by_pairs = PAIRS_US + pairs * pair_us(launch);
+    token_output_us(launch).map_or(by_pairs, |us| us.min(by_pairs))
+}
+
+/// What it takes by tiles of tokens, where that is possible.
+fn token_output_us(launch: &Launch) -> Option<f64> {
     let neurons = launch.d_ff + launch.rank;
     let fits = token_output_shared_bytes(launch.num_experts, neurons) <= WIDE_SHARED_BYTES;
     let is_aligned = [launch.expert_width, launch.shared].iter().all(|n| n.is_multiple_of(8));
-    if !launch.is_wide || !fits || !is_aligned {
-        return usize::MAX;
-    }
     let tiles = launch.num_tokens.div_ceil(TOKEN_TILE[0]) * launch.d_model.div_ceil(TOKEN_TILE[1]);
     let stages = tiles.div_ceil(launch.multiprocessors)
         * (neurons.div_ceil(TOKEN_DEPTH) + TOKEN_TILE_STAGES);
-    let pair_us = (launch.d_model * launch.dtype.bytes()) as f64 * PAIR_BYTE_US;
-    ((stages as f64 * TOKEN_STAGE_US - PAIRS_US).max(0.0) / pair_us) as usize
+    (launch.is_wide && fits && is_aligned).then_some(stages as f64 * TOKEN_STAGE_US)
+}
+
+/// What a pair's output takes: written, read and added.
+fn pair_us(launch: &Launch) -> f64 {
+    (launch.d_model * launch.dtype.bytes()) as f64 * PAIR_BYTE_US
 }
 
 /// Which rows of a block: few beyond the expert's, and each block reads its tokens once more, which takes as long as 32

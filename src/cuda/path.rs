@@ -7,14 +7,17 @@ use super::places::MAX_CHUNK;
 #[cfg(feature = "cuda")]
 use super::plan::Stage;
 use super::view::View;
-use super::{MoeFfn, Tuning, ffn_few};
+use super::{MoeFfn, Tuning, experts, ffn_few};
 use crate::error::Result;
 use crate::ffn::Selection;
 
 /// Most tokens for which a choice streams the union of their experts.
 pub(super) const MAX_FEW_TOKENS: usize = 8;
 /// Fewest tokens for which a choice goes expert by expert: with fewer, tiles are mostly empty.
-pub(super) const MIN_MANY_TOKENS: usize = 1024;
+pub(super) const MIN_MANY_TOKENS: usize = 512;
+
+/// One for each number of tokens, from 0.
+pub(super) type FewPaths = [Path; ffn_few::MAX_TOKENS + 1];
 
 /// A way to compute the layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -95,8 +98,8 @@ pub struct PlanOptions {
     pub path: Option<Path>,
     /// What a choice may fall back to.
     pub fallback: Fallback,
-    /// Calibrated mean density, if it is known: what a choice by the number of tokens goes by. Unknown, it is the
-    /// most that selection can give, of top-k what it always gives.
+    /// Mean density: what a choice by the number of tokens goes by. `None` is the layer's calibrated one and, where that is not
+    /// known either, the most that selection can give, of top-k what it always gives.
     pub density: Option<f64>,
     /// Whether to count what selection does.
     pub statistics: bool,
@@ -135,7 +138,12 @@ impl MoeFfn {
         options.path.unwrap_or_else(|| self.choose(tuning, num_tokens, options, many))
     }
 
-    /// The same where no path is forced, by a tuning where it has every time that matters: what was measured is
+    /// The same for every number of tokens so small that choosing would count beside the run.
+    pub(super) fn few_paths(&self, options: &PlanOptions, many: bool) -> FewPaths {
+        std::array::from_fn(|num_tokens| self.path(num_tokens, options, many))
+    }
+
+    /// The path where none is forced, by a tuning where it has every time that matters: what was measured is
     /// never compared with an estimate.
     pub(super) fn choose(
         &self,
@@ -170,7 +178,8 @@ impl MoeFfn {
     fn density(&self, options: &PlanOptions) -> f64 {
         let num_experts = self.neurons().num_experts;
         let most = self.selection().most_experts(num_experts) as f64;
-        options.density.unwrap_or(most / num_experts as f64)
+        let known = options.density.or(self.calibrated_density());
+        known.unwrap_or(most / num_experts as f64)
     }
 
     /// Microseconds that a path takes, from measurements on an H100 (kernels/NOTES.md): good enough to
@@ -211,17 +220,28 @@ impl MoeFfn {
         let neurons = self.neurons();
         let element = self.dtype().bytes() as f64;
         let d_model = neurons.d_model() as f64;
+        let num_experts = neurons.num_experts as f64;
+        let [bytes_in, bytes_out] =
+            [&neurons.w_in, &neurons.w_out].map(|w| w.shape[0] as f64 * d_model * element / 2.9e6);
         let of_expert = (neurons.halves() * neurons.expert_width) as f64;
-        let pairs = tokens * neurons.num_experts as f64 * density;
+        let pairs = tokens * num_experts * density;
         let always = (neurons.halves() * neurons.shared + neurons.rank) as f64;
-        // Tiles of 128 tokens, of which each expert leaves half of one empty.
-        let padded = pairs + 64.0 * neurons.num_experts as f64;
+        // Tiles of 128 tokens, of which each expert leaves half of one empty; each reads its tokens and its weights.
+        let padded = pairs + 64.0 * num_experts;
         let tokens_again = (of_expert / 256.0).max(1.0);
-        let hidden = padded * d_model * element * (tokens_again + of_expert / 128.0) / 3.9e6;
-        let outputs = pairs * d_model * element * 2.0 / 2.1e6;
+        let hidden = padded * d_model * element * (tokens_again + of_expert / 128.0) / 6.2e6;
         let always = tokens * always * d_model / 2e8
             + if always > 0.0 { tokens * d_model * element / 1e6 } else { 0.0 };
-        60.0 + hidden + outputs + always
+        30.0 + hidden.max(bytes_in)
+            + experts::second_product_us(
+                self.device(),
+                neurons,
+                self.dtype(),
+                tokens as usize,
+                pairs,
+            )
+            .max(bytes_out)
+            + always
     }
 
     /// The fused path for so many tokens, if it can do them.

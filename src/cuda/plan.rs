@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::dense::{Dense, DenseLayer, DenseRun};
 use super::driver::RawStream;
+use super::path::FewPaths;
 use super::places::Places;
 use super::router_select::{check_router, router_select_by};
 use super::statistics::Counters;
@@ -33,8 +34,7 @@ pub struct FfnPlan {
     max_tokens: usize,
     options: PlanOptions,
     places: Places,
-    /// The paths for few tokens, whose runs are so short that a choice would count.
-    few: [Path; ffn_few::MAX_TOKENS + 1],
+    few: FewPaths,
     dense: Option<Dense>,
     counters: Option<Counters>,
 }
@@ -73,7 +73,7 @@ impl MoeFfn {
             ffn: self.clone(),
             max_tokens,
             options,
-            few: std::array::from_fn(|tokens| self.path(tokens, &options, places.many)),
+            few: self.few_paths(&options, places.many),
             places,
             dense: None,
             counters: None,
@@ -107,7 +107,8 @@ impl FfnPlan {
             Some(_) => Some(Counters::new(ffn.device(), ffn.neurons().num_experts)?),
             None => None,
         };
-        Ok(Self { ffn: ffn.clone(), dense, counters, ..*self })
+        let few = ffn.few_paths(&self.options, self.places.many);
+        Ok(Self { ffn: ffn.clone(), few, dense, counters, ..*self })
     }
 
     /// Bytes of workspace that a run needs.

@@ -16,12 +16,12 @@ use crate::bench::shapes;
 use crate::progress::Bar;
 use crate::{Common, dtype, output, tuning};
 
-/// Every number of tokens at which another kernel begins, and enough between them. From 33 to 1023 there is
+/// Every number of tokens at which another kernel begins, and enough between them. From 33 to 511 there is
 /// nothing to choose.
-const TOKENS: [usize; 12] = [1, 2, 4, 8, 9, 16, 17, 32, 1024, 2048, 4096, 8192];
+const TOKENS: [usize; 13] = [1, 2, 4, 8, 9, 16, 17, 32, 512, 1024, 2048, 4096, 8192];
 /// So close that straight lines between them are within 2 % of the time.
 const DENSITIES: [f64; 8] = [0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0];
-const QUICK_TOKENS: [usize; 5] = [1, 8, 32, 1024, 8192];
+const QUICK_TOKENS: [usize; 5] = [1, 8, 32, 512, 8192];
 const QUICK_DENSITIES: [f64; 3] = [0.05, 0.2, 1.0];
 
 #[derive(clap::Args)]
@@ -35,7 +35,7 @@ pub struct Tune {
     /// f32, f16, bf16 [default: bf16, of a model f16]
     #[arg(long, value_name = "TYPE", value_delimiter = ',', value_parser = dtype)]
     dtype: Vec<DType>,
-    /// Numbers of tokens; between them times are interpolated [default: 12 from 1 to 8192]
+    /// Numbers of tokens; between them times are interpolated [default: 13 from 1 to 8192]
     #[arg(long, value_name = "T", value_delimiter = ',', value_parser = shapes::tokens)]
     tokens: Vec<usize>,
     /// Shares of the routed neurons that a token runs; between them times are interpolated [default: 8 from 0.03
