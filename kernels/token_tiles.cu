@@ -16,10 +16,14 @@ constexpr uint32_t kPlaceThreads = 256;
 constexpr uint32_t kPlaceParts = 4;  // threads that look up one key
 constexpr uint32_t kUnionExperts = 64;  // that a block looks at together
 constexpr uint32_t kGroups = MOEFY_TILE_TOKENS / 32;
+constexpr uint32_t kVectors = kGroups / 4;
 constexpr uint32_t kUnionThreads = kUnionExperts / 32 * kGroups * 32;
-constexpr uint32_t kNoKey = 0xffffff;
+constexpr uint32_t kBits = 32 / kParts;  // of a word that a thread looks at
+constexpr uint32_t kAhead = 4;           // words that are read early
+constexpr uint32_t kNoKey = 0xffffff, kNoRank = MOEFY_MAX_EXPERTS;
 
-/// How often each expert is selected, with its number, so that no two are the same: ranks are numbers of smaller ones.
+/// How often each expert is selected, with its number, so that no two are the same: ranks are numbers of smaller ones. Experts
+/// of the last word that do not exist have the rank of none.
 __device__ __forceinline__ void rank_experts(const moefy_token_tiles_params& p, uint32_t* values, uint32_t* ranks) {
   for (uint32_t e = threadIdx.x; e < p.num_experts; e += kKeyThreads) values[e] = e;
   __syncthreads();
@@ -28,9 +32,9 @@ __device__ __forceinline__ void rank_experts(const moefy_token_tiles_params& p, 
     atomicAdd(values + i % p.num_experts, p.chunk_counts[i] * MOEFY_MAX_EXPERTS);
   }
   __syncthreads();
-  for (uint32_t e = threadIdx.x; e < p.num_experts; e += kKeyThreads) {
-    const uint32_t value = values[e];
-    uint32_t rank = 0;
+  for (uint32_t e = threadIdx.x; e < ceil_div(p.num_experts, 32) * 32; e += kKeyThreads) {
+    uint32_t rank = e < p.num_experts ? 0 : kNoRank;
+    const uint32_t value = e < p.num_experts ? values[e] : 0;
 #pragma unroll 8
     for (uint32_t other = 0; other < p.num_experts; ++other) rank += values[other] < value;
     ranks[e] = rank;
@@ -38,35 +42,30 @@ __device__ __forceinline__ void rank_experts(const moefy_token_tiles_params& p, 
   __syncthreads();
 }
 
-/// The key of a token, by kParts lanes that follow each other: each looks at some bits of every word.
-__device__ __forceinline__ uint32_t key_of(const moefy_token_tiles_params& p, const uint32_t* ranks, uint32_t token,
-                                           bool valid) {
-  constexpr uint32_t kBits = 32 / kParts;
-  const uint32_t words = ceil_div(p.num_experts, 32), first_bit = threadIdx.x % kParts * kBits;
-  uint32_t first = MOEFY_MAX_EXPERTS, second = MOEFY_MAX_EXPERTS;
-  const auto include = [&](uint32_t rank) {
+/// The two rarest experts of a token.
+struct Rarest {
+  uint32_t first = kNoRank, second = kNoRank;
+
+  __device__ void include(uint32_t rank) {
     second = min(second, max(first, rank));
     first = min(first, rank);
-  };
-  for (uint32_t word = 0; word < words; ++word) {
-    const uint32_t bits = valid ? p.mask[static_cast<uint64_t>(token) * words + word] >> first_bit : 0;
+  }
+
+  /// `mask` has some bits of a word, `ranks` those of their experts.
+  __device__ void include(const uint32_t* ranks, uint32_t mask) {
 #pragma unroll
     for (uint32_t i = 0; i < kBits; ++i) {
-      const uint32_t expert = word * 32 + first_bit + i;
-      if ((bits >> i & 1) && expert < p.num_experts) include(ranks[expert]);
+      const uint32_t rank = ranks[i];
+      include(mask >> i & 1 ? rank : kNoRank);
     }
   }
-#pragma unroll
-  for (uint32_t distance = 1; distance < kParts; distance *= 2) {
-    const uint32_t other_first = __shfl_xor_sync(kFullWarp, first, distance);
-    const uint32_t other_second = __shfl_xor_sync(kFullWarp, second, distance);
-    include(other_first);
-    include(other_second);
+
+  __device__ uint32_t key() const {
+    if (first == kNoRank) return kNoKey;
+    // A token with one expert comes before those that have another one too; no key is 0.
+    return first * MOEFY_MAX_EXPERTS + (second == kNoRank ? first : second) + 1;
   }
-  if (first == MOEFY_MAX_EXPERTS) return kNoKey;
-  // A token with one expert comes before those that have another one too; no key is 0.
-  return first * MOEFY_MAX_EXPERTS + (second == MOEFY_MAX_EXPERTS ? first : second) + 1;
-}
+};
 
 /// How many keys of a sorted chunk are at most `most`.
 __device__ __forceinline__ uint32_t count_at_most(const uint32_t* chunk, uint32_t most) {
@@ -79,31 +78,52 @@ __device__ __forceinline__ uint32_t count_at_most(const uint32_t* chunk, uint32_
 }  // namespace
 }  // namespace moefy
 
-// Keys of a chunk of tokens, each with the number of its token in the chunk, ascending. Dynamic shared memory: two words an
-// expert.
+// Keys of a chunk of tokens, each with the number of its token in the chunk, ascending. Dynamic shared memory: two words for
+// each bit of a row of the mask.
 extern "C" __global__ void __launch_bounds__(moefy::kKeyThreads)
     moefy_token_tiles_keys(const __grid_constant__ moefy_token_tiles_params p) {
   using namespace moefy;
   extern __shared__ uint32_t experts[];
   __shared__ __align__(16) uint32_t keys[kChunk];
   begin();
-  uint32_t* ranks = experts + p.num_experts;
-  rank_experts(p, experts, ranks);
   const uint32_t own = threadIdx.x / kParts, part = threadIdx.x % kParts, token = blockIdx.x * kChunk + own;
-  const uint32_t key = key_of(p, ranks, token, token < valid_tokens(p));
+  const uint32_t words = ceil_div(p.num_experts, 32), first_bit = part * kBits;
+  const uint32_t* row = p.mask + static_cast<uint64_t>(token) * words;
+  const bool exists = token < p.num_tokens;
+  uint32_t early[kAhead];
+#pragma unroll
+  for (uint32_t i = 0; i < kAhead; ++i) early[i] = exists && i < words ? row[i] : 0;
+  const bool valid = token < valid_tokens(p);
+  uint32_t* ranks = experts + words * 32;
+  rank_experts(p, experts, ranks);
+  Rarest rarest;
+#pragma unroll
+  for (uint32_t i = 0; i < kAhead; ++i) {
+    if (i < words) rarest.include(ranks + i * 32 + first_bit, early[i] >> first_bit);
+  }
+  for (uint32_t i = kAhead; i < words; ++i) {
+    rarest.include(ranks + i * 32 + first_bit, exists ? row[i] >> first_bit : 0);
+  }
+#pragma unroll
+  for (uint32_t distance = 1; distance < kParts; distance *= 2) {
+    const uint32_t first = __shfl_xor_sync(kFullWarp, rarest.first, distance);
+    const uint32_t second = __shfl_xor_sync(kFullWarp, rarest.second, distance);
+    rarest.include(first);
+    rarest.include(second);
+  }
   // Beyond the last token nothing is as large.
-  const uint32_t mine = token < p.num_tokens ? key * kChunk + own : 0xffffffffu;
+  const uint32_t mine = exists ? (valid ? rarest.key() : kNoKey) * kChunk + own : 0xffffffffu;
   if (part == 0) keys[own] = mine;
   __syncthreads();
   uint32_t place = 0;
 #pragma unroll 4
-  for (uint32_t i = 0; i < kChunk / kParts; i += 4) {
-    const uint4 four = *reinterpret_cast<const uint4*>(keys + part * (kChunk / kParts) + i);
+  for (uint32_t i = 0; i < kChunk / 4; i += kParts) {
+    const uint4 four = reinterpret_cast<const uint4*>(keys)[i + part];
     place += (four.x < mine) + (four.y < mine) + (four.z < mine) + (four.w < mine);
   }
 #pragma unroll
   for (uint32_t distance = 1; distance < kParts; distance *= 2) place += __shfl_xor_sync(kFullWarp, place, distance);
-  if (token >= p.num_tokens) place = own;
+  if (!exists) place = own;
   if (part == 0) p.sorted[blockIdx.x * kChunk + place] = mine;
 }
 
@@ -166,12 +186,16 @@ extern "C" __global__ void __launch_bounds__(moefy::kUnionThreads)
     __syncthreads();
     const bool looks = threadIdx.x < kUnionExperts;
     const uint32_t expert = first + threadIdx.x;
-    uint4 tokens = {};
+    uint4 tokens[kVectors] = {};
     uint32_t those = 0;
     if (looks) {
-      tokens = *reinterpret_cast<const uint4*>(selected_by[threadIdx.x]);
-      const bool any = expert < p.num_experts && (tokens.x | tokens.y | tokens.z | tokens.w) != 0;
-      those = __ballot_sync(kFullWarp, any);
+      uint32_t any = 0;
+#pragma unroll
+      for (uint32_t i = 0; i < kVectors; ++i) {
+        tokens[i] = reinterpret_cast<const uint4*>(selected_by[threadIdx.x])[i];
+        any |= tokens[i].x | tokens[i].y | tokens[i].z | tokens[i].w;
+      }
+      those = __ballot_sync(kFullWarp, expert < p.num_experts && any != 0);
       if (lane == 0) nonempty[warp] = those;
     }
     __syncthreads();
@@ -179,7 +203,8 @@ extern "C" __global__ void __launch_bounds__(moefy::kUnionThreads)
       const uint32_t earlier = warp == 0 ? 0 : __popc(nonempty[0]);
       const uint64_t at = static_cast<uint64_t>(tile) * p.num_experts + before + earlier + __popc(those & ((1u << lane) - 1));
       p.tile_experts[at] = expert;
-      reinterpret_cast<uint4*>(p.tile_masks)[at] = tokens;
+#pragma unroll
+      for (uint32_t i = 0; i < kVectors; ++i) reinterpret_cast<uint4*>(p.tile_masks)[at * kVectors + i] = tokens[i];
     }
     before += __popc(nonempty[0]) + __popc(nonempty[1]);
   }

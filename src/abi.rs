@@ -15,7 +15,7 @@ pub const MOEFY_FFN_FEW_THREADS: u32 = 256;
 pub const MOEFY_FFN_FEW_ROUTER_ROWS: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
-pub const MOEFY_TILE_TOKENS: u32 = 128;
+pub const MOEFY_TILE_TOKENS: u32 = 256;
 pub const MOEFY_TILE_CHUNK: u32 = 256;
 pub const MOEFY_TILE_MAX_TOKENS: u32 = 8192;
 pub const MOEFY_ROUTER_TILE: u32 = 64;
@@ -513,7 +513,7 @@ pub struct moefy_experts_tiled_params {
     pub tile_experts: u64,
     pub tile_masks: u64,
     pub hidden: u64,
-    pub hidden_tile: u64,
+    pub hidden_stride: u64,
     pub num_tokens: u32,
     pub inverse_width: f32,
 }
@@ -543,12 +543,39 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_tiled_params, tile_masks) - 136usize];
     ["Offset of field: moefy_experts_tiled_params::hidden"]
         [::std::mem::offset_of!(moefy_experts_tiled_params, hidden) - 144usize];
-    ["Offset of field: moefy_experts_tiled_params::hidden_tile"]
-        [::std::mem::offset_of!(moefy_experts_tiled_params, hidden_tile) - 152usize];
+    ["Offset of field: moefy_experts_tiled_params::hidden_stride"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, hidden_stride) - 152usize];
     ["Offset of field: moefy_experts_tiled_params::num_tokens"]
         [::std::mem::offset_of!(moefy_experts_tiled_params, num_tokens) - 160usize];
     ["Offset of field: moefy_experts_tiled_params::inverse_width"]
         [::std::mem::offset_of!(moefy_experts_tiled_params, inverse_width) - 164usize];
+};
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_experts_tiled_paired_params {
+    pub weights: moefy_tensor_map,
+    pub hidden: moefy_tensor_map,
+    pub experts: moefy_experts_tiled_params,
+    pub box_neurons: u32,
+    pub reserved: [u32; 5usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_experts_tiled_paired_params"]
+        [::std::mem::size_of::<moefy_experts_tiled_paired_params>() - 448usize];
+    ["Alignment of moefy_experts_tiled_paired_params"]
+        [::std::mem::align_of::<moefy_experts_tiled_paired_params>() - 64usize];
+    ["Offset of field: moefy_experts_tiled_paired_params::weights"]
+        [::std::mem::offset_of!(moefy_experts_tiled_paired_params, weights) - 0usize];
+    ["Offset of field: moefy_experts_tiled_paired_params::hidden"]
+        [::std::mem::offset_of!(moefy_experts_tiled_paired_params, hidden) - 128usize];
+    ["Offset of field: moefy_experts_tiled_paired_params::experts"]
+        [::std::mem::offset_of!(moefy_experts_tiled_paired_params, experts) - 256usize];
+    ["Offset of field: moefy_experts_tiled_paired_params::box_neurons"]
+        [::std::mem::offset_of!(moefy_experts_tiled_paired_params, box_neurons) - 424usize];
+    ["Offset of field: moefy_experts_tiled_paired_params::reserved"]
+        [::std::mem::offset_of!(moefy_experts_tiled_paired_params, reserved) - 428usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

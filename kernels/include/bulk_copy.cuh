@@ -65,6 +65,16 @@ __device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+/// Copies the box at these coordinates, the innermost first.
+__device__ __forceinline__ void copy_box(uint32_t to, const moefy_tensor_map& map, const uint32_t (&at)[4],
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+      "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(barrier)
+      : "memory");
+}
+
 /// Copies the box at these coordinates, the innermost first, to the same address of both blocks of a cluster, and counts its
 /// bytes at the same barrier of each.
 __device__ __forceinline__ void copy_box_to_pair(uint32_t to, const moefy_tensor_map& map, const uint32_t (&at)[4],

@@ -43,7 +43,7 @@
 #define MOEFY_ROUTE_INDEX_BLOCKS 128u
 
 /* Tiles of tokens: tokens of a tile, tokens that are sorted by one block, most tokens. */
-#define MOEFY_TILE_TOKENS 128u
+#define MOEFY_TILE_TOKENS 256u
 #define MOEFY_TILE_CHUNK 256u
 #define MOEFY_TILE_MAX_TOKENS 8192u
 
@@ -258,13 +258,24 @@ typedef struct moefy_experts_tiled_params {
   MOEFY_PTR(const uint32_t) tile_counts;
   MOEFY_PTR(const uint32_t) tile_experts;
   MOEFY_PTR(const uint32_t) tile_masks;
-  /* Of each tile one row a token, as wide as the neurons that the tile runs, rounded up to 8: those of its experts in
-   * their order, then the shared ones, then the linear ones. */
+  /* [num_tiles * MOEFY_TILE_TOKENS, hidden_stride], in the order of token_ids: what a tile runs comes first, its experts in
+   * their order, then the shared neurons, then the linear ones; zeros up to the next multiple of 64. */
   MOEFY_PTR(void) hidden;
-  uint64_t hidden_tile; /* elements from one tile to the next */
+  uint64_t hidden_stride; /* a multiple of 64 */
   uint32_t num_tokens;
   float inverse_width; /* 1 / expert_width */
 } moefy_experts_tiled_params;
+
+/* The same where the copy engine brings the weights to two blocks, each with half of the tile's tokens. `weights` are those
+ * of the product, in four dimensions: d_model; 8 neurons that follow each other; gate and up rows of a GLU; groups of 8
+ * neurons. A box is `box_neurons` of them by 64 of d_model. `hidden` is read likewise, in boxes of 128 rows. */
+typedef struct moefy_experts_tiled_paired_params {
+  moefy_tensor_map weights;
+  moefy_tensor_map hidden;
+  moefy_experts_tiled_params experts;
+  uint32_t box_neurons; /* a divisor of expert_width and of 64, a multiple of 8 */
+  uint32_t reserved[5];
+} moefy_experts_tiled_paired_params;
 
 /* Partial outputs -> y: b_out and all shares, or zeros for a token at or beyond num_valid_tokens. */
 typedef struct moefy_add_shares_params {

@@ -20,12 +20,13 @@ template <int kStages, bool kPaired = false>
 struct Pipeline {
   uint32_t barriers;
 
-  __device__ Pipeline() {
+  /// `full_arrivals`: of a stage, beside the bytes that it is told to expect.
+  __device__ explicit Pipeline(uint32_t full_arrivals = kCopiers + kPaired) {
     __shared__ uint64_t memory[2 * kStages];
     barriers = shared_address(memory);
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
-        barrier_init(full(stage), kCopiers + kPaired);
+        barrier_init(full(stage), full_arrivals);
         barrier_init(empty(stage), kMultipliers / 32 * (1 + kPaired));
       }
       fence_barriers();
@@ -61,6 +62,9 @@ class Copier {
     copy_async_wait<kBehind>();
     hand_over();
   }
+
+  /// The same where the copy engine does everything, and hands over as well.
+  __device__ void end_by_engine() { ++count_; }
 
   /// Hands over every stage: at the end, and before a wait for products that may need them.
   __device__ void flush() {

@@ -8,12 +8,23 @@
 namespace moefy {
 namespace {
 
-constexpr int kChunks = kTileRowBytes / kChunkBytes;
-constexpr uint32_t kRowsPerPass = kCopiers / kChunks;
+constexpr uint32_t kLinear = kNoExpert - 1;
 
-/// Rows of w_in that a tile runs.
+/// What belongs to the neurons of an item, in shared memory.
+struct Places {
+  float bias[kMostAcross];
+  float bias_up[kMostAcross];
+  float mean[kMostAcross];
+  uint32_t experts[kMostAcross];                 // kNoExpert: shared
+  uint32_t selected_by[kTokens / 32][kMostAcross];  // bits of tokens
+};
+
+/// Rows of w_in for so many neurons: a GLU's gate and up rows in turns of eight. What an item goes across is a multiple of
+/// those of 64 neurons, as h is written so far.
+__device__ __forceinline__ uint32_t halves_of(const moefy_experts_tiled_params& p) { return p.neurons.glu + 1; }
+
 __device__ __forceinline__ uint32_t rows_of(const moefy_experts_tiled_params& p, uint32_t neurons) {
-  return neurons * (p.neurons.glu + 1);
+  return ceil_div(neurons, 64) * 64 * halves_of(p);
 }
 
 /// Row of w_in behind a tile's row, ordered as by `weight_row`; a linear neuron of a GLU takes two rows as well.
@@ -26,44 +37,69 @@ __device__ __forceinline__ uint32_t weight_row(const moefy_experts_tiled_params&
   return neuron < n.d_ff ? up_row(n, neuron) : kNoRow;
 }
 
-template <class T>
-__device__ __forceinline__ void copy_items(const moefy_experts_tiled_params& p, const Items& items, uint32_t memory,
-                                           const Pipeline<kTileStages>& pipeline) {
-  constexpr int kTokenPasses = kTileTokens / kRowsPerPass, kRowPasses = kMostAcross / kRowsPerPass;
+/// Boxes of weights of an item that the copy engine brings, one a lane of a warp; every other is this block's to ask for.
+struct Boxes {
+  uint32_t bytes;  // of all
+  uint32_t at;     // in a stage, of this lane's
+  uint32_t group;  // of eight neurons
+  bool mine;
+
+  __device__ Boxes(const moefy_experts_tiled_params& p, uint32_t box_neurons, const TokenTile& tile, uint32_t first,
+                   uint32_t neurons) {
+    const uint32_t rows = box_neurons * halves_of(p), boxes = ceil_div(min(neurons, tile.num_neurons - first), box_neurons);
+    bytes = boxes * rows * kTileRowBytes;
+    at = kTokenBytes + threadIdx.x * rows * kTileRowBytes;
+    mine = threadIdx.x < boxes && threadIdx.x % 2 == blockIdx.x % 2;
+    group = mine ? find_neuron(p, tile, first + threadIdx.x * box_neurons).neuron / 8 : 0;
+  }
+};
+
+template <class T, bool kPaired>
+__device__ __forceinline__ void copy_items(const moefy_experts_tiled_params& p, const moefy_tensor_map* weights,
+                                           uint32_t box_neurons, const Items& items, uint32_t memory,
+                                           const Pipeline<kTileStages, kPaired>& pipeline) {
+  constexpr int kTokenPasses = kTokens / kRowsPerPass, kRowPasses = kPaired ? 0 : kMostAcross / kRowsPerPass;
   const moefy_neurons& n = p.neurons;
-  const uint32_t thread = threadIdx.x, chunk = thread % kChunks, pass_row = thread / kChunks;
+  const uint32_t chunk = threadIdx.x % kChunks, pass_row = threadIdx.x / kChunks;
   const uint32_t num_stages = ceil_div(n.d_model, kDepth);
-  Copier<kTileStages> copier(pipeline);
-  for_each_item(p, items, [&](const TokenTile& tile, uint32_t across, uint32_t part) {
-    const uint32_t row0 = part * across;
-    // What the product goes across, as far as there are rows.
-    const uint32_t used = min(across, (rows_of(p, tile.num_neurons) - row0 + 63) / 64 * 64);
+  Copier<kTileStages, kPaired> copier(pipeline);
+  for_each_item<kPaired>(p, items, [&](const TokenTile& tile, uint32_t across, uint32_t row0) {
+    const uint32_t used = min(across, rows_of(p, tile.num_neurons) - row0);
     // Rows that this thread copies its chunk of.
-    uint32_t x[kTokenPasses], w[kRowPasses];
+    const T* x[kTokenPasses];
+    uint32_t w[kRowPasses + 1];
 #pragma unroll
     for (int i = 0; i < kTokenPasses; ++i) {
       const uint32_t row = pass_row + i * kRowsPerPass;
-      x[i] = row < tile.num_valid ? p.token_ids[tile.index * kTileTokens + row] : kNoRow;
+      x[i] = nullptr;
+      if (row < tile.num_valid) {
+        x[i] = static_cast<const T*>(p.x) + p.token_ids[tile.first_token + row] * n.d_model + chunk * 8;
+      }
     }
 #pragma unroll
     for (int i = 0; i < kRowPasses; ++i) {
       w[i] = i * kRowsPerPass < used ? weight_row(p, tile, row0 + pass_row + i * kRowsPerPass) : kNoRow;
     }
-    const auto copy_row = [&](uint32_t to, const void* matrix, uint32_t row, uint32_t k) {
-      const bool valid = row != kNoRow && k < n.d_model;
-      copy_async(to, static_cast<const T*>(matrix) + (valid ? row * static_cast<uint64_t>(n.d_model) + k : 0), valid);
-    };
+    const Boxes boxes(p, kPaired ? box_neurons : kDepth, tile, row0 / halves_of(p), used / halves_of(p));
 #pragma unroll 1
     for (uint32_t stage = 0; stage < num_stages; ++stage) {
-      const uint32_t to = memory + copier.begin() * kTileStageBytes, k = stage * kDepth + chunk * 8;
+      const uint32_t slot = copier.begin(), to = memory + slot * kTileStageBytes, k = stage * kDepth;
+      const bool inside = k + chunk * 8 < n.d_model;
+      if constexpr (kPaired) {
+        if (threadIdx.x == 0) barrier_expect(pipeline.full(slot), boxes.bytes);
+        if (boxes.mine) copy_box_to_pair(to + boxes.at, *weights, {k, 0, 0, boxes.group}, pipeline.full(slot));
+      }
 #pragma unroll
       for (int i = 0; i < kTokenPasses; ++i) {
-        copy_row(to + swizzled<kTileRowBytes>(pass_row + i * kRowsPerPass, chunk), p.x, x[i], k);
+        const bool valid = x[i] != nullptr && inside;
+        copy_async(to + swizzled<kTileRowBytes>(pass_row + i * kRowsPerPass, chunk), valid ? x[i] + k : p.x, valid);
       }
 #pragma unroll
       for (int i = 0; i < kRowPasses; ++i) {
         if (i * kRowsPerPass >= used) break;
-        copy_row(to + swizzled<kTileRowBytes>(kTileTokens + pass_row + i * kRowsPerPass, chunk), n.w_in, w[i], k);
+        const bool valid = w[i] != kNoRow && inside;
+        copy_async(to + kTokenBytes + swizzled<kTileRowBytes>(pass_row + i * kRowsPerPass, chunk),
+                   static_cast<const T*>(n.w_in) + (valid ? w[i] * n.d_model + k + chunk * 8 : 0), valid);
       }
       copier.end();
     }
@@ -71,49 +107,76 @@ __device__ __forceinline__ void copy_items(const moefy_experts_tiled_params& p, 
   copier.flush();
 }
 
-/// h of two rows of a tile, `row` and eight further, from the sums of this thread: of neurons `first` and up, as many as
-/// `count`. All lanes of a warp take part.
+/// Notes what the neurons of an item need, one a thread; beyond the last nobody selects them.
+__device__ __forceinline__ void find_places(const moefy_experts_tiled_params& p, const TokenTile& tile, uint32_t first,
+                                            Places& places) {
+  const uint32_t own = threadIdx.x - kCopiers;
+  NeuronConstants constants = {};
+  uint32_t expert = kNoExpert;
+  uint4 selected_by = {};
+  if (first + own < tile.num_neurons) {
+    const TileNeuron found = find_neuron(p, tile, first + own);
+    constants = neuron_constants(p.neurons, found.neuron);
+    if (found.slot == kNoExpert) {
+      selected_by = {~0u, ~0u, ~0u, ~0u};
+      expert = found.neuron < p.neurons.d_ff ? kNoExpert : kLinear;
+    } else {
+      const uint64_t at = static_cast<uint64_t>(tile.index) * p.neurons.num_experts + found.slot;
+      expert = p.tile_experts[at];
+      selected_by = *reinterpret_cast<const uint4*>(p.tile_masks + at * kTileWords + tile.half * (kTokens / 32));
+    }
+  }
+  places.bias[own] = constants.bias;
+  places.bias_up[own] = constants.bias_up;
+  places.mean[own] = constants.mean;
+  places.experts[own] = expert;
+  places.selected_by[0][own] = selected_by.x;
+  places.selected_by[1][own] = selected_by.y;
+  places.selected_by[2][own] = selected_by.z;
+  places.selected_by[3][own] = selected_by.w;
+}
+
+/// h of two rows of a tile, `row` and eight further, from the sums of this thread: of so many neurons from `first` on, a
+/// multiple of 32. All lanes of a warp take part.
 template <class T, int kHalves, class Activation>
-__device__ __forceinline__ void store_rows(const moefy_experts_tiled_params& p, const TokenTile& tile, uint32_t row,
-                                           uint32_t first, uint32_t count, const float (&c)[2][64], Activation) {
-  constexpr int kBlocks = kMostAcross / 8 / kHalves;  // of eight neurons
+__device__ __forceinline__ void store_rows(const moefy_experts_tiled_params& p, const TokenTile& tile, const Places& places,
+                                           uint32_t row, uint32_t first, uint32_t count, const float (&c)[2][64],
+                                           Activation) {
   moefy_neurons n = p.neurons;
   n.activation = Activation::value;
-  const uint32_t t = threadIdx.x % 4, stride = tile.hidden_stride();
-  const uint64_t of_tile = static_cast<uint64_t>(tile.index) * n.num_experts;
+  n.glu = kHalves - 1;
+  const uint32_t t = threadIdx.x % 4;
   // The tokens of a warp are bits of the same word.
-  const uint32_t* masks = p.tile_masks + of_tile * (kTileTokens / 32) + row / 32;
-  const uint32_t* tokens = p.token_ids + tile.index * kTileTokens;
-  T* to = static_cast<T*>(p.hidden) + tile.index * p.hidden_tile + static_cast<uint64_t>(row) * stride + first;
-#pragma unroll
-  for (int block = 0; block < kBlocks; block += 4) {
-    if (block * 8 >= count) break;
-    uint32_t words[2][4] = {};
+  const uint32_t* selected_by = places.selected_by[row / 32];
+  T* to = static_cast<T*>(p.hidden) + (tile.first_token + row) * p.hidden_stride + first + t * 8;
+#pragma unroll 1
+  for (uint32_t group = 0; group * 32 < count; ++group) {
+    uint32_t words[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t at = (block + i) * 8 + 2 * t;
-      if (at >= count) continue;
-      const int j = (block + i) * kHalves, up = j + kHalves - 1;
-      const float* pre_sums = &c[j / 16][j % 16 * 4];
-      const float* up_sums = &c[up / 16][up % 16 * 4];
-      TileNeuron neuron = find_neuron(p, tile, first + at);
-      float values[2][2] = {};
+      const uint32_t at = group * 32 + i * 8 + 2 * t;
+      float sums[4 * kHalves];
+      take_sums<16 * kHalves>(sums, c, group, 4 * kHalves * i);
+      const float* pre = sums;
+      const float* up = sums + 4 * (kHalves - 1);
+      float values[2][2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        if (at + r >= count) break;
-        if (r == 1) neuron = next_neuron(p, tile, neuron, first + at);
-        const NeuronConstants constants = neuron_constants(n, neuron.neuron);
-        const bool routed = neuron.slot != kNoExpert;
-        const uint32_t selected_by = routed ? masks[neuron.slot * (kTileTokens / 32)] : 0xffffffffu;
+        const NeuronConstants constants = {places.bias[at + r], places.bias_up[at + r], places.mean[at + r]};
+        const bool linear = n.rank > 0 && places.experts[at + r] == kLinear;
+        const uint32_t tokens = selected_by[at + r] >> (row % 32);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint32_t own = row + 8 * half;
-          const bool selected = selected_by >> (own % 32) & 1;
-          float value = neuron_value<T>(n, neuron.neuron, constants, pre_sums[2 * half + r], up_sums[2 * half + r]);
-          if (p.gates != nullptr && routed && selected) {
-            value *= gate_of(p.gates, n.num_experts, tokens[own], p.tile_experts[of_tile + neuron.slot]);
+          const float value = neuron_value<T>(n, linear ? n.d_ff : 0, constants, pre[2 * half + r], up[2 * half + r]);
+          values[half][r] = tokens >> (8 * half) & 1 ? value : 0.0f;
+        }
+        if (p.gates != nullptr && places.experts[at + r] < kLinear) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            if (!(tokens >> (8 * half) & 1)) continue;
+            const uint32_t token = p.token_ids[tile.first_token + row + 8 * half];
+            values[half][r] *= gate_of(p.gates, n.num_experts, token, places.experts[at + r]);
           }
-          values[half][r] = selected ? value : 0.0f;
         }
       }
 #pragma unroll
@@ -122,55 +185,64 @@ __device__ __forceinline__ void store_rows(const moefy_experts_tiled_params& p, 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4 eight = transpose_quad(words[half]);
-      const uint32_t at = (block + t) * 8;
-      if (at < count && row + 8 * half < tile.num_tokens) {
-        *reinterpret_cast<uint4*>(to + 8 * half * stride + at) = eight;
+      if (row + 8 * half < tile.num_tokens) {
+        *reinterpret_cast<uint4*>(to + 8 * half * p.hidden_stride + group * 32) = eight;
       }
     }
   }
 }
 
-template <class T>
+template <class T, bool kPaired>
 __device__ __forceinline__ void multiply_items(const moefy_experts_tiled_params& p, const Items& items, uint32_t memory,
-                                               const Pipeline<kTileStages>& pipeline) {
-  const uint32_t num_stages = ceil_div(p.neurons.d_model, kDepth), halves = p.neurons.glu + 1;
+                                               const Pipeline<kTileStages, kPaired>& pipeline) {
+  // In turns, so that one can be filled while others still read the last.
+  __shared__ Places places[2];
+  const uint32_t num_stages = ceil_div(p.neurons.d_model, kDepth), halves = halves_of(p);
   const uint32_t row = row_of_sums(), group_token = row / 64 * 64;
-  Multiplier<kTileStages> multiplier(pipeline);
-  for_each_item(p, items, [&](const TokenTile& tile, uint32_t across, uint32_t part) {
-    const uint32_t row0 = part * across, rows = min(across, rows_of(p, tile.num_neurons) - row0);
+  uint32_t turn = 0;
+  Multiplier<kTileStages, kPaired> multiplier(pipeline);
+  for_each_item<kPaired>(p, items, [&](const TokenTile& tile, uint32_t across, uint32_t row0) {
+    const uint32_t used = min(across, rows_of(p, tile.num_neurons) - row0), first = row0 / halves;
+    const Places& those = places[turn];
+    find_places(p, tile, first, places[turn]);
+    turn ^= 1;
+    sync_multipliers();
     const bool has_tokens = group_token < tile.num_tokens;
     float c[2][64];
-    multiply_item<T, false>(c, rows, multiplier, memory, num_stages, has_tokens);
+    multiply_item<T, false>(c, used, multiplier, memory, num_stages, has_tokens);
     if (!has_tokens) return;
-    // Rows are in whole blocks of gate and up, but for the last.
-    const uint32_t first = row0 / halves, count = min(across / halves, tile.num_neurons - first);
     with_activation(p.neurons.activation, [&](auto known) {
       if (halves == 2) {
-        store_rows<T, 2>(p, tile, row, first, count, c, known);
+        store_rows<T, 2>(p, tile, those, row, first, used / 2, c, known);
       } else {
-        store_rows<T, 1>(p, tile, row, first, count, c, known);
+        store_rows<T, 1>(p, tile, those, row, first, used, c, known);
       }
     });
   });
 }
 
-template <class T>
-__device__ __forceinline__ void tiled_hidden(const moefy_experts_tiled_params& p) {
+template <class T, bool kPaired>
+__device__ __forceinline__ void tiled_hidden(const moefy_experts_tiled_params& p, const moefy_tensor_map* weights,
+                                             uint32_t box_neurons) {
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ Items items;
-  const Pipeline<kTileStages> pipeline;
+  const Pipeline<kTileStages, kPaired> pipeline;
   begin();
-  find_items(p, items, [&](uint32_t neurons, const AllTiles&) {
-    const uint32_t rows = rows_of(p, neurons), count = ceil_div(rows, kMostAcross);
-    return Split{count, count == 0 ? 64 : ceil_div(ceil_div(rows, count), 64) * 64};
+  const auto rows = [&](uint32_t neurons) { return rows_of(p, neurons); };
+  find_items<kPaired>(p, items, rows, [&](const Items&, uint32_t neurons) {
+    // As even as can be.
+    const uint32_t unit = 64 * halves_of(p), all = max(rows_of(p, neurons), unit);
+    return ceil_div(ceil_div(all, ceil_div(all, kMostAcross)), unit) * unit;
   });
   if (threadIdx.x < kCopiers) {
     become_copier();
-    copy_items<T>(p, items, shared_address(memory), pipeline);
+    copy_items<T>(p, weights, box_neurons, items, shared_address(memory), pipeline);
   } else {
     become_multiplier();
     multiply_items<T>(p, items, shared_address(memory), pipeline);
   }
+  // The other block may still write here.
+  if constexpr (kPaired) sync_cluster();
 }
 
 }  // namespace
@@ -180,7 +252,12 @@ __device__ __forceinline__ void tiled_hidden(const moefy_experts_tiled_params& p
 #define MOEFY_EXPERTS_TILED_HIDDEN(name, type)                                                       \
   extern "C" __global__ void __launch_bounds__(moefy::kPipelineThreads, 1)                           \
       moefy_experts_tiled_hidden_##name(const __grid_constant__ moefy_experts_tiled_params p) {      \
-    moefy::tiled_hidden<type>(p);                                                                    \
+    moefy::tiled_hidden<type, false>(p, nullptr, 0);                                                 \
+  }                                                                                                  \
+  extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(moefy::kPipelineThreads, 1) \
+      moefy_experts_tiled_paired_hidden_##name(                                                      \
+          const __grid_constant__ moefy_experts_tiled_paired_params p) {                             \
+    moefy::tiled_hidden<type, true>(p.experts, &p.weights, p.box_neurons);                           \
   }
 
 MOEFY_EXPERTS_TILED_HIDDEN(f16, __half)

@@ -38,6 +38,7 @@ pub fn host_abi() -> Vec<u32> {
         moefy_experts_paired_params.reserved,
         moefy_token_tiles_params.reserved,
         moefy_experts_tiled_params.inverse_width,
+        moefy_experts_tiled_paired_params.reserved,
         moefy_ffn_few_params.stage_neurons,
         moefy_add_shares_params.num_tokens,
         moefy_gates_params.reserved,

@@ -319,7 +319,7 @@ impl Function {
             .map_err(cannot(format!("launch {}", self.name)))
     }
 
-    /// What the copy engine takes of a matrix w_in \[halves · d_ff, d_model\] of 16 bits, in four dimensions: d_model, 8 neurons
+    /// What the copy engine takes of a matrix \[halves · d_ff, d_model\] of 16 bits, in four dimensions: d_model, 8 neurons
     /// that follow each other, gate and up, groups of 8 neurons. A box is 64 columns of `groups` groups with all that they have.
     pub(super) fn tensor_map(
         &self,

@@ -4,17 +4,29 @@ use super::driver::{Function, RawStream};
 use super::experts::Launch;
 use super::kernels::Modules;
 use super::token_tiles::TILE_TOKENS;
-use crate::abi::moefy_experts_tiled_params;
+use crate::abi::{moefy_experts_tiled_paired_params, moefy_experts_tiled_params};
 use crate::dtype::DType;
 use crate::error::Result;
 
+/// Of the first and the second product.
 const MODULES: [&str; 2] = ["sm90_experts_tiled_hidden", "sm90_experts_tiled_output"];
 /// Of a block.
 const THREADS: u32 = 384;
 const SHARED_BYTES: usize = 192 << 10;
+/// Elements of a row of h are a multiple of those of a stage.
+const DEPTH: usize = 64;
+/// Rows of h of a box, in groups of eight.
+const HIDDEN_GROUPS: usize = TILE_TOKENS / 2 / 8;
 
-/// Both products, of f16 and of bf16.
-pub(super) struct Kernels([[Function; 2]; 2]);
+/// Both products of a type.
+pub(super) struct OfType {
+    single: [Function; 2],
+    /// Where two blocks share the weights.
+    paired: [Function; 2],
+}
+
+/// Of f16 and of bf16.
+pub(super) struct Kernels([OfType; 2]);
 
 impl Kernels {
     /// `None` on another device.
@@ -22,21 +34,33 @@ impl Kernels {
         if modules.module(MODULES[0]).is_none() {
             return Ok(None);
         }
-        let load = |product, name| modules.function(MODULES[product], name, SHARED_BYTES);
+        let both = |[hidden, output]: [&'static str; 2]| -> Result<[Function; 2]> {
+            let load = |product, name| modules.function(MODULES[product], name, SHARED_BYTES);
+            Ok([load(0, hidden)?, load(1, output)?])
+        };
         Ok(Some(Self([
-            [
-                load(0, "moefy_experts_tiled_hidden_f16")?,
-                load(1, "moefy_experts_tiled_output_f16")?,
-            ],
-            [
-                load(0, "moefy_experts_tiled_hidden_bf16")?,
-                load(1, "moefy_experts_tiled_output_bf16")?,
-            ],
+            OfType {
+                single: both(["moefy_experts_tiled_hidden_f16", "moefy_experts_tiled_output_f16"])?,
+                paired: both([
+                    "moefy_experts_tiled_paired_hidden_f16",
+                    "moefy_experts_tiled_paired_output_f16",
+                ])?,
+            },
+            OfType {
+                single: both([
+                    "moefy_experts_tiled_hidden_bf16",
+                    "moefy_experts_tiled_output_bf16",
+                ])?,
+                paired: both([
+                    "moefy_experts_tiled_paired_hidden_bf16",
+                    "moefy_experts_tiled_paired_output_bf16",
+                ])?,
+            },
         ])))
     }
 
     /// Of a type, where there are some.
-    pub(super) fn of(&self, dtype: DType) -> Option<&[Function; 2]> {
+    pub(super) fn of(&self, dtype: DType) -> Option<&OfType> {
         match dtype {
             DType::F32 => None,
             DType::F16 => Some(&self.0[0]),
@@ -48,24 +72,27 @@ impl Kernels {
 /// Sizes of the launches.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
-    blocks: u32,
-    /// Elements of h of a tile.
-    hidden_tile: usize,
-    inverse_width: f32,
+    sizes: Launch,
+    hidden_stride: usize,
+    hidden_rows: usize,
+    /// Neurons that the copy engine brings together, where it can.
+    box_neurons: Option<usize>,
     pub(super) bytes: usize,
 }
 
 impl Shape {
     /// `None` where the sizes overflow. Room for every neuron of every token, whatever the masks select.
     pub(super) fn new(launch: &Launch) -> Option<Self> {
-        let neurons = launch.d_ff.checked_add(launch.rank)?.checked_next_multiple_of(8)?;
-        let hidden_tile = neurons.checked_mul(TILE_TOKENS)?;
-        let elements = hidden_tile.checked_mul(launch.num_tokens.div_ceil(TILE_TOKENS))?;
+        let Launch { expert_width, shared, rank, .. } = *launch;
+        let hidden_stride = launch.d_ff.checked_add(rank)?.checked_next_multiple_of(DEPTH)?;
+        let hidden_rows = launch.num_tokens.next_multiple_of(TILE_TOKENS);
+        let in_groups = rank == 0 && expert_width.is_multiple_of(8) && shared.is_multiple_of(8);
         Some(Self {
-            blocks: launch.multiprocessors as u32,
-            hidden_tile,
-            inverse_width: 1.0 / launch.expert_width as f32,
-            bytes: elements.checked_mul(launch.dtype.bytes())?,
+            sizes: *launch,
+            hidden_stride,
+            hidden_rows,
+            box_neurons: in_groups.then(|| 1 << expert_width.trailing_zeros().min(6)),
+            bytes: hidden_stride.checked_mul(hidden_rows)?.checked_mul(launch.dtype.bytes())?,
         })
     }
 
@@ -74,21 +101,39 @@ impl Shape {
     /// the kernels expect, and the context must be bound.
     pub(super) unsafe fn launch(
         &self,
-        products: &[Function; 2],
+        kernels: &OfType,
         stream: RawStream,
         params: &moefy_experts_tiled_params,
         workspace: u64,
     ) -> Result<()> {
+        let Launch { dtype, d_model, d_ff, halves, multiprocessors, .. } = self.sizes;
         let params = moefy_experts_tiled_params {
             hidden: workspace,
-            hidden_tile: self.hidden_tile as u64,
-            inverse_width: self.inverse_width,
+            hidden_stride: self.hidden_stride as u64,
+            inverse_width: 1.0 / self.sizes.expert_width as f32,
             ..*params
         };
-        for product in products {
+        let blocks = multiprocessors as u32;
+        let Some(box_neurons) = self.box_neurons else {
+            for product in &kernels.single {
+                // SAFETY: the caller's promise.
+                unsafe { product.launch(stream, [blocks, 1, 1], THREADS, SHARED_BYTES, &params)? };
+            }
+            return Ok(());
+        };
+        let weights = [(params.neurons.w_in, halves), (params.neurons.w_out, 1)];
+        for (product, (weights, halves)) in kernels.paired.iter().zip(weights) {
+            let map = |matrix, sizes, groups| product.tensor_map(dtype, matrix, sizes, groups);
+            let params = moefy_experts_tiled_paired_params {
+                weights: map(weights, [d_model, d_ff, halves], box_neurons / 8)?,
+                hidden: map(workspace, [self.hidden_stride, self.hidden_rows, 1], HIDDEN_GROUPS)?,
+                experts: params,
+                box_neurons: box_neurons as u32,
+                ..bytemuck::Zeroable::zeroed()
+            };
             // SAFETY: the caller's promise.
             unsafe {
-                product.launch(stream, [self.blocks, 1, 1], THREADS, SHARED_BYTES, &params)?;
+                product.launch(stream, [blocks & !1, 1, 1], THREADS, SHARED_BYTES, &params)?;
             }
         }
         Ok(())

@@ -24,7 +24,7 @@ pub enum Path {
     Few,
     /// `expert-major`: each expert with its own tokens.
     ExpertMajor,
-    /// `token-tile`: tokens whose masks are alike side by side, and each 128 of them over the union of their experts; f16
+    /// `token-tile`: tokens whose masks are alike side by side, and each 256 of them over the union of their experts; f16
     /// and bf16 on Hopper. It pays where routing is correlated, and nothing here knows how much: a plan takes it only when
     /// it is told to.
     TokenTile,

@@ -25,7 +25,7 @@ const CHUNK: usize = MOEFY_TILE_CHUNK as usize;
 /// Threads of the blocks of the three kernels, and keys that a block of the second looks up.
 const KEY_THREADS: u32 = 1024;
 const PLACE_THREADS: u32 = 256;
-const UNION_THREADS: u32 = 256;
+const UNION_THREADS: u32 = 64 / 32 * MOEFY_TILE_TOKENS;
 const PLACES: usize = 64;
 
 pub(super) struct Kernels {
@@ -36,7 +36,7 @@ pub(super) struct Kernels {
 
 impl Kernels {
     pub(super) fn load(modules: &Modules) -> Result<Self> {
-        let of_ranks = 2 * MAX_EXPERTS * 4;
+        let of_ranks = shared_bytes(MAX_EXPERTS);
         Ok(Self {
             keys: modules.function("token_tiles", "moefy_token_tiles_keys", of_ranks)?,
             places: modules.function("token_tiles", "moefy_token_tiles_places", MAX_TOKENS * 4)?,
@@ -45,17 +45,22 @@ impl Kernels {
     }
 }
 
+/// Of the kernel that finds keys.
+fn shared_bytes(num_experts: usize) -> usize {
+    2 * num_experts.next_multiple_of(32) * 4
+}
+
 /// What [`token_tiles`] writes, all u32. Entries beyond what the counts say are left as they were.
 #[derive(Clone, Copy, Debug)]
 pub struct TokenTiles {
-    /// All tokens, padding last, \[1, T\]: a tile has 128 that follow each other.
+    /// All tokens, padding last, \[1, T\]: a tile has 256 that follow each other.
     pub token_ids: View,
-    /// Experts that any token of a tile selects, \[1, ⌈T/128⌉\].
+    /// Experts that any token of a tile selects, \[1, ⌈T/256⌉\].
     pub counts: View,
-    /// Those of each tile, ascending, \[⌈T/128⌉, E\].
+    /// Those of each tile, ascending, \[⌈T/256⌉, E\].
     pub experts: View,
     /// Of each of those the tokens of the tile that select it, least significant bit first,
-    /// \[⌈T/128⌉, 4 E\].
+    /// \[⌈T/256⌉, 8 E\].
     pub masks: View,
 }
 
@@ -88,7 +93,7 @@ pub fn token_tiles_workspace_bytes(num_tokens: usize, num_experts: usize) -> Opt
 }
 
 /// Orders tokens by the rarest of their experts, then by the second rarest, as often as this batch selects them, and gives
-/// what each tile of 128 tokens selects: number for number what
+/// what each tile of 256 tokens selects: number for number what
 /// [`reference::token_tiles`](crate::reference::token_tiles) gives, in every run. `mask` is u32
 /// \[num_tokens, ⌈num_experts/32⌉\]; rows at and beyond the device-side `num_valid_tokens` (u32 \[1, 1\]) select
 /// nothing.
@@ -155,7 +160,13 @@ pub unsafe fn token_tiles(
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe {
         count_experts(device, stream, &counted)?;
-        kernels.keys.launch(stream, grid(chunks), KEY_THREADS, 2 * num_experts * 4, &params)?;
+        kernels.keys.launch(
+            stream,
+            grid(chunks),
+            KEY_THREADS,
+            shared_bytes(num_experts),
+            &params,
+        )?;
         let places = grid(num_tokens.div_ceil(PLACES));
         kernels.places.launch(stream, places, PLACE_THREADS, chunks * CHUNK * 4, &params)?;
         kernels.unions.launch(stream, grid(num_tiles), UNION_THREADS, 0, &params)

@@ -17,7 +17,8 @@ pub fn tests() -> crate::Tests {
     ]
 }
 
-const TILE: usize = 128;
+const TILE: usize = 256;
+const WORDS: usize = TILE / 32;
 
 /// Every output.
 pub struct Tiles {
@@ -35,7 +36,7 @@ impl Tiles {
             token_ids: Output::words(gpu, num_tokens),
             counts: Output::words(gpu, num_tiles),
             experts: Output::words(gpu, num_tiles * num_experts),
-            masks: Output::words(gpu, num_tiles * num_experts * (TILE / 32)),
+            masks: Output::words(gpu, num_tiles * num_experts * WORDS),
             num_experts,
         }
     }
@@ -49,7 +50,7 @@ impl Tiles {
             token_ids: self.token_ids.view(),
             counts: self.counts.view(),
             experts: rows(&self.experts, self.num_experts),
-            masks: rows(&self.masks, self.num_experts * (TILE / 32)),
+            masks: rows(&self.masks, self.num_experts * WORDS),
         }
     }
 
@@ -66,7 +67,7 @@ impl Tiles {
             let (there, rest) = experts[of_tile.clone()].split_at(count as usize);
             assert_eq!(there, expected.experts[tile], "tile {tile}: {case}");
             assert!(rest.iter().all(|&word| word == u32::MAX), "tile {tile} goes on: {case}");
-            let masks = masks[of_tile.start * 4..].chunks_exact(4);
+            let masks = masks[of_tile.start * WORDS..].chunks_exact(WORDS);
             assert!(
                 masks.zip(&expected.masks[tile]).all(|(got, expected)| got == expected),
                 "{case}"
