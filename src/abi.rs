@@ -15,7 +15,7 @@ pub const MOEFY_FFN_FEW_THREADS: u32 = 256;
 pub const MOEFY_FFN_FEW_ROUTER_ROWS: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
-pub const MOEFY_TILE_TOKENS: u32 = 256;
+pub const MOEFY_TILE_TOKENS: u32 = 128;
 pub const MOEFY_TILE_CHUNK: u32 = 256;
 pub const MOEFY_TILE_MAX_TOKENS: u32 = 8192;
 pub const MOEFY_ROUTER_TILE: u32 = 64;
@@ -373,10 +373,12 @@ pub struct moefy_experts_params {
     pub max_pairs: u32,
     pub num_splits: u32,
     pub slab: u32,
+    pub min_token_pairs: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 216usize];
+    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 224usize];
     ["Alignment of moefy_experts_params"][::std::mem::align_of::<moefy_experts_params>() - 8usize];
     ["Offset of field: moefy_experts_params::neurons"]
         [::std::mem::offset_of!(moefy_experts_params, neurons) - 0usize];
@@ -418,6 +420,10 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_params, num_splits) - 208usize];
     ["Offset of field: moefy_experts_params::slab"]
         [::std::mem::offset_of!(moefy_experts_params, slab) - 212usize];
+    ["Offset of field: moefy_experts_params::min_token_pairs"]
+        [::std::mem::offset_of!(moefy_experts_params, min_token_pairs) - 216usize];
+    ["Offset of field: moefy_experts_params::reserved"]
+        [::std::mem::offset_of!(moefy_experts_params, reserved) - 220usize];
 };
 #[repr(C)]
 #[repr(align(64))]
@@ -435,23 +441,23 @@ const _: () = {
 #[repr(C)]
 #[repr(align(64))]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct moefy_experts_paired_params {
-    pub w_in: moefy_tensor_map,
+pub struct moefy_experts_engine_params {
+    pub weights: moefy_tensor_map,
     pub experts: moefy_experts_params,
-    pub reserved: [u64; 5usize],
+    pub reserved: [u64; 4usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_experts_paired_params"]
-        [::std::mem::size_of::<moefy_experts_paired_params>() - 384usize];
-    ["Alignment of moefy_experts_paired_params"]
-        [::std::mem::align_of::<moefy_experts_paired_params>() - 64usize];
-    ["Offset of field: moefy_experts_paired_params::w_in"]
-        [::std::mem::offset_of!(moefy_experts_paired_params, w_in) - 0usize];
-    ["Offset of field: moefy_experts_paired_params::experts"]
-        [::std::mem::offset_of!(moefy_experts_paired_params, experts) - 128usize];
-    ["Offset of field: moefy_experts_paired_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_paired_params, reserved) - 344usize];
+    ["Size of moefy_experts_engine_params"]
+        [::std::mem::size_of::<moefy_experts_engine_params>() - 384usize];
+    ["Alignment of moefy_experts_engine_params"]
+        [::std::mem::align_of::<moefy_experts_engine_params>() - 64usize];
+    ["Offset of field: moefy_experts_engine_params::weights"]
+        [::std::mem::offset_of!(moefy_experts_engine_params, weights) - 0usize];
+    ["Offset of field: moefy_experts_engine_params::experts"]
+        [::std::mem::offset_of!(moefy_experts_engine_params, experts) - 128usize];
+    ["Offset of field: moefy_experts_engine_params::reserved"]
+        [::std::mem::offset_of!(moefy_experts_engine_params, reserved) - 352usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -553,7 +559,7 @@ const _: () = {
 #[repr(C)]
 #[repr(align(64))]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct moefy_experts_tiled_paired_params {
+pub struct moefy_experts_tiled_engine_params {
     pub weights: moefy_tensor_map,
     pub hidden: moefy_tensor_map,
     pub experts: moefy_experts_tiled_params,
@@ -562,20 +568,20 @@ pub struct moefy_experts_tiled_paired_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_experts_tiled_paired_params"]
-        [::std::mem::size_of::<moefy_experts_tiled_paired_params>() - 448usize];
-    ["Alignment of moefy_experts_tiled_paired_params"]
-        [::std::mem::align_of::<moefy_experts_tiled_paired_params>() - 64usize];
-    ["Offset of field: moefy_experts_tiled_paired_params::weights"]
-        [::std::mem::offset_of!(moefy_experts_tiled_paired_params, weights) - 0usize];
-    ["Offset of field: moefy_experts_tiled_paired_params::hidden"]
-        [::std::mem::offset_of!(moefy_experts_tiled_paired_params, hidden) - 128usize];
-    ["Offset of field: moefy_experts_tiled_paired_params::experts"]
-        [::std::mem::offset_of!(moefy_experts_tiled_paired_params, experts) - 256usize];
-    ["Offset of field: moefy_experts_tiled_paired_params::box_neurons"]
-        [::std::mem::offset_of!(moefy_experts_tiled_paired_params, box_neurons) - 424usize];
-    ["Offset of field: moefy_experts_tiled_paired_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_tiled_paired_params, reserved) - 428usize];
+    ["Size of moefy_experts_tiled_engine_params"]
+        [::std::mem::size_of::<moefy_experts_tiled_engine_params>() - 448usize];
+    ["Alignment of moefy_experts_tiled_engine_params"]
+        [::std::mem::align_of::<moefy_experts_tiled_engine_params>() - 64usize];
+    ["Offset of field: moefy_experts_tiled_engine_params::weights"]
+        [::std::mem::offset_of!(moefy_experts_tiled_engine_params, weights) - 0usize];
+    ["Offset of field: moefy_experts_tiled_engine_params::hidden"]
+        [::std::mem::offset_of!(moefy_experts_tiled_engine_params, hidden) - 128usize];
+    ["Offset of field: moefy_experts_tiled_engine_params::experts"]
+        [::std::mem::offset_of!(moefy_experts_tiled_engine_params, experts) - 256usize];
+    ["Offset of field: moefy_experts_tiled_engine_params::box_neurons"]
+        [::std::mem::offset_of!(moefy_experts_tiled_engine_params, box_neurons) - 424usize];
+    ["Offset of field: moefy_experts_tiled_engine_params::reserved"]
+        [::std::mem::offset_of!(moefy_experts_tiled_engine_params, reserved) - 428usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

@@ -88,19 +88,4 @@ __device__ __forceinline__ uint4 transpose_quad(const uint32_t (&words)[4]) {
   return {out[0], out[1], out[2], out[3]};
 }
 
-/// Two quads of lanes that follow each other have the first and the second half of 128 bytes, each of its own row: then both
-/// have the row of the first in `first`, that of the second in `second`.
-__device__ __forceinline__ void exchange_halves(uint4& first, uint4& second) {
-  constexpr unsigned kAll = 0xffffffffu;
-  const bool odd = threadIdx.x & 4;
-  const uint4 mine = odd ? first : second;
-  const uint4 given = {__shfl_xor_sync(kAll, mine.x, 4), __shfl_xor_sync(kAll, mine.y, 4),
-                       __shfl_xor_sync(kAll, mine.z, 4), __shfl_xor_sync(kAll, mine.w, 4)};
-  if (odd) {
-    first = given;
-  } else {
-    second = given;
-  }
-}
-
 }  // namespace moefy

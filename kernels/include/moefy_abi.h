@@ -43,7 +43,7 @@
 #define MOEFY_ROUTE_INDEX_BLOCKS 128u
 
 /* Tiles of tokens: tokens of a tile, tokens that are sorted by one block, most tokens. */
-#define MOEFY_TILE_TOKENS 256u
+#define MOEFY_TILE_TOKENS 128u
 #define MOEFY_TILE_CHUNK 256u
 #define MOEFY_TILE_MAX_TOKENS 8192u
 
@@ -215,6 +215,9 @@ typedef struct moefy_experts_params {
   uint32_t max_pairs;  /* many tokens: entries of token_ids */
   uint32_t num_splits; /* few tokens: shares of the neurons */
   uint32_t slab;       /* many tokens: which */
+  /* From so many pairs on, the second product goes by tiles of tokens, with fewer pair by pair. */
+  uint32_t min_token_pairs;
+  uint32_t reserved;
 } moefy_experts_params;
 
 /* What the driver makes of a matrix for the copy engine. */
@@ -222,13 +225,14 @@ typedef struct __attribute__((aligned(64))) moefy_tensor_map {
   uint64_t opaque[16];
 } moefy_tensor_map;
 
-/* The first product for many tokens, where two blocks share the weights. `w_in` has four dimensions: d_model; 8 neurons that
- * follow each other; gate and up rows of a GLU; groups of 8 neurons. A box is half of a block's rows by 64 of d_model. */
-typedef struct moefy_experts_paired_params {
-  moefy_tensor_map w_in;
+/* Products for many tokens where the copy engine brings the weights, as an array of four dimensions. First product, of w_in:
+ * d_model; 8 neurons that follow each other; gate and up rows of a GLU; groups of 8 neurons. A box is a block's rows by 64 of
+ * d_model. Second product, of w_out: d_model; neurons; 1; 1. A box is 64 neurons by 64 of d_model. */
+typedef struct moefy_experts_engine_params {
+  moefy_tensor_map weights;
   moefy_experts_params experts;
-  uint64_t reserved[5]; /* to a multiple of the alignment */
-} moefy_experts_paired_params;
+  uint64_t reserved[4]; /* to a multiple of the alignment */
+} moefy_experts_engine_params;
 
 /* Masks -> tiles of tokens whose masks are alike: the tokens in the order of their rarest experts, and of each tile what
  * its tokens select. */
@@ -266,16 +270,16 @@ typedef struct moefy_experts_tiled_params {
   float inverse_width; /* 1 / expert_width */
 } moefy_experts_tiled_params;
 
-/* The same where the copy engine brings the weights to two blocks, each with half of the tile's tokens. `weights` are those
- * of the product, in four dimensions: d_model; 8 neurons that follow each other; gate and up rows of a GLU; groups of 8
- * neurons. A box is `box_neurons` of them by 64 of d_model. `hidden` is read likewise, in boxes of 128 rows. */
-typedef struct moefy_experts_tiled_paired_params {
+/* The same where the copy engine brings the weights, as arrays of four dimensions. First product, of w_in: as of
+ * moefy_experts_engine_params, a box is box_neurons of them by 64 of d_model. Second product, of w_out: d_model; neurons; 1; 1,
+ * and so is `hidden`: a box is a tile's rows by 64 neurons. */
+typedef struct moefy_experts_tiled_engine_params {
   moefy_tensor_map weights;
   moefy_tensor_map hidden;
   moefy_experts_tiled_params experts;
   uint32_t box_neurons; /* a divisor of expert_width and of 64, a multiple of 8 */
-  uint32_t reserved[5];
-} moefy_experts_tiled_paired_params;
+  uint32_t reserved[5]; /* to a multiple of the alignment */
+} moefy_experts_tiled_engine_params;
 
 /* Partial outputs -> y: b_out and all shares, or zeros for a token at or beyond num_valid_tokens. */
 typedef struct moefy_add_shares_params {

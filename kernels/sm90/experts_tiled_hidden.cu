@@ -16,7 +16,7 @@ struct Places {
   float bias_up[kMostAcross];
   float mean[kMostAcross];
   uint32_t experts[kMostAcross];                 // kNoExpert: shared
-  uint32_t selected_by[kTokens / 32][kMostAcross];  // bits of tokens
+  uint32_t selected_by[kTileWords][kMostAcross];  // bits of tokens
 };
 
 /// Rows of w_in for so many neurons: a GLU's gate and up rows in turns of eight. What an item goes across is a multiple of
@@ -37,7 +37,7 @@ __device__ __forceinline__ uint32_t weight_row(const moefy_experts_tiled_params&
   return neuron < n.d_ff ? up_row(n, neuron) : kNoRow;
 }
 
-/// Boxes of weights of an item that the copy engine brings, one a lane of a warp; every other is this block's to ask for.
+/// Boxes of weights of an item that the copy engine brings, each asked for by a lane of a warp.
 struct Boxes {
   uint32_t bytes;  // of all
   uint32_t at;     // in a stage, of this lane's
@@ -49,21 +49,21 @@ struct Boxes {
     const uint32_t rows = box_neurons * halves_of(p), boxes = ceil_div(min(neurons, tile.num_neurons - first), box_neurons);
     bytes = boxes * rows * kTileRowBytes;
     at = kTokenBytes + threadIdx.x * rows * kTileRowBytes;
-    mine = threadIdx.x < boxes && threadIdx.x % 2 == blockIdx.x % 2;
+    mine = threadIdx.x < boxes;
     group = mine ? find_neuron(p, tile, first + threadIdx.x * box_neurons).neuron / 8 : 0;
   }
 };
 
-template <class T, bool kPaired>
+template <class T, bool kEngine>
 __device__ __forceinline__ void copy_items(const moefy_experts_tiled_params& p, const moefy_tensor_map* weights,
                                            uint32_t box_neurons, const Items& items, uint32_t memory,
-                                           const Pipeline<kTileStages, kPaired>& pipeline) {
-  constexpr int kTokenPasses = kTokens / kRowsPerPass, kRowPasses = kPaired ? 0 : kMostAcross / kRowsPerPass;
+                                           const Pipeline<kTileStages, kEngine>& pipeline) {
+  constexpr int kTokenPasses = kTileTokens / kRowsPerPass, kRowPasses = kEngine ? 0 : kMostAcross / kRowsPerPass;
   const moefy_neurons& n = p.neurons;
   const uint32_t chunk = threadIdx.x % kChunks, pass_row = threadIdx.x / kChunks;
   const uint32_t num_stages = ceil_div(n.d_model, kDepth);
-  Copier<kTileStages, kPaired> copier(pipeline);
-  for_each_item<kPaired>(p, items, [&](const TokenTile& tile, uint32_t across, uint32_t row0) {
+  Copier<kTileStages, kEngine> copier(pipeline);
+  for_each_item(p, items, [&](const TokenTile& tile, uint32_t across, uint32_t row0) {
     const uint32_t used = min(across, rows_of(p, tile.num_neurons) - row0);
     // Rows that this thread copies its chunk of.
     const T* x[kTokenPasses];
@@ -80,14 +80,14 @@ __device__ __forceinline__ void copy_items(const moefy_experts_tiled_params& p, 
     for (int i = 0; i < kRowPasses; ++i) {
       w[i] = i * kRowsPerPass < used ? weight_row(p, tile, row0 + pass_row + i * kRowsPerPass) : kNoRow;
     }
-    const Boxes boxes(p, kPaired ? box_neurons : kDepth, tile, row0 / halves_of(p), used / halves_of(p));
+    const Boxes boxes(p, kEngine ? box_neurons : kDepth, tile, row0 / halves_of(p), used / halves_of(p));
 #pragma unroll 1
     for (uint32_t stage = 0; stage < num_stages; ++stage) {
       const uint32_t slot = copier.begin(), to = memory + slot * kTileStageBytes, k = stage * kDepth;
       const bool inside = k + chunk * 8 < n.d_model;
-      if constexpr (kPaired) {
+      if constexpr (kEngine) {
         if (threadIdx.x == 0) barrier_expect(pipeline.full(slot), boxes.bytes);
-        if (boxes.mine) copy_box_to_pair(to + boxes.at, *weights, {k, 0, 0, boxes.group}, pipeline.full(slot));
+        if (boxes.mine) copy_box(to + boxes.at, *weights, {k, 0, 0, boxes.group}, pipeline.full(slot));
       }
 #pragma unroll
       for (int i = 0; i < kTokenPasses; ++i) {
@@ -104,7 +104,6 @@ __device__ __forceinline__ void copy_items(const moefy_experts_tiled_params& p, 
       copier.end();
     }
   });
-  copier.flush();
 }
 
 /// Notes what the neurons of an item need, one a thread; beyond the last nobody selects them.
@@ -123,7 +122,7 @@ __device__ __forceinline__ void find_places(const moefy_experts_tiled_params& p,
     } else {
       const uint64_t at = static_cast<uint64_t>(tile.index) * p.neurons.num_experts + found.slot;
       expert = p.tile_experts[at];
-      selected_by = *reinterpret_cast<const uint4*>(p.tile_masks + at * kTileWords + tile.half * (kTokens / 32));
+      selected_by = *reinterpret_cast<const uint4*>(p.tile_masks + at * kTileWords);
     }
   }
   places.bias[own] = constants.bias;
@@ -136,12 +135,13 @@ __device__ __forceinline__ void find_places(const moefy_experts_tiled_params& p,
   places.selected_by[3][own] = selected_by.w;
 }
 
-/// h of two rows of a tile, `row` and eight further, from the sums of this thread: of so many neurons from `first` on, a
-/// multiple of 32. All lanes of a warp take part.
-template <class T, int kHalves, class Activation>
+__device__ __forceinline__ void sync_multipliers() { asm volatile("bar.sync 1, %0;" ::"n"(kMultipliers) : "memory"); }
+
+/// h of two rows of a tile, `row` and eight further, from the sums of this thread, which are used up: of so many neurons from
+/// `first` on, a multiple of 32. All lanes of a warp take part.
+template <class T, int kHalves, int kSums, class Activation>
 __device__ __forceinline__ void store_rows(const moefy_experts_tiled_params& p, const TokenTile& tile, const Places& places,
-                                           uint32_t row, uint32_t first, uint32_t count, const float (&c)[2][64],
-                                           Activation) {
+                                           uint32_t row, uint32_t first, uint32_t count, float (&c)[kSums], Activation) {
   moefy_neurons n = p.neurons;
   n.activation = Activation::value;
   n.glu = kHalves - 1;
@@ -150,15 +150,13 @@ __device__ __forceinline__ void store_rows(const moefy_experts_tiled_params& p, 
   const uint32_t* selected_by = places.selected_by[row / 32];
   T* to = static_cast<T*>(p.hidden) + (tile.first_token + row) * p.hidden_stride + first + t * 8;
 #pragma unroll 1
-  for (uint32_t group = 0; group * 32 < count; ++group) {
+  for (uint32_t done = 0; done < count; done += 32) {
     uint32_t words[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t at = group * 32 + i * 8 + 2 * t;
-      float sums[4 * kHalves];
-      take_sums<16 * kHalves>(sums, c, group, 4 * kHalves * i);
-      const float* pre = sums;
-      const float* up = sums + 4 * (kHalves - 1);
+      const uint32_t at = done + i * 8 + 2 * t;
+      const float* pre = c + i * kHalves * 4;
+      const float* up = pre + (kHalves - 1) * 4;
       float values[2][2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -185,51 +183,51 @@ __device__ __forceinline__ void store_rows(const moefy_experts_tiled_params& p, 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4 eight = transpose_quad(words[half]);
-      if (row + 8 * half < tile.num_tokens) {
-        *reinterpret_cast<uint4*>(to + 8 * half * p.hidden_stride + group * 32) = eight;
-      }
+      if (row + 8 * half < tile.num_tokens) *reinterpret_cast<uint4*>(to + 8 * half * p.hidden_stride + done) = eight;
     }
+    move_down<16 * kHalves>(c);
   }
 }
 
-template <class T, bool kPaired>
+template <class T, bool kEngine>
 __device__ __forceinline__ void multiply_items(const moefy_experts_tiled_params& p, const Items& items, uint32_t memory,
-                                               const Pipeline<kTileStages, kPaired>& pipeline) {
+                                               const Pipeline<kTileStages, kEngine>& pipeline) {
   // In turns, so that one can be filled while others still read the last.
   __shared__ Places places[2];
   const uint32_t num_stages = ceil_div(p.neurons.d_model, kDepth), halves = halves_of(p);
-  const uint32_t row = row_of_sums(), group_token = row / 64 * 64;
+  const uint32_t row = first_row_of_warp() + threadIdx.x % 32 / 4, group_token = row / 64 * 64;
   uint32_t turn = 0;
-  Multiplier<kTileStages, kPaired> multiplier(pipeline);
-  for_each_item<kPaired>(p, items, [&](const TokenTile& tile, uint32_t across, uint32_t row0) {
+  Multiplier<kTileStages, kEngine> multiplier(pipeline);
+  for_each_item(p, items, [&](const TokenTile& tile, uint32_t across, uint32_t row0) {
     const uint32_t used = min(across, rows_of(p, tile.num_neurons) - row0), first = row0 / halves;
     const Places& those = places[turn];
     find_places(p, tile, first, places[turn]);
     turn ^= 1;
     sync_multipliers();
     const bool has_tokens = group_token < tile.num_tokens;
-    float c[2][64];
-    multiply_item<T, false>(c, used, multiplier, memory, num_stages, has_tokens);
-    if (!has_tokens) return;
-    with_activation(p.neurons.activation, [&](auto known) {
-      if (halves == 2) {
-        store_rows<T, 2>(p, tile, those, row, first, used / 2, c, known);
-      } else {
-        store_rows<T, 1>(p, tile, those, row, first, used, c, known);
-      }
+    with_sums(used, [&](auto sums) {
+      constexpr int kSums = decltype(sums)::value;
+      float c[kSums];
+      multiply_stages<T, false>(c, multiplier, memory, num_stages, has_tokens);
+      if (!has_tokens) return;
+      with_activation(p.neurons.activation, [&](auto known) {
+        if (halves == 1) return store_rows<T, 1>(p, tile, those, row, first, used, c, known);
+        // Sums of gate and up for 64 neurons at least.
+        if constexpr (kSums % 64 == 0) store_rows<T, 2>(p, tile, those, row, first, used / 2, c, known);
+      });
     });
   });
 }
 
-template <class T, bool kPaired>
+template <class T, bool kEngine>
 __device__ __forceinline__ void tiled_hidden(const moefy_experts_tiled_params& p, const moefy_tensor_map* weights,
                                              uint32_t box_neurons) {
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ Items items;
-  const Pipeline<kTileStages, kPaired> pipeline;
+  const Pipeline<kTileStages, kEngine> pipeline;
   begin();
   const auto rows = [&](uint32_t neurons) { return rows_of(p, neurons); };
-  find_items<kPaired>(p, items, rows, [&](const Items&, uint32_t neurons) {
+  find_items(p, items, rows, [] {}, [&](uint32_t neurons) {
     // As even as can be.
     const uint32_t unit = 64 * halves_of(p), all = max(rows_of(p, neurons), unit);
     return ceil_div(ceil_div(all, ceil_div(all, kMostAcross)), unit) * unit;
@@ -241,23 +239,20 @@ __device__ __forceinline__ void tiled_hidden(const moefy_experts_tiled_params& p
     become_multiplier();
     multiply_items<T>(p, items, shared_address(memory), pipeline);
   }
-  // The other block may still write here.
-  if constexpr (kPaired) sync_cluster();
 }
 
 }  // namespace
 }  // namespace moefy
 
 // Dynamic shared memory: 192 KB.
-#define MOEFY_EXPERTS_TILED_HIDDEN(name, type)                                                       \
-  extern "C" __global__ void __launch_bounds__(moefy::kPipelineThreads, 1)                           \
-      moefy_experts_tiled_hidden_##name(const __grid_constant__ moefy_experts_tiled_params p) {      \
-    moefy::tiled_hidden<type, false>(p, nullptr, 0);                                                 \
-  }                                                                                                  \
-  extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(moefy::kPipelineThreads, 1) \
-      moefy_experts_tiled_paired_hidden_##name(                                                      \
-          const __grid_constant__ moefy_experts_tiled_paired_params p) {                             \
-    moefy::tiled_hidden<type, true>(p.experts, &p.weights, p.box_neurons);                           \
+#define MOEFY_EXPERTS_TILED_HIDDEN(name, type)                                                                        \
+  extern "C" __global__ void __launch_bounds__(moefy::kPipelineThreads, 1)                                            \
+      moefy_experts_tiled_hidden_##name(const __grid_constant__ moefy_experts_tiled_params p) {                       \
+    moefy::tiled_hidden<type, false>(p, nullptr, 0);                                                                  \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(moefy::kPipelineThreads, 1)                                            \
+      moefy_experts_tiled_engine_hidden_##name(const __grid_constant__ moefy_experts_tiled_engine_params p) {         \
+    moefy::tiled_hidden<type, true>(p.experts, &p.weights, p.box_neurons);                                            \
   }
 
 MOEFY_EXPERTS_TILED_HIDDEN(f16, __half)

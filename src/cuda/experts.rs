@@ -118,6 +118,8 @@ pub(super) struct Launch {
     pub(super) rank: usize,
     pub(super) halves: usize,
     pub(super) multiprocessors: usize,
+    /// Whether whole warpgroups multiply for many tokens.
+    pub(super) is_wide: bool,
 }
 
 impl Launch {
@@ -133,6 +135,7 @@ impl Launch {
             rank: neurons.rank,
             halves: neurons.halves(),
             multiprocessors: device.properties().multiprocessors,
+            is_wide: device.experts.many.is_wide(dtype),
         }
     }
 }
@@ -278,6 +281,17 @@ pub unsafe fn experts(
             }
         }
     }
+}
+
+/// Microseconds that the second product for many tokens takes, from measurements on an H100, where so many pairs exist.
+pub(super) fn second_product_us(
+    device: &Device,
+    neurons: &Neurons,
+    dtype: DType,
+    num_tokens: usize,
+    pairs: f64,
+) -> f64 {
+    experts_many::second_product_us(&Launch::new(device, neurons, dtype, num_tokens), pairs)
 }
 
 fn without_addresses(neurons: moefy_neurons) -> moefy_experts_params {

@@ -4,7 +4,7 @@ use super::driver::{Function, RawStream};
 use super::experts::Launch;
 use super::kernels::Modules;
 use super::token_tiles::TILE_TOKENS;
-use crate::abi::{moefy_experts_tiled_paired_params, moefy_experts_tiled_params};
+use crate::abi::{moefy_experts_tiled_engine_params, moefy_experts_tiled_params};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -15,14 +15,12 @@ const THREADS: u32 = 384;
 const SHARED_BYTES: usize = 192 << 10;
 /// Elements of a row of h are a multiple of those of a stage.
 const DEPTH: usize = 64;
-/// Rows of h of a box, in groups of eight.
-const HIDDEN_GROUPS: usize = TILE_TOKENS / 2 / 8;
 
 /// Both products of a type.
 pub(super) struct OfType {
     single: [Function; 2],
-    /// Where two blocks share the weights.
-    paired: [Function; 2],
+    /// Where the copy engine can bring the weights.
+    engine: [Function; 2],
 }
 
 /// Of f16 and of bf16.
@@ -41,9 +39,9 @@ impl Kernels {
         Ok(Some(Self([
             OfType {
                 single: both(["moefy_experts_tiled_hidden_f16", "moefy_experts_tiled_output_f16"])?,
-                paired: both([
-                    "moefy_experts_tiled_paired_hidden_f16",
-                    "moefy_experts_tiled_paired_output_f16",
+                engine: both([
+                    "moefy_experts_tiled_engine_hidden_f16",
+                    "moefy_experts_tiled_engine_output_f16",
                 ])?,
             },
             OfType {
@@ -51,9 +49,9 @@ impl Kernels {
                     "moefy_experts_tiled_hidden_bf16",
                     "moefy_experts_tiled_output_bf16",
                 ])?,
-                paired: both([
-                    "moefy_experts_tiled_paired_hidden_bf16",
-                    "moefy_experts_tiled_paired_output_bf16",
+                engine: both([
+                    "moefy_experts_tiled_engine_hidden_bf16",
+                    "moefy_experts_tiled_engine_output_bf16",
                 ])?,
             },
         ])))
@@ -121,20 +119,42 @@ impl Shape {
             }
             return Ok(());
         };
-        let weights = [(params.neurons.w_in, halves), (params.neurons.w_out, 1)];
-        for (product, (weights, halves)) in kernels.paired.iter().zip(weights) {
-            let map = |matrix, sizes, groups| product.tensor_map(dtype, matrix, sizes, groups);
-            let params = moefy_experts_tiled_paired_params {
-                weights: map(weights, [d_model, d_ff, halves], box_neurons / 8)?,
-                hidden: map(workspace, [self.hidden_stride, self.hidden_rows, 1], HIDDEN_GROUPS)?,
+        let row = (d_model * dtype.bytes()) as u64;
+        let [columns, rows, hidden_rows] = [d_model, d_ff, self.hidden_rows].map(|n| n as u64);
+        let depth = DEPTH as u32;
+        let hidden_row = (self.hidden_stride * dtype.bytes()) as u64;
+        let [hidden, output] = &kernels.engine;
+        let of_hidden = output.tensor_map(
+            dtype,
+            workspace,
+            [self.hidden_stride as u64, hidden_rows, 1, 1],
+            [hidden_row, hidden_row * hidden_rows, hidden_row * hidden_rows],
+            [depth, TILE_TOKENS as u32, 1, 1],
+        )?;
+        let w_in = hidden.tensor_map(
+            dtype,
+            params.neurons.w_in,
+            [columns, 8, halves as u64, rows / 8],
+            [row, row * rows, row * 8],
+            [depth, 8, halves as u32, box_neurons as u32 / 8],
+        )?;
+        let w_out = output.tensor_map(
+            dtype,
+            params.neurons.w_out,
+            [columns, rows, 1, 1],
+            [row, row * rows, row * rows],
+            [depth, box_neurons as u32, 1, 1],
+        )?;
+        for (product, weights) in [(hidden, w_in), (output, w_out)] {
+            let params = moefy_experts_tiled_engine_params {
+                weights,
+                hidden: of_hidden,
                 experts: params,
                 box_neurons: box_neurons as u32,
                 ..bytemuck::Zeroable::zeroed()
             };
             // SAFETY: the caller's promise.
-            unsafe {
-                product.launch(stream, [blocks & !1, 1, 1], THREADS, SHARED_BYTES, &params)?;
-            }
+            unsafe { product.launch(stream, [blocks, 1, 1], THREADS, SHARED_BYTES, &params)? };
         }
         Ok(())
     }

@@ -5,14 +5,14 @@ use super::places::MAX_CHUNK;
 #[cfg(feature = "cuda")]
 use super::plan::Stage;
 use super::view::View;
-use super::{MoeFfn, ffn_few, token_tiles};
+use super::{MoeFfn, experts, ffn_few, token_tiles};
 use crate::error::Result;
 use crate::ffn::Selection;
 
 /// Most tokens for which a choice streams the union of their experts.
 pub(super) const MAX_FEW_TOKENS: usize = 8;
 /// Fewest tokens for which a choice goes expert by expert: with fewer, tiles are mostly empty.
-pub(super) const MIN_MANY_TOKENS: usize = 1024;
+pub(super) const MIN_MANY_TOKENS: usize = 512;
 
 /// A way to compute the layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,7 +24,7 @@ pub enum Path {
     Few,
     /// `expert-major`: each expert with its own tokens.
     ExpertMajor,
-    /// `token-tile`: tokens whose masks are alike side by side, and each 256 of them over the union of their experts; f16
+    /// `token-tile`: tokens whose masks are alike side by side, and each 128 of them over the union of their experts; f16
     /// and bf16 on Hopper. It pays where routing is correlated, and nothing here knows how much: a plan takes it only when
     /// it is told to.
     TokenTile,
@@ -190,17 +190,28 @@ impl MoeFfn {
         let neurons = self.neurons();
         let element = self.dtype().bytes() as f64;
         let d_model = neurons.d_model() as f64;
+        let num_experts = neurons.num_experts as f64;
+        let [bytes_in, bytes_out] =
+            [&neurons.w_in, &neurons.w_out].map(|w| w.shape[0] as f64 * d_model * element / 2.9e6);
         let of_expert = (neurons.halves() * neurons.expert_width) as f64;
-        let pairs = tokens * neurons.num_experts as f64 * density;
+        let pairs = tokens * num_experts * density;
         let always = (neurons.halves() * neurons.shared + neurons.rank) as f64;
-        // Tiles of 128 tokens, of which each expert leaves half of one empty.
-        let padded = pairs + 64.0 * neurons.num_experts as f64;
+        // Tiles of 128 tokens, of which each expert leaves half of one empty; each reads its tokens and its weights.
+        let padded = pairs + 64.0 * num_experts;
         let tokens_again = (of_expert / 256.0).max(1.0);
-        let hidden = padded * d_model * element * (tokens_again + of_expert / 128.0) / 3.9e6;
-        let outputs = pairs * d_model * element * 2.0 / 2.1e6;
+        let hidden = padded * d_model * element * (tokens_again + of_expert / 128.0) / 6.2e6;
         let always = tokens * always * d_model / 2e8
             + if always > 0.0 { tokens * d_model * element / 1e6 } else { 0.0 };
-        60.0 + hidden + outputs + always
+        30.0 + hidden.max(bytes_in)
+            + experts::second_product_us(
+                self.device(),
+                neurons,
+                self.dtype(),
+                tokens as usize,
+                pairs,
+            )
+            .max(bytes_out)
+            + always
     }
 
     /// The fused path for so many tokens, if it can do them.

@@ -53,14 +53,14 @@ fn shared_bytes(num_experts: usize) -> usize {
 /// What [`token_tiles`] writes, all u32. Entries beyond what the counts say are left as they were.
 #[derive(Clone, Copy, Debug)]
 pub struct TokenTiles {
-    /// All tokens, padding last, \[1, T\]: a tile has 256 that follow each other.
+    /// All tokens, padding last, \[1, T\]: a tile has 128 that follow each other.
     pub token_ids: View,
-    /// Experts that any token of a tile selects, \[1, ⌈T/256⌉\].
+    /// Experts that any token of a tile selects, \[1, ⌈T/128⌉\].
     pub counts: View,
-    /// Those of each tile, ascending, \[⌈T/256⌉, E\].
+    /// Those of each tile, ascending, \[⌈T/128⌉, E\].
     pub experts: View,
     /// Of each of those the tokens of the tile that select it, least significant bit first,
-    /// \[⌈T/256⌉, 8 E\].
+    /// \[⌈T/128⌉, 4 E\].
     pub masks: View,
 }
 
@@ -93,7 +93,7 @@ pub fn token_tiles_workspace_bytes(num_tokens: usize, num_experts: usize) -> Opt
 }
 
 /// Orders tokens by the rarest of their experts, then by the second rarest, as often as this batch selects them, and gives
-/// what each tile of 256 tokens selects: number for number what
+/// what each tile of 128 tokens selects: number for number what
 /// [`reference::token_tiles`](crate::reference::token_tiles) gives, in every run. `mask` is u32
 /// \[num_tokens, ⌈num_experts/32⌉\]; rows at and beyond the device-side `num_valid_tokens` (u32 \[1, 1\]) select
 /// nothing.

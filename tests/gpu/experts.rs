@@ -335,10 +335,21 @@ fn every_gate(gpu: &Gpu) {
 /// Rows beyond the device-side number of tokens are zeros, even with shared neurons and a bias; bits beyond the experts
 /// count for nothing.
 fn padding(gpu: &Gpu) {
+    let odd = Shape { d_model: 64, num_experts: 5, expert_width: 6, shared: 3, rank: 2, glu: true };
+    let aligned = Shape { expert_width: 8, shared: 16, ..odd };
+    for (shape, dtype) in [
+        (odd, DType::F32),
+        (odd, DType::F16),
+        (aligned, DType::BF16),
+        (Shape { rank: 0, ..aligned }, DType::F16),
+    ] {
+        padding_of(gpu, shape, dtype);
+    }
+}
+
+fn padding_of(gpu: &Gpu, shape: Shape, dtype: DType) {
     let rng = &mut gpu.rng();
-    let shape =
-        Shape { d_model: 64, num_experts: 5, expert_width: 6, shared: 3, rank: 2, glu: true };
-    let (num_tokens, dtype) = (40, DType::F32);
+    let num_tokens = 40;
     let layer = random_layer(rng, shape, dtype);
     let x = tokens(rng, num_tokens, shape.d_model, dtype);
     let mask = random_mask(rng, num_tokens, shape.num_experts, 0.5);
@@ -369,7 +380,7 @@ fn padding(gpu: &Gpu) {
                 lists,
                 tiles: None,
             };
-            let mut y = Output::new(gpu, num_tokens * shape.d_model * 4);
+            let mut y = Output::new(gpu, num_tokens * shape.d_model * dtype.bytes());
             let y_view = View::matrix(y.address(), float, x.shape());
             gpu.run(&mut [&mut y], |stream| unsafe {
                 let device = &gpu.device;
@@ -378,7 +389,10 @@ fn padding(gpu: &Gpu) {
                 route_index(device, stream, &views, mask_view, experts_of, num_valid, workspace)?;
                 experts(device, stream, y_view, neurons, &inputs, workspace)
             });
-            let y = y.read::<f32>();
+            let bytes = y.read::<u8>();
+            let y = moefy::TensorRef::from_bytes(dtype, &bytes, x.shape()).expect("sizes fit");
+            let y = y.to_owned();
+            let y = y.to_f32();
             let end = (valid as usize).min(num_tokens) * shape.d_model;
             assert!(y[end..].iter().all(|&v| v == 0.0), "padding is not zero");
             let error = relative_error(&y[..end], &all[..end]);

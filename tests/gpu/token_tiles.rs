@@ -17,7 +17,7 @@ pub fn tests() -> crate::Tests {
     ]
 }
 
-const TILE: usize = 256;
+const TILE: usize = 128;
 const WORDS: usize = TILE / 32;
 
 /// Every output.
