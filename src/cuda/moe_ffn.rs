@@ -23,6 +23,7 @@ pub struct MoeFfn {
     pub(super) few_w2: u64,
     selection: Selection,
     gate: Gate,
+    calibrated_density: Option<f64>,
     /// What the addresses lead to.
     _buffers: Vec<Buffer>,
 }
@@ -111,6 +112,7 @@ impl MoeFfn {
             few_w2,
             selection: ffn.selection(),
             gate: ffn.gate(),
+            calibrated_density: ffn.calibrated_density(),
             _buffers: upload.buffers,
             device: device.clone(),
         })
@@ -150,6 +152,7 @@ impl MoeFfn {
             few_w2,
             selection: self.selection,
             gate: self.gate,
+            calibrated_density: self.calibrated_density,
             device: self.device.clone(),
             _buffers: buffers,
         })
@@ -183,6 +186,11 @@ impl MoeFfn {
     /// The gate.
     pub fn gate(&self) -> Gate {
         self.gate
+    }
+
+    /// Executed neurons / d_ff on average, if it is known.
+    pub fn calibrated_density(&self) -> Option<f64> {
+        self.calibrated_density
     }
 
     /// Whether a plan for one is a plan for the other.

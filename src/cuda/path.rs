@@ -95,8 +95,8 @@ pub struct PlanOptions {
     pub path: Option<Path>,
     /// What a choice may fall back to.
     pub fallback: Fallback,
-    /// Calibrated mean density, if it is known: what a choice by the number of tokens goes by. Unknown, it is the
-    /// most that selection can give, of top-k what it always gives.
+    /// Mean density: what a choice by the number of tokens goes by. `None` is the layer's calibrated one and, where that is not
+    /// known either, the most that selection can give, of top-k what it always gives.
     pub density: Option<f64>,
     /// Whether to count what selection does.
     pub statistics: bool,
@@ -160,7 +160,8 @@ impl MoeFfn {
         let all_us = (rows_in + rows_out) * d_model * element / 2.8e6;
         // If tokens route independently.
         let most = self.selection().most_experts(neurons.num_experts) as f64;
-        let density = options.density.unwrap_or(most / neurons.num_experts as f64);
+        let density = options.density.or(self.calibrated_density());
+        let density = density.unwrap_or(most / neurons.num_experts as f64);
         let union = 1.0 - (1.0 - density).powi(num_tokens.min(1 << 20) as i32);
         let union_us = union * all_us;
         let of_products = tokens * (rows_in + rows_out) * d_model / 3.6e8;
