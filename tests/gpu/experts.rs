@@ -366,11 +366,15 @@ fn padding_of(gpu: &Gpu, shape: Shape, dtype: DType) {
         let num_valid = Some(View::words(word.address(), 1));
         let mask_view = View::matrix(mask_device.address(), Format::Word, [num_tokens, 1]);
         let tokens = ExpertLists { offsets: views.offsets, token_ids: views.token_ids };
-        for lists in [None, Some(tokens)] {
+        let all_tiles = Tiles::new(gpu, num_tokens, shape.num_experts);
+        let ways = [(None, None), (Some(tokens), None), (None, Some(all_tiles.views()))];
+        let tiled = dtypes(gpu, Which::Tiled).contains(&dtype);
+        for (lists, tiles) in ways.into_iter().filter(|(_, tiles)| tiled || tiles.is_none()) {
             let neurons = on_device.neurons();
-            let bytes =
-                experts_workspace_bytes(&gpu.device, neurons, num_tokens, lists, None).unwrap();
-            let bytes = bytes.max(route_index_workspace_bytes(num_tokens, shape.num_experts));
+            let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, lists, tiles);
+            let of_lists = route_index_workspace_bytes(num_tokens, shape.num_experts);
+            let of_tiles = token_tiles_workspace_bytes(num_tokens, shape.num_experts).unwrap();
+            let bytes = bytes.unwrap().max(of_lists).max(of_tiles);
             let scratch = Output::new(gpu, bytes);
             let inputs = ExpertsInputs {
                 x: View::matrix(x_device.address(), float, x.shape()),
@@ -378,7 +382,7 @@ fn padding_of(gpu: &Gpu, shape: Shape, dtype: DType) {
                 gates: None,
                 num_valid_tokens: num_valid,
                 lists,
-                tiles: None,
+                tiles,
             };
             let mut y = Output::new(gpu, num_tokens * shape.d_model * dtype.bytes());
             let y_view = View::matrix(y.address(), float, x.shape());
@@ -386,7 +390,18 @@ fn padding_of(gpu: &Gpu, shape: Shape, dtype: DType) {
                 let device = &gpu.device;
                 let workspace = Workspace { address: scratch.address(), bytes };
                 let experts_of = shape.num_experts;
-                route_index(device, stream, &views, mask_view, experts_of, num_valid, workspace)?;
+                match &tiles {
+                    Some(tiles) => {
+                        token_tiles(
+                            device, stream, tiles, mask_view, experts_of, num_valid, workspace,
+                        )?;
+                    }
+                    None => {
+                        route_index(
+                            device, stream, &views, mask_view, experts_of, num_valid, workspace,
+                        )?;
+                    }
+                }
                 experts(device, stream, y_view, neurons, &inputs, workspace)
             });
             let bytes = y.read::<u8>();
