@@ -19,12 +19,13 @@ template <int kStages, bool kWithEngine = false>
 struct Pipeline {
   uint32_t barriers;
 
-  __device__ Pipeline() {
+  /// `full_arrivals`: of a stage, beside the bytes that it is told to expect.
+  __device__ explicit Pipeline(uint32_t full_arrivals = kCopiers + kWithEngine) {
     __shared__ uint64_t memory[2 * kStages];
     barriers = shared_address(memory);
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
-        barrier_init(full(stage), kCopiers + kWithEngine);
+        barrier_init(full(stage), full_arrivals);
         barrier_init(empty(stage), kMultipliers / 32);
       }
       fence_barriers();
@@ -50,6 +51,9 @@ class Copier {
   }
 
   __device__ void end() { copy_async_arrive(pipeline_.full(count_++ % kStages)); }
+
+  /// Where the copy engine does everything.
+  __device__ void end_by_engine() { ++count_; }
 
  private:
   const Pipeline<kStages, kWithEngine>& pipeline_;

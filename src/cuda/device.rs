@@ -6,7 +6,7 @@ use super::kernels::{Modules, build_info};
 use super::read_bandwidth;
 use super::{
     Tuning, abi_probe, add_shares, body, dense, experts, ffn_few, gates, padding, route_index,
-    router_select, select, statistics,
+    router_select, select, statistics, token_tiles,
 };
 use crate::error::{Error, Result};
 
@@ -48,6 +48,7 @@ pub struct Device {
     pub(super) router_select: router_select::Kernels,
     pub(super) select: select::Kernels,
     pub(super) statistics: statistics::Kernels,
+    pub(super) token_tiles: token_tiles::Kernels,
     properties: Properties,
     tuning: Option<Tuning>,
 }
@@ -78,6 +79,7 @@ impl Device {
             router_select: router_select::Kernels::load(&modules, properties.max_shared_bytes)?,
             select: select::Kernels::load(&modules)?,
             statistics: statistics::Kernels::load(&modules)?,
+            token_tiles: token_tiles::Kernels::load(&modules)?,
             context,
             properties,
             tuning: None,

@@ -12,7 +12,7 @@ use super::view::{Arguments, Format, View, Workspace};
 use super::{
     Buffer, ExpertsInputs, FfnInputs, MoeFfn, Path, PlanOptions, RouteIndexOutputs,
     RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, ffn_few, gates, padding,
-    route_index,
+    route_index, token_tiles,
 };
 use crate::abi::{
     moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_split_valid_params,
@@ -66,6 +66,16 @@ impl MoeFfn {
             let expected = "one that can do these sizes (few-fused is for f16 and bf16 on Hopper, \
                             at most 32 tokens, d_model up to 4096 for 8 of them, and 512 experts)";
             let got = format!("few-fused for {max_tokens} tokens");
+            return Err(check.error("path", expected, got));
+        }
+        if options.path == Some(Path::TokenTile) && !self.token_tiles() {
+            let check = Arguments { device: self.device(), op: "plan" };
+            let expected = "one that can do this layer (token-tile is for f16 and bf16 on Hopper, and 4095 experts)";
+            let got = format!(
+                "token-tile for {} and {} experts",
+                self.dtype(),
+                self.neurons().num_experts
+            );
             return Err(check.error("path", expected, got));
         }
         let places = self.places(max_tokens, &options)?;
@@ -266,14 +276,29 @@ impl FfnPlan {
                 return self.run_dense(stream, y, inputs, [mask.address, gates], op);
             }
             let (valid, device) = (inputs.num_valid_tokens, ffn.device());
-            let mut inputs_of_experts =
-                ExpertsInputs { x: inputs.x, mask, gates, num_valid_tokens: valid, lists: None };
+            let mut inputs_of_experts = ExpertsInputs {
+                x: inputs.x,
+                mask,
+                gates,
+                num_valid_tokens: valid,
+                lists: None,
+                tiles: None,
+            };
             if path == Path::Few {
                 return experts(device, stream, y, neurons, &inputs_of_experts, op);
             }
             let words = |place, len| View::words(base + place, len);
             let num_experts = neurons.num_experts;
             let places = &self.places;
+            if path == Path::TokenTile {
+                let tiles = places.tiles(base, num_experts, num_tokens);
+                token_tiles(device, stream, &tiles, mask, num_experts, valid, op)?;
+                if last == Stage::Index {
+                    return Ok(());
+                }
+                inputs_of_experts.tiles = Some(tiles);
+                return experts(device, stream, y, neurons, &inputs_of_experts, op);
+            }
             let outputs = RouteIndexOutputs {
                 counts: words(places.counts, num_experts),
                 offsets: words(places.offsets, num_experts + 1),

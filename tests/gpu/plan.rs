@@ -146,7 +146,7 @@ fn reference_of(path: Path, layer: &ffn::MoeFfn, x: &Tensor, mask: &ExpertMask) 
     }
 }
 
-const SPARSE: [Path; 3] = [Path::FewFused, Path::Few, Path::ExpertMajor];
+const SPARSE: [Path; 4] = [Path::FewFused, Path::Few, Path::ExpertMajor, Path::TokenTile];
 const DENSE: [Path; 2] = [Path::DenseExact, Path::DenseMasked];
 
 fn sparse_paths(gpu: &Gpu) {
@@ -175,10 +175,12 @@ fn one_path(gpu: &Gpu, rng: &mut ChaCha8Rng, dtype: DType, shape: Shape, path: P
     let mut max_tokens = if is_small() { 19 } else { 130 };
     if path == Path::FewFused {
         max_tokens = 32;
-        if dtype == DType::F32 || gpu.device.properties().compute_capability != (9, 0) {
-            return refuses(gpu, &layer, max_tokens);
-        }
-        refuses(gpu, &layer, 33);
+    }
+    if !can(gpu, path, dtype) {
+        return refuses(gpu, &layer, path, max_tokens);
+    }
+    if path == Path::FewFused {
+        refuses(gpu, &layer, path, 33);
     }
     let mut case = Case::new(gpu, &layer, shape, max_tokens, forced(path));
     for num_tokens in sizes(&[0, 1, 2, 7, 19, 32, 33, 130], 19) {
@@ -205,12 +207,18 @@ fn one_path(gpu: &Gpu, rng: &mut ChaCha8Rng, dtype: DType, shape: Shape, path: P
     }
 }
 
+/// Two paths are for 16 bits on Hopper.
+fn can(gpu: &Gpu, path: Path, dtype: DType) -> bool {
+    !matches!(path, Path::FewFused | Path::TokenTile)
+        || dtype != DType::F32 && gpu.device.properties().compute_capability == (9, 0)
+}
+
 /// A path that cannot do so many tokens, or this type.
-fn refuses(gpu: &Gpu, layer: &ffn::MoeFfn, max_tokens: usize) {
+fn refuses(gpu: &Gpu, layer: &ffn::MoeFfn, path: Path, max_tokens: usize) {
     let on_device = Arc::new(MoeFfn::new(&gpu.device, layer).expect("memory"));
-    let error = on_device.plan(max_tokens, forced(Path::FewFused)).err().expect("a refusal");
+    let error = on_device.plan(max_tokens, forced(path)).err().expect("a refusal");
     let message = error.to_string();
-    let words = ["plan", "few-fused", &max_tokens.to_string()];
+    let words = ["plan", path.name(), "f16 and bf16 on Hopper"];
     words.iter().for_each(|word| assert!(message.contains(word), "{message:?} lacks {word:?}"));
 }
 
@@ -297,11 +305,16 @@ fn chunks_and_padding(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let shape =
         Shape { d_model: 64, num_experts: 5, expert_width: 6, shared: 3, rank: 0, glu: false };
-    let (num_tokens, dtype) = (if is_small() { 40 } else { 17_000 }, DType::F32);
-    let layer = random_layer(rng, shape, dtype);
-    let x = tokens(rng, num_tokens, shape.d_model, dtype);
-    let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
-    for path in [Path::ExpertMajor, Path::DenseExact, Path::DenseMasked] {
+    let num_tokens = if is_small() { 40 } else { 17_000 };
+    let paths =
+        [Path::ExpertMajor, Path::DenseExact, Path::DenseMasked].map(|path| (path, DType::F32));
+    for (path, dtype) in paths.into_iter().chain([(Path::TokenTile, DType::BF16)]) {
+        if !can(gpu, path, dtype) {
+            continue;
+        }
+        let layer = random_layer(rng, shape, dtype);
+        let x = tokens(rng, num_tokens, shape.d_model, dtype);
+        let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
         let mut case = Case::new(gpu, &layer, shape, num_tokens, forced(path));
         case.write(&x, &mask);
         let all = reference_of(path, &layer, &x, &mask);
@@ -344,6 +357,7 @@ fn replays_with_other_inputs(gpu: &Gpu) {
     let few = [1, 8, 32].map(|num_tokens| (Path::FewFused, num_tokens));
     replays(gpu, &few);
     replays(gpu, &[(Path::Few, 5), (Path::ExpertMajor, 40)]);
+    replays(gpu, &[(Path::TokenTile, 300)]);
 }
 
 fn dense_replays(gpu: &Gpu) {
@@ -352,7 +366,7 @@ fn dense_replays(gpu: &Gpu) {
 
 fn replays(gpu: &Gpu, cases: &[(Path, usize)]) {
     let rng = &mut gpu.rng();
-    for &(path, num_tokens) in cases {
+    for &(path, num_tokens) in cases.iter().filter(|(path, _)| can(gpu, *path, DType::BF16)) {
         let layer = random_layer(rng, PLAIN, DType::BF16);
         let mut case = Case::new(gpu, &layer, PLAIN, num_tokens, forced(path));
         let graph = gpu.capture(|stream| case.launch(stream, num_tokens, false)).expect("kernels");
@@ -372,7 +386,7 @@ fn replays(gpu: &Gpu, cases: &[(Path, usize)]) {
 fn memory_stays_flat(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let layer = random_layer(rng, PLAIN, DType::F16);
-    for path in Path::ALL {
+    for path in Path::ALL.into_iter().filter(|path| can(gpu, *path, DType::F16)) {
         let mut case = Case::new(gpu, &layer, PLAIN, 8, forced(path));
         let mask = routing(rng, 8, PLAIN.num_experts, 0.2);
         case.write(&tokens(rng, 8, PLAIN.d_model, DType::F16), &mask);
