@@ -131,6 +131,18 @@ impl Function {
         match self.0 {}
     }
 
+    pub(super) unsafe fn launch_clusters<P: Pod>(
+        &self,
+        _: RawStream,
+        _: [u32; 3],
+        _: u32,
+        _: u32,
+        _: usize,
+        _: &P,
+    ) -> Result<()> {
+        match self.0 {}
+    }
+
     pub(super) fn tensor_map(
         &self,
         _: DType,
@@ -140,4 +152,15 @@ impl Function {
     ) -> Result<moefy_tensor_map> {
         match self.0 {}
     }
+}
+
+/// Only what has a kernel asks for it.
+pub(super) fn matrix_map(
+    _: DType,
+    _: u64,
+    _: [u32; 2],
+    _: u64,
+    _: u32,
+) -> Result<moefy_tensor_map> {
+    unreachable!("there is no device")
 }
