@@ -52,9 +52,8 @@ struct RowSelection {
   }
 
   // All experts whose key is at least `key` > 0.
-  template <int kUnroll = 1>
   __device__ __forceinline__ void take_at_least(uint32_t key) const {
-#pragma unroll kUnroll
+#pragma unroll 1
     for (uint32_t first = 0; first < num_experts; first += 32) {
       const uint32_t word = __ballot_sync(kFullWarp, keys[first + lane_id()] >= key);
       if (lane_id() == 0) mask[first / 32] = word;

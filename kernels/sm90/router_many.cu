@@ -324,30 +324,43 @@ __device__ __forceinline__ void add_up(const Place& place, Fixed& fixed) {
   for (uint32_t token0 = threadIdx.x / 32; token0 < place.num_tokens; token0 += kWarps * kBatch) {
     float v[kBatch][kValues] = {}, square[kBatch] = {};
     uint32_t row[kBatch];
+    const uint32_t count = token0 + kWarps < place.num_tokens ? kBatch : 1;
 #pragma unroll
     for (uint32_t b = 0; b < kBatch; ++b) {
-      row[b] = place.sums(place.rank * place.num_tokens + min(token0 + b * kWarps, place.num_tokens - 1));
+      row[b] = place.sums(place.rank * place.num_tokens + token0 + b * kWarps) + lane_id() * 16;
     }
-#pragma unroll 2
-    for (uint32_t block = 0; block < place.p.num_blocks; ++block) {
+    // The way to another block is long: two of them at a time, and nothing twice.
+#pragma unroll 1
+    for (uint32_t block0 = 0; block0 < place.p.num_blocks; block0 += 2) {
+      float4 sums[2][kBatch][kValues / 4] = {};
+      float squares[2][kBatch] = {};
 #pragma unroll
-      for (uint32_t b = 0; b < kBatch; ++b) {
+      for (uint32_t i = 0; i < 2 * kBatch; ++i) {
+        const uint32_t block = block0 + i / kBatch, b = i % kBatch;
+        if (block >= place.p.num_blocks || b >= count) continue;
         const uint32_t from = address_in_block(row[b], block);
 #pragma unroll
-        for (uint32_t i = 0; i < kValues; i += 4) {
-          const float4 sums = load_in_cluster(from + i * 128 + lane_id() * 16);
-          v[b][i] += sums.x;
-          v[b][i + 1] += sums.y;
-          v[b][i + 2] += sums.z;
-          v[b][i + 3] += sums.w;
+        for (uint32_t j = 0; j < kValues / 4; ++j) sums[i / kBatch][b][j] = load_in_cluster(from + j * 512);
+        if (unit_norm) squares[i / kBatch][b] = load_float_in_cluster(from - lane_id() * 16 + kOutputs * 4);
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < 2 * kBatch; ++i) {
+        const uint32_t b = i % kBatch;
+        square[b] += squares[i / kBatch][b];
+#pragma unroll
+        for (uint32_t j = 0; j < kValues / 4; ++j) {
+          const float4& of_block = sums[i / kBatch][b][j];
+          v[b][4 * j] += of_block.x;
+          v[b][4 * j + 1] += of_block.y;
+          v[b][4 * j + 2] += of_block.z;
+          v[b][4 * j + 3] += of_block.w;
         }
-        if (unit_norm) square[b] += load_float_in_cluster(from + kOutputs * 4);
       }
     }
 #pragma unroll
     for (uint32_t b = 0; b < kBatch; ++b) {
       const uint32_t token = token0 + b * kWarps;
-      if (token >= place.num_tokens) break;
+      if (b >= count) break;
       const float scale = unit_norm ? inverse_norm(square[b]) : 1.0f;
       if (r.w2 != nullptr) {
 #pragma unroll
@@ -357,12 +370,12 @@ __device__ __forceinline__ void add_up(const Place& place, Fixed& fixed) {
       }
       if (lane_id() == 0) fixed.scales[token] = scale;
       if (rows_are_imposed(r)) {
-        copy_imposed(r, min(place.first_token + token, r.num_tokens - 1), row[b], lane_id(), 32);
+        copy_imposed(r, min(place.first_token + token, r.num_tokens - 1), row[b] - lane_id() * 16, lane_id(), 32);
         continue;
       }
 #pragma unroll
       for (uint32_t i = 0; i < kValues; i += 4) {
-        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(row[b] + i * 128 + lane_id() * 16), "f"(v[b][i]),
+        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(row[b] + i * 128), "f"(v[b][i]),
                      "f"(v[b][i + 1]), "f"(v[b][i + 2]), "f"(v[b][i + 3])
                      : "memory");
       }
@@ -388,21 +401,22 @@ __device__ __forceinline__ void second_layer(const Place& place, const Fixed& fi
       const uint64_t a = operand_of_rows(place.piece(group, slot));
       wgmma_fence();
 #pragma unroll
-      for (int part = Parts<T>::kCount - 1; part >= 0; --part) {
-        const uint64_t b = operand_of_rows(place.part(part, depth));
+      for (int step = 0; step < 4; ++step) {
 #pragma unroll
-        for (int step = 0; step < 4; ++step) {
+        for (int part = Parts<T>::kCount - 1; part >= 0; --part) {
           const bool is_first = step == 0 && (part == 0 || part == Parts<T>::kCount - 1);
+          const uint64_t b = operand_of_rows(place.part(part, depth));
           wgmma<T, false>(c[part > 0], a + 2 * step, b + 2 * step, depth > 0 || !is_first);
         }
       }
       wgmma_commit();
-      wgmma_wait<0>();
       if (piece + place.p.num_pieces < num_pieces) {
+        wgmma_wait<0>();
         asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
         if (threadIdx.x % kGroup == 0) place.copy_piece(fixed, group, piece + place.p.num_pieces);
       }
     }
+    wgmma_wait<0>();
     // Rows lie where other blocks read sums.
     if (!has_waited) wait_for_cluster();
     has_waited = true;
@@ -421,51 +435,106 @@ __device__ __forceinline__ void second_layer(const Place& place, const Fixed& fi
   if (!has_waited) wait_for_cluster();
 }
 
-/// A row becomes scores, which go to memory if anyone wants them, then keys, by which experts are selected. A warp does it.
+/// Rows become scores, which go to memory if anyone wants them, then keys, by which experts are selected. A warp takes two
+/// tokens, so that one need not wait for the other.
 template <class Place>
-__device__ __forceinline__ void select_token(const Place& place, const Fixed& fixed, uint32_t token, float* row,
-                                             uint32_t num_valid, uint32_t* scratch) {
+__device__ __forceinline__ void select_tokens(const Place& place, const Fixed& fixed, uint32_t token0, float* rows,
+                                              uint32_t num_valid, uint32_t* scratch) {
+  constexpr uint32_t kBatch = 2, kWords = 4;
   const moefy_router_select_params& r = place.p.router;
-  const uint32_t index = place.first_token + token;
-  if (index >= r.num_tokens) return;
-  const bool valid = index < num_valid, is_imposed = rows_are_imposed(r);
-  const uint64_t first = static_cast<uint64_t>(index) * r.num_experts;
-  const moefy_router_activation activation =
-      r.w2 == nullptr ? first_activation(r.kind) : MOEFY_ROUTER_ACTIVATION_ABS;
-  const bool is_sigmoid = r.kind == MOEFY_ROUTER_MOEFICATION, is_absolute = activation == MOEFY_ROUTER_ACTIVATION_ABS;
-  const float scale = fixed.scales[token];
-  uint32_t* const keys = reinterpret_cast<uint32_t*>(row);
-  uint32_t largest = 0;
-#pragma unroll 4
-  for (uint32_t e = lane_id(); e < round_up_32(r.num_experts); e += 32) {
-    const bool exists = e < r.num_experts;
-    float score = row[e];
+  const uint32_t end = round_up_32(r.num_experts), row_words = end / 32;
+  const bool is_imposed = rows_are_imposed(r), is_sigmoid = r.kind == MOEFY_ROUTER_MOEFICATION;
+  const bool is_absolute = r.kind != MOEFY_ROUTER_CENTROID;
+  if (place.first_token + token0 >= r.num_tokens) return;
+  // Where there is no second token, the first one's row is read again.
+  uint32_t index[kBatch], largest[kBatch] = {};
+  float* row[kBatch];
+  float scale[kBatch];
+  bool exists[kBatch], valid[kBatch];
+#pragma unroll
+  for (uint32_t b = 0; b < kBatch; ++b) {
+    const uint32_t token = token0 + b * kWarps;
+    index[b] = place.first_token + token;
+    exists[b] = token < place.num_tokens && index[b] < r.num_tokens;
+    valid[b] = index[b] < num_valid;
+    row[b] = rows + (exists[b] ? token : token0) * place.row_words();
+    scale[b] = fixed.scales[exists[b] ? token : token0];
+  }
+#pragma unroll 1
+  for (uint32_t first = lane_id(); first < end; first += kWords * 32) {
+    float score[kBatch][kWords];
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch * kWords; ++i) {
+      const uint32_t e = first + i % kWords * 32;
+      score[i / kWords][i % kWords] = row[i / kWords][e < end ? e : first];
+    }
     if (!is_imposed) {
-      score *= scale;
-      if (r.w1_scale != nullptr && exists) score *= r.w1_scale[e];
-      if (is_sigmoid) {
-        score = activate(MOEFY_ROUTER_ACTIVATION_SIGMOID, score);
-      } else {
-        score = is_absolute ? fabsf(score) : fmaxf(score, 0.0f);
+#pragma unroll
+      for (uint32_t i = 0; i < kBatch * kWords; ++i) {
+        const uint32_t b = i / kWords, e = first + i % kWords * 32;
+        float& s = score[b][i % kWords];
+        s *= scale[b];
+        if (r.w1_scale != nullptr) s *= r.w1_scale[min(e, r.num_experts - 1)];
+        s = is_sigmoid ? s : is_absolute ? fabsf(s) : fmaxf(s, 0.0f);
       }
-      if (r.scores != nullptr && exists) {
-        r.scores[first + e] = valid ? score : 0.0f;
-        if (r.imposed != nullptr) score = __ldcg(r.imposed + first + e);
+      if (is_sigmoid) {
+#pragma unroll
+        for (uint32_t i = 0; i < kBatch * kWords; ++i) {
+          float& s = score[i / kWords][i % kWords];
+          s = activate(MOEFY_ROUTER_ACTIVATION_SIGMOID, s);
+        }
+      }
+      if (r.scores != nullptr) {
+#pragma unroll
+        for (uint32_t i = 0; i < kBatch * kWords; ++i) {
+          const uint32_t b = i / kWords, e = first + i % kWords * 32;
+          const uint64_t at = static_cast<uint64_t>(index[b]) * r.num_experts + e;
+          if (!exists[b] || e >= r.num_experts) continue;
+          r.scores[at] = valid[b] ? score[b][i % kWords] : 0.0f;
+          if (r.imposed != nullptr) score[b][i % kWords] = __ldcg(r.imposed + at);
+        }
       }
     }
-    keys[e] = exists && valid ? score_key(score) : 0;
-    largest = max(largest, keys[e]);
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch * kWords; ++i) {
+      const uint32_t b = i / kWords, e = first + i % kWords * 32;
+      const uint32_t key = valid[b] && e < r.num_experts ? score_key(score[b][i % kWords]) : 0;
+      largest[b] = max(largest[b], key);
+      if (exists[b] && e < end) row[b][e] = __uint_as_float(key);
+    }
   }
   __syncwarp();
-  uint32_t* const mask = r.mask + static_cast<uint64_t>(index) * (round_up_32(r.num_experts) / 32);
-  const RowSelection selection{keys, scratch, r.num_experts, mask};
-  bool has_score = true;
-  if (const uint32_t least = plain_threshold(r.selection, r.num_experts, __reduce_max_sync(kFullWarp, largest))) {
-    selection.take_at_least<4>(least);
-  } else {
-    has_score = selection.run(r.selection);
+  uint32_t least[kBatch];
+#pragma unroll
+  for (uint32_t b = 0; b < kBatch; ++b) {
+    least[b] = plain_threshold(r.selection, r.num_experts, __reduce_max_sync(kFullWarp, largest[b]));
   }
-  report({r.mask, r.counts, r.status}, selection, index, has_score, valid);
+  const bool plain = least[0] > 0 && (least[1] > 0 || !exists[1]);
+#pragma unroll 1
+  for (uint32_t first = 0; plain && first < end; first += kWords * 32) {
+    uint32_t words[kBatch] = {};  // lane i has word i
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch * kWords; ++i) {
+      const uint32_t b = i / kWords, e = first + i % kWords * 32 + lane_id();
+      const uint32_t key = __float_as_uint(row[b][e < end ? e : lane_id()]);
+      const uint32_t word = __ballot_sync(kFullWarp, key >= least[b]);
+      if (lane_id() == i % kWords) words[b] = word;
+    }
+#pragma unroll
+    for (uint32_t b = 0; b < kBatch; ++b) {
+      const uint32_t word = first / 32 + lane_id();
+      if (exists[b] && lane_id() < kWords && word < row_words) r.mask[uint64_t(index[b]) * row_words + word] = words[b];
+    }
+  }
+#pragma unroll 1
+  for (uint32_t b = 0; b < kBatch; ++b) {
+    const uint32_t token = token0 + b * kWarps, place_of_token = place.first_token + token;
+    if (token >= place.num_tokens || place_of_token >= r.num_tokens) break;
+    uint32_t* const keys = reinterpret_cast<uint32_t*>(rows + token * place.row_words());
+    const RowSelection selection{keys, scratch, r.num_experts, r.mask + uint64_t(place_of_token) * row_words};
+    const bool has_score = plain || selection.run(r.selection);
+    report({r.mask, r.counts, r.status}, selection, place_of_token, has_score, place_of_token < num_valid);
+  }
 }
 
 /// Words that a warp sorts in.
@@ -541,8 +610,8 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
   __syncthreads();
   uint32_t* const scratch = reinterpret_cast<uint32_t*>(memory + p.parts_offset) + warp * scratch_words(r);
 #pragma unroll 1
-  for (uint32_t token = warp; token < place.num_tokens; token += kWarps) {
-    select_token(place, fixed, token, rows + token * place.row_words(), num_valid, scratch);
+  for (uint32_t token = warp; token < place.num_tokens; token += 2 * kWarps) {
+    select_tokens(place, fixed, token, rows, num_valid, scratch);
   }
 }
 

@@ -5,8 +5,8 @@ use super::kernels::{Modules, build_info};
 #[cfg(feature = "cuda")]
 use super::read_bandwidth;
 use super::{
-    abi_probe, add_shares, body, dense, experts, ffn_few, gates, padding, route_index,
-    router_many, router_select, select, statistics,
+    abi_probe, add_shares, body, dense, experts, ffn_few, gates, padding, route_index, router_many,
+    router_select, select, statistics,
 };
 use crate::error::Result;
 

@@ -1,23 +1,23 @@
 //! Scores and selection of a router in one launch, for many tokens on Hopper.
 
-use super::{Device, Properties};
 use super::driver::{Function, RawStream, matrix_map};
 use super::kernels::Modules;
 use super::router_select::first_width;
+use super::{Device, Properties};
 use crate::abi::{
-    MOEFY_ROUTER_MANY_PIECES, MOEFY_ROUTER_MANY_STAGES, MOEFY_ROUTER_MANY_THREADS, moefy_rule,
-    moefy_router_many_params, moefy_router_select_params,
+    MOEFY_ROUTER_MANY_PIECES, MOEFY_ROUTER_MANY_STAGES, MOEFY_ROUTER_MANY_THREADS,
+    moefy_router_many_params, moefy_router_select_params, moefy_rule,
 };
 use crate::dtype::DType;
 use crate::error::Result;
 
 /// Fewer tokens have their rows of the first layer dealt out.
-const MIN_TOKENS: u32 = 16;
+const MIN_TOKENS: u32 = 256;
 /// Of the second layer, and of the scores of a token.
 const MAX_EXPERTS: u32 = 512;
 const MAX_HIDDEN: u32 = 256;
-/// The most blocks of a cluster.
-const MAX_BLOCKS: u32 = 8;
+/// The most blocks of a cluster: what eight of them save in reading they lose in adding up.
+const MAX_BLOCKS: u32 = 4;
 /// Experts, and columns, of a piece of the second layer; columns of a stage.
 const PIECE: u32 = 64;
 /// Bytes of a row of 64 columns.
@@ -164,7 +164,9 @@ impl Shape {
     ) -> Option<Self> {
         let available = available as u32;
         let sorted = match router.selection.rule {
-            moefy_rule::MOEFY_RULE_CUMULATIVE_SHARE => router.num_experts.max(32).next_power_of_two(),
+            moefy_rule::MOEFY_RULE_CUMULATIVE_SHARE => {
+                router.num_experts.max(32).next_power_of_two()
+            }
             _ => 0,
         };
         // Sums, in whose place the rows of scores will be; then parts of the hidden units, in whose place selection sorts.

@@ -369,7 +369,7 @@ pub(super) unsafe fn router_select_by(
         return Ok(());
     }
     device.context.bind()?;
-    if std::env::var_os("OLD_ROUTER").is_none() && let Some(shape) = router_many::Shape::new(device, dtype, &params) {
+    if let Some(shape) = router_many::Shape::new(device, dtype, &params) {
         // SAFETY: as below.
         return unsafe { shape.launch(stream, dtype, &params) };
     }
