@@ -86,10 +86,7 @@ __device__ __forceinline__ void first_layer(const moefy_router_select_params& p)
 __device__ __forceinline__ void select_by_block(const moefy_router_select_params& p, uint32_t token, bool valid,
                                                 const RowSelection& selection, uint32_t max_key, uint32_t* count) {
   const moefy_selection& rule = p.selection;
-  const bool plain = rule.rule == MOEFY_RULE_DYNAMIC_K && rule.threshold > 0 && rule.max_experts >= p.num_experts &&
-                     max_key < kInfinityKey && key_score(max_key) > 0;
-  if (plain) {
-    const uint32_t least = ::max(score_key(rule.threshold * key_score(max_key)), 1u);
+  if (const uint32_t least = plain_threshold(rule, p.num_experts, max_key)) {
     for (uint32_t e = threadIdx.x; e < round_up_32(p.num_experts); e += kSelectThreads) {
       const uint32_t word = __ballot_sync(kFullWarp, selection.keys[e] >= least);
       if (lane_id() == 0) {

@@ -19,6 +19,9 @@ pub const MOEFY_TILE_TOKENS: u32 = 128;
 pub const MOEFY_TILE_CHUNK: u32 = 256;
 pub const MOEFY_TILE_MAX_TOKENS: u32 = 8192;
 pub const MOEFY_ROUTER_TILE: u32 = 64;
+pub const MOEFY_ROUTER_MANY_THREADS: u32 = 384;
+pub const MOEFY_ROUTER_MANY_STAGES: u32 = 8;
+pub const MOEFY_ROUTER_MANY_PIECES: u32 = 4;
 pub const MOEFY_ACTIVATE_THREADS: u32 = 128;
 impl moefy_rule {
     pub const MOEFY_RULE_TOP_K: moefy_rule = moefy_rule(0);
@@ -240,6 +243,61 @@ const _: () = {
         [::std::mem::offset_of!(moefy_router_layer_params, reserved) - 68usize];
 };
 #[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_tensor_map {
+    pub opaque: [u64; 16usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_tensor_map"][::std::mem::size_of::<moefy_tensor_map>() - 128usize];
+    ["Alignment of moefy_tensor_map"][::std::mem::align_of::<moefy_tensor_map>() - 64usize];
+    ["Offset of field: moefy_tensor_map::opaque"]
+        [::std::mem::offset_of!(moefy_tensor_map, opaque) - 0usize];
+};
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_router_many_params {
+    pub x: moefy_tensor_map,
+    pub w1: moefy_tensor_map,
+    pub w2: moefy_tensor_map,
+    pub router: moefy_router_select_params,
+    pub num_blocks: u32,
+    pub num_stages: u32,
+    pub num_pieces: u32,
+    pub parts_offset: u32,
+    pub pieces_offset: u32,
+    pub reserved: [u32; 9usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_router_many_params"]
+        [::std::mem::size_of::<moefy_router_many_params>() - 576usize];
+    ["Alignment of moefy_router_many_params"]
+        [::std::mem::align_of::<moefy_router_many_params>() - 64usize];
+    ["Offset of field: moefy_router_many_params::x"]
+        [::std::mem::offset_of!(moefy_router_many_params, x) - 0usize];
+    ["Offset of field: moefy_router_many_params::w1"]
+        [::std::mem::offset_of!(moefy_router_many_params, w1) - 128usize];
+    ["Offset of field: moefy_router_many_params::w2"]
+        [::std::mem::offset_of!(moefy_router_many_params, w2) - 256usize];
+    ["Offset of field: moefy_router_many_params::router"]
+        [::std::mem::offset_of!(moefy_router_many_params, router) - 384usize];
+    ["Offset of field: moefy_router_many_params::num_blocks"]
+        [::std::mem::offset_of!(moefy_router_many_params, num_blocks) - 520usize];
+    ["Offset of field: moefy_router_many_params::num_stages"]
+        [::std::mem::offset_of!(moefy_router_many_params, num_stages) - 524usize];
+    ["Offset of field: moefy_router_many_params::num_pieces"]
+        [::std::mem::offset_of!(moefy_router_many_params, num_pieces) - 528usize];
+    ["Offset of field: moefy_router_many_params::parts_offset"]
+        [::std::mem::offset_of!(moefy_router_many_params, parts_offset) - 532usize];
+    ["Offset of field: moefy_router_many_params::pieces_offset"]
+        [::std::mem::offset_of!(moefy_router_many_params, pieces_offset) - 536usize];
+    ["Offset of field: moefy_router_many_params::reserved"]
+        [::std::mem::offset_of!(moefy_router_many_params, reserved) - 540usize];
+};
+#[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct moefy_route_index_params {
     pub mask: u64,
@@ -424,19 +482,6 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_params, min_token_pairs) - 216usize];
     ["Offset of field: moefy_experts_params::reserved"]
         [::std::mem::offset_of!(moefy_experts_params, reserved) - 220usize];
-};
-#[repr(C)]
-#[repr(align(64))]
-#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct moefy_tensor_map {
-    pub opaque: [u64; 16usize],
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of moefy_tensor_map"][::std::mem::size_of::<moefy_tensor_map>() - 128usize];
-    ["Alignment of moefy_tensor_map"][::std::mem::align_of::<moefy_tensor_map>() - 64usize];
-    ["Offset of field: moefy_tensor_map::opaque"]
-        [::std::mem::offset_of!(moefy_tensor_map, opaque) - 0usize];
 };
 #[repr(C)]
 #[repr(align(64))]

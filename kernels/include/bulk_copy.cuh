@@ -42,6 +42,39 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+/// The same address in another block of the cluster.
+__device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+/// Tells the cluster that this thread has come here, and makes what it wrote visible to who waits for all of them.
+__device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+/// Waits for all threads of the cluster.
+__device__ __forceinline__ void sync_cluster() {
+  arrive_in_cluster();
+  wait_for_cluster();
+}
+
+/// Loads from the shared memory of any block of the cluster. Not moved across its barriers, which are volatile too.
+__device__ __forceinline__ float4 load_in_cluster(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ float load_float_in_cluster(uint32_t address) {
+  float v;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address));
+  return v;
+}
+
 /// Copies the box at these coordinates, the innermost first, and counts its bytes at the barrier.
 __device__ __forceinline__ void copy_box(uint32_t to, const moefy_tensor_map& map, const uint32_t (&at)[4],
                                          uint32_t barrier) {
@@ -50,6 +83,20 @@ __device__ __forceinline__ void copy_box(uint32_t to, const moefy_tensor_map& ma
       "[%6];" ::"r"(to),
       "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(barrier)
       : "memory");
+}
+
+/// Copies the box at these coordinates, the innermost first; what lies beyond the matrix becomes zeros.
+__device__ __forceinline__ void copy_box(uint32_t to, const moefy_tensor_map& map, uint32_t column, uint32_t row,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+/// Asks for the description of a matrix before the first copy needs it.
+__device__ __forceinline__ void prefetch_map(const moefy_tensor_map& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 /// Copies bytes, a multiple of 16 from and to multiples of 16.

@@ -50,6 +50,11 @@
 /* Tokens and outputs of a block of moefy_router_layer. */
 #define MOEFY_ROUTER_TILE 64u
 
+/* moefy_router_many: threads of a block; stages of inputs, and of each of two warpgroups pieces of the second layer, at most. */
+#define MOEFY_ROUTER_MANY_THREADS 384u
+#define MOEFY_ROUTER_MANY_STAGES 8u
+#define MOEFY_ROUTER_MANY_PIECES 4u
+
 /* Threads of a block of moefy_dense_activate. */
 #define MOEFY_ACTIVATE_THREADS 128u
 
@@ -140,6 +145,27 @@ typedef struct moefy_router_layer_params {
   uint32_t reserved;
 } moefy_router_layer_params;
 
+/* What the driver makes of a matrix for the copy engine. */
+typedef struct __attribute__((aligned(64))) moefy_tensor_map {
+  uint64_t opaque[16];
+} moefy_tensor_map;
+
+/* Tokens -> scores -> masks in one launch, for many tokens. A cluster of `num_blocks` blocks takes the tokens of the kernel's
+ * name and shares d_model. Of `router`, `first` is not written. A box is 64 columns: of x all tokens of a cluster, of w1 all
+ * outputs, or 256, of w2 64 experts. */
+typedef struct moefy_router_many_params {
+  moefy_tensor_map x;
+  moefy_tensor_map w1;
+  moefy_tensor_map w2; /* of w1 where there is no second layer */
+  moefy_router_select_params router;
+  uint32_t num_blocks;
+  uint32_t num_stages;
+  uint32_t num_pieces;    /* of w2 that each of two warpgroups has in shared memory */
+  uint32_t parts_offset;  /* in shared memory: parts of the hidden units, later what selection sorts */
+  uint32_t pieces_offset; /* there: pieces of w2 */
+  uint32_t reserved[9];   /* to a multiple of the alignment */
+} moefy_router_many_params;
+
 /* Masks -> lists. */
 typedef struct moefy_route_index_params {
   MOEFY_PTR(const uint32_t) mask;             /* [num_tokens, ceil(num_experts/32)] */
@@ -219,11 +245,6 @@ typedef struct moefy_experts_params {
   uint32_t min_token_pairs;
   uint32_t reserved;
 } moefy_experts_params;
-
-/* What the driver makes of a matrix for the copy engine. */
-typedef struct __attribute__((aligned(64))) moefy_tensor_map {
-  uint64_t opaque[16];
-} moefy_tensor_map;
 
 /* Products for many tokens where the copy engine brings the weights, as an array of four dimensions. First product, of w_in:
  * d_model; 8 neurons that follow each other; gate and up rows of a GLU; groups of 8 neurons. A box is a block's rows by 64 of

@@ -30,6 +30,14 @@ __host__ __device__ constexpr uint32_t next_power_of_two(uint32_t v) {
   return power;
 }
 
+// The least key that is selected, where that follows from the largest one alone: dynamic-k without a cap, on a row without
+// special values. Otherwise 0.
+__device__ __forceinline__ uint32_t plain_threshold(const moefy_selection& rule, uint32_t num_experts, uint32_t max_key) {
+  const bool plain = rule.rule == MOEFY_RULE_DYNAMIC_K && rule.threshold > 0 && rule.max_experts >= num_experts &&
+                     max_key < kInfinityKey && key_score(max_key) > 0;
+  return plain ? ::max(score_key(rule.threshold * key_score(max_key)), 1u) : 0;
+}
+
 struct RowSelection {
   uint32_t* keys;        // [round_up_32(num_experts)], 0 beyond the last expert
   uint32_t* scratch;     // where the rule is CUMULATIVE_SHARE: the next power of two of num_experts words
@@ -41,6 +49,15 @@ struct RowSelection {
 #pragma unroll 1
     for (uint32_t e = lane_id(); e < round_up_32(num_experts); e += 32) count += keys[e] >= key;
     return __reduce_add_sync(kFullWarp, count);
+  }
+
+  // All experts whose key is at least `key` > 0.
+  __device__ __forceinline__ void take_at_least(uint32_t key) const {
+#pragma unroll 1
+    for (uint32_t first = 0; first < num_experts; first += 32) {
+      const uint32_t word = __ballot_sync(kFullWarp, keys[first + lane_id()] >= key);
+      if (lane_id() == 0) mask[first / 32] = word;
+    }
   }
 
   // All experts whose key is at least `key` > 0, and of those whose key is just `equal` the first `ties`.
@@ -123,19 +140,24 @@ struct RowSelection {
       finite |= key != 0 && key < kInfinityKey;
     }
     if (!__any_sync(kFullWarp, finite)) {
-      take(0xffffffffu, 0, 0);
+      take_at_least(0xffffffffu);
       return false;
+    }
+    const uint32_t max_key = __reduce_max_sync(kFullWarp, largest);
+    if (const uint32_t least = plain_threshold(rule, num_experts, max_key)) {
+      take_at_least(least);
+      return true;
     }
     num_keys = __reduce_add_sync(kFullWarp, num_keys);
     uint32_t count = rule.k;
     if (rule.rule == MOEFY_RULE_DYNAMIC_K) {
-      const float max = key_score(__reduce_max_sync(kFullWarp, largest));
+      const float max = key_score(max_key);
       uint32_t least = score_key(rule.threshold * max);
       if (rule.threshold == 0 || least == 0) least = 1;
       // The arg-max is in even where the threshold exceeds it, as for a negative maximum.
       count = max == 0 && rule.threshold != 0 ? 1 : ::max(count_at_least(least), 1u);
       if (count > 1 && count <= rule.max_experts) {
-        take(least, 0, 0);
+        take_at_least(least);
         return true;
       }
     } else if (rule.rule == MOEFY_RULE_CUMULATIVE_SHARE) {
@@ -153,6 +175,21 @@ struct SelectOutputs {
   uint32_t* status;
 };
 
+// Tells how many were selected for a token, and whether none could be.
+__device__ __forceinline__ void report(const SelectOutputs& outputs, const RowSelection& row, uint32_t token,
+                                       bool has_score, bool valid) {
+  if (outputs.counts != nullptr) {
+    __syncwarp();
+    uint32_t count = 0;
+    for (uint32_t w = lane_id(); w < (row.num_experts + 31) / 32; w += 32) count += __popc(row.mask[w]);
+    count = __reduce_add_sync(kFullWarp, count);
+    if (lane_id() == 0) outputs.counts[token] = count;
+  }
+  if (!has_score && valid && outputs.status != nullptr && lane_id() == 0) {
+    atomicOr(outputs.status, MOEFY_STATUS_ROW_WITHOUT_SCORE);
+  }
+}
+
 // Selects for one token from its row of scores. A row that is not valid is not read and selects nothing. `memory` holds
 // round_up_32(num_experts) words, and where the rule is CUMULATIVE_SHARE as many again as the next power of two.
 __device__ __forceinline__ void select_row(const float* row, uint32_t token, bool valid, uint32_t num_experts,
@@ -163,19 +200,9 @@ __device__ __forceinline__ void select_row(const float* row, uint32_t token, boo
     memory[e] = valid && e < num_experts ? score_key(row[e]) : 0;
   }
   __syncwarp();
-  const uint32_t row_words = (num_experts + 31) / 32;
-  uint32_t* mask = outputs.mask + static_cast<uint64_t>(token) * row_words;
-  const bool selected = RowSelection{memory, memory + round_up_32(num_experts), num_experts, mask}.run(rule);
-  if (outputs.counts != nullptr) {
-    __syncwarp();
-    uint32_t count = 0;
-    for (uint32_t w = lane_id(); w < row_words; w += 32) count += __popc(mask[w]);
-    count = __reduce_add_sync(kFullWarp, count);
-    if (lane_id() == 0) outputs.counts[token] = count;
-  }
-  if (!selected && valid && outputs.status != nullptr && lane_id() == 0) {
-    atomicOr(outputs.status, MOEFY_STATUS_ROW_WITHOUT_SCORE);
-  }
+  uint32_t* mask = outputs.mask + static_cast<uint64_t>(token) * ((num_experts + 31) / 32);
+  const RowSelection selection{memory, memory + round_up_32(num_experts), num_experts, mask};
+  report(outputs, selection, token, selection.run(rule), valid);
 }
 
 }  // namespace moefy

@@ -292,14 +292,34 @@ impl Function {
         shared_bytes: usize,
         params: &P,
     ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_clusters(stream, grid, 1, block, shared_bytes, params) }
+    }
+
+    /// The same in clusters of so many blocks, side by side in x.
+    ///
+    /// # Safety
+    /// As for [`Self::launch`].
+    pub(super) unsafe fn launch_clusters<P: Pod>(
+        &self,
+        stream: RawStream,
+        grid: [u32; 3],
+        cluster: u32,
+        block: u32,
+        shared_bytes: usize,
+        params: &P,
+    ) -> Result<()> {
+        use sys::{CUlaunchAttributeID as Id, CUlaunchAttributeValue as Value};
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue {
-                programmaticStreamSerializationAllowed: self.overlaps.into(),
-            },
-        };
+        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+        let overlaps = Value { programmaticStreamSerializationAllowed: self.overlaps.into() };
+        let size = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: cluster, y: 1, z: 1 };
+        let mut attributes = [
+            attribute(Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, overlaps),
+            attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, Value { clusterDim: size }),
+        ];
+        // Kernels that know the size of their clusters are launched without it, and old devices know neither.
+        let count = if cluster > 1 { 2 } else { u32::from(self.overlaps) };
         let config = sys::CUlaunchConfig {
             gridDimX: grid[0],
             gridDimY: grid[1],
@@ -309,8 +329,8 @@ impl Function {
             blockDimZ: 1,
             sharedMemBytes: u32::try_from(shared_bytes).expect("checked by the wrapper"),
             hStream: stream.0.cast(),
-            attrs: &mut attribute,
-            numAttrs: self.overlaps.into(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: count,
         };
         let extra = std::ptr::null_mut();
         // SAFETY: the caller's promise.
@@ -318,42 +338,55 @@ impl Function {
             .result()
             .map_err(cannot(format!("launch {}", self.name)))
     }
+}
 
-    /// What the copy engine takes of an array of 16 bits in four dimensions, the innermost first: their sizes, the bytes
-    /// between elements of all but the innermost, and the sizes of a box, whose rows are 128 bytes.
-    pub(super) fn tensor_map(
-        &self,
-        dtype: DType,
-        address: u64,
-        sizes: [u64; 4],
-        strides: [u64; 3],
-        of_box: [u32; 4],
-    ) -> Result<moefy_tensor_map> {
-        use sys::CUtensorMapDataType as Type;
-        let element = match dtype {
-            DType::BF16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            _ => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        };
-        let mut map = sys::CUtensorMap { opaque: [0; 16] };
-        // SAFETY: the sizes are those of the arrays; the address is only noted.
-        unsafe {
-            sys::cuTensorMapEncodeTiled(
-                &mut map,
-                element,
-                4,
-                address as *mut c_void,
-                sizes.as_ptr(),
-                strides.as_ptr(),
-                of_box.as_ptr(),
-                [1; 4].as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        }
-        .result()
-        .map_err(cannot("describe a matrix to the copy engine"))?;
-        Ok(moefy_tensor_map { opaque: map.opaque })
+/// What the copy engine takes of a matrix of 16 bits, whose rows are `stride` elements apart. A box is 64 columns of so many
+/// rows.
+pub(super) fn matrix_map(
+    dtype: DType,
+    address: u64,
+    [rows, columns]: [u32; 2],
+    stride: u64,
+    box_rows: u32,
+) -> Result<moefy_tensor_map> {
+    let stride = stride * dtype.bytes() as u64;
+    tensor_map(dtype, address, [columns.into(), rows.into()], &[stride], [64, box_rows])
+}
+
+/// What the copy engine takes of an array of 16 bits, the innermost dimension first: sizes, the bytes between elements of all
+/// dimensions but the innermost, and the sizes of a box, whose rows are 128 bytes.
+pub(super) fn tensor_map<const N: usize>(
+    dtype: DType,
+    address: u64,
+    sizes: [u64; N],
+    strides: &[u64],
+    of_box: [u32; N],
+) -> Result<moefy_tensor_map> {
+    use sys::CUtensorMapDataType as Type;
+    assert_eq!(strides.len() + 1, N);
+    let element = match dtype {
+        DType::BF16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        _ => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+    };
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    // SAFETY: the sizes are those of the arrays; the address is only noted.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            element,
+            N as u32,
+            address as *mut c_void,
+            sizes.as_ptr(),
+            strides.as_ptr(),
+            of_box.as_ptr(),
+            [1; N].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
     }
+    .result()
+    .map_err(cannot("describe a matrix to the copy engine"))?;
+    Ok(moefy_tensor_map { opaque: map.opaque })
 }

@@ -1,6 +1,6 @@
 //! The kernels of [`experts`](super::experts) for many tokens: expert by expert.
 
-use super::driver::{Function, RawStream};
+use super::driver::{Function, RawStream, tensor_map};
 use super::experts::{Launch, THREADS, Variants, variants};
 use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
@@ -368,7 +368,7 @@ impl Shape {
             Some(wide) if self.has_engine => {
                 let kernel = &wide.engine_hidden[self.wide_size];
                 let params = moefy_experts_engine_params {
-                    weights: self.map_of_w_in(kernel, params.neurons.w_in)?,
+                    weights: self.map_of_w_in(params.neurons.w_in)?,
                     experts: params,
                     reserved: [0; 4],
                 };
@@ -382,7 +382,7 @@ impl Shape {
         {
             let kernel = &wide.token_output;
             let params = moefy_experts_engine_params {
-                weights: self.map_of_w_out(kernel, params.neurons.w_out)?,
+                weights: self.map_of_w_out(params.neurons.w_out)?,
                 experts: params,
                 reserved: [0; 4],
             };
@@ -402,27 +402,27 @@ impl Shape {
 
 impl Shape {
     /// w_in \[halves · d_ff, d_model\] by groups of eight neurons, each with gate and up rows.
-    fn map_of_w_in(&self, kernel: &Function, w_in: u64) -> Result<moefy_tensor_map> {
+    fn map_of_w_in(&self, w_in: u64) -> Result<moefy_tensor_map> {
         let row = (self.d_model * self.dtype.bytes()) as u64;
         let groups = WIDE_ROWS[self.wide_size] / (8 * self.halves);
-        kernel.tensor_map(
+        tensor_map(
             self.dtype,
             w_in,
             [self.d_model as u64, 8, self.halves as u64, (self.d_ff / 8) as u64],
-            [row, row * self.d_ff as u64, row * 8],
+            &[row, row * self.d_ff as u64, row * 8],
             [64, 8, self.halves as u32, groups as u32],
         )
     }
 
     /// w_out \[d_ff + rank, d_model\].
-    fn map_of_w_out(&self, kernel: &Function, w_out: u64) -> Result<moefy_tensor_map> {
+    fn map_of_w_out(&self, w_out: u64) -> Result<moefy_tensor_map> {
         let (row, rows) =
             ((self.d_model * self.dtype.bytes()) as u64, (self.d_ff + self.rank) as u64);
-        kernel.tensor_map(
+        tensor_map(
             self.dtype,
             w_out,
             [self.d_model as u64, rows, 1, 1],
-            [row, row * rows, row * rows],
+            &[row, row * rows, row * rows],
             [64, TOKEN_DEPTH as u32, 1, 1],
         )
     }

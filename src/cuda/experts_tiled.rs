@@ -1,6 +1,6 @@
 //! The kernels of [`experts`](super::experts) by tiles of tokens, on Hopper: both products by whole warpgroups.
 
-use super::driver::{Function, RawStream};
+use super::driver::{Function, RawStream, tensor_map};
 use super::experts::Launch;
 use super::kernels::Modules;
 use super::token_tiles::TILE_TOKENS;
@@ -124,25 +124,25 @@ impl Shape {
         let depth = DEPTH as u32;
         let hidden_row = (self.hidden_stride * dtype.bytes()) as u64;
         let [hidden, output] = &kernels.engine;
-        let of_hidden = output.tensor_map(
+        let of_hidden = tensor_map(
             dtype,
             workspace,
             [self.hidden_stride as u64, hidden_rows, 1, 1],
-            [hidden_row, hidden_row * hidden_rows, hidden_row * hidden_rows],
+            &[hidden_row, hidden_row * hidden_rows, hidden_row * hidden_rows],
             [depth, TILE_TOKENS as u32, 1, 1],
         )?;
-        let w_in = hidden.tensor_map(
+        let w_in = tensor_map(
             dtype,
             params.neurons.w_in,
             [columns, 8, halves as u64, rows / 8],
-            [row, row * rows, row * 8],
+            &[row, row * rows, row * 8],
             [depth, 8, halves as u32, box_neurons as u32 / 8],
         )?;
-        let w_out = output.tensor_map(
+        let w_out = tensor_map(
             dtype,
             params.neurons.w_out,
             [columns, rows, 1, 1],
-            [row, row * rows, row * rows],
+            &[row, row * rows, row * rows],
             [depth, box_neurons as u32, 1, 1],
         )?;
         for (product, weights) in [(hidden, w_in), (output, w_out)] {

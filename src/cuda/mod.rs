@@ -50,6 +50,7 @@ mod plan;
 #[cfg(feature = "cuda")]
 mod read_bandwidth;
 mod route_index;
+mod router_many;
 mod router_select;
 mod select;
 mod statistics;
@@ -78,7 +79,8 @@ pub use path::{Fallback, FfnInputs, Path, PlanOptions};
 pub use plan::FfnPlan;
 pub use route_index::{RouteIndexOutputs, route_index, route_index_workspace_bytes};
 pub use router_select::{
-    DeviceRouter, RouterSelectOutputs, RouterView, router_select, router_select_workspace_bytes,
+    DeviceRouter, RouterSelectOutputs, RouterView, router_select, router_select_is_one_launch,
+    router_select_workspace_bytes,
 };
 pub use select::{SelectOutputs, select, select_workspace_bytes};
 pub use statistics::RoutingCounts;

@@ -131,14 +131,37 @@ impl Function {
         match self.0 {}
     }
 
-    pub(super) fn tensor_map(
+    pub(super) unsafe fn launch_clusters<P: Pod>(
         &self,
-        _: DType,
-        _: u64,
-        _: [u64; 4],
-        _: [u64; 3],
-        _: [u32; 4],
-    ) -> Result<moefy_tensor_map> {
+        _: RawStream,
+        _: [u32; 3],
+        _: u32,
+        _: u32,
+        _: usize,
+        _: &P,
+    ) -> Result<()> {
         match self.0 {}
     }
+}
+
+/// Only what has a kernel asks for it.
+pub(super) fn matrix_map(
+    _: DType,
+    _: u64,
+    _: [u32; 2],
+    _: u64,
+    _: u32,
+) -> Result<moefy_tensor_map> {
+    unreachable!("there is no device")
+}
+
+/// Only what has a kernel asks for it.
+pub(super) fn tensor_map<const N: usize>(
+    _: DType,
+    _: u64,
+    _: [u64; N],
+    _: &[u64],
+    _: [u32; N],
+) -> Result<moefy_tensor_map> {
+    unreachable!("there is no device")
 }

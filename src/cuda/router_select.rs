@@ -7,7 +7,7 @@ use super::select::{
     SelectOutputs, abi_selection, check_num_experts, launch_select, selection_words,
 };
 use super::view::{Arguments, Format, View, Workspace};
-use super::{Buffer, Device};
+use super::{Buffer, Device, router_many};
 use crate::abi::{
     MOEFY_ROUTER_TILE, moefy_ffn_few_params, moefy_router_activation, moefy_router_kind,
     moefy_router_layer_params, moefy_router_select_params, moefy_select_params, moefy_selection,
@@ -153,10 +153,13 @@ impl RouterView {
 
     /// Width of a token.
     pub fn d_model(&self) -> usize {
-        match self {
-            Self::Linear { w } | Self::Mlp { w1: w, .. } | Self::Centroid { centroids: w, .. } => {
-                w.shape[1]
-            }
+        self.first().shape[1]
+    }
+
+    /// Weights of the first layer.
+    fn first(&self) -> View {
+        match *self {
+            Self::Linear { w } | Self::Mlp { w1: w, .. } | Self::Centroid { centroids: w, .. } => w,
         }
     }
 
@@ -264,6 +267,26 @@ fn first_row_words(router: &RouterView) -> Option<usize> {
     width.checked_next_multiple_of(128)
 }
 
+/// Whether [`router_select`] takes one launch for so many tokens without gaps: many tokens of 16 bits on Hopper do, unless
+/// the router is too wide.
+///
+/// # Errors
+/// On parameters that do not fit.
+pub fn router_select_is_one_launch(
+    device: &Device,
+    num_tokens: usize,
+    dtype: DType,
+    router: &RouterView,
+    selection: &Selection,
+) -> Result<bool> {
+    let check = Arguments { device, op: "router_select" };
+    let shape = [num_tokens, router.d_model()];
+    // Tokens could be anywhere.
+    let x = View::matrix(router.first().address, Format::Float(dtype), shape);
+    let (params, dtype) = check_router(&check, x, None, router, selection)?;
+    Ok(router_many::Shape::new(device, dtype, &params).is_some())
+}
+
 /// Scores r and selection S(t) of tokens x \[num_tokens, d_model\], whose rows may lie apart. The
 /// scores are computed and compared in f32. Rows whose width is a multiple of 8, of x and of the
 /// weights, must begin at multiples of 16 bytes. Rows at and beyond the device-side
@@ -346,6 +369,10 @@ pub(super) unsafe fn router_select_by(
         return Ok(());
     }
     device.context.bind()?;
+    if let Some(shape) = router_many::Shape::new(device, dtype, &params) {
+        // SAFETY: as below.
+        return unsafe { shape.launch(stream, dtype, &params) };
+    }
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe {
         match few_shared_bytes(num_tokens, x.shape[1], dtype, router, &params.selection) {
@@ -439,7 +466,7 @@ unsafe fn launch_first(
     params: &moefy_router_select_params,
     dtype: DType,
 ) -> Result<()> {
-    let width = first_layer(params, params.first).out_width;
+    let width = first_width(params);
     let [tokens, d_model, outputs] = [params.num_tokens, params.d_model, width].map(|n| n as usize);
     // That kernel takes rows without gaps.
     if params.x_stride == u64::from(params.d_model)
@@ -476,6 +503,11 @@ fn activations(
     }
 }
 
+/// Outputs of the first layer.
+pub(super) fn first_width(params: &moefy_router_select_params) -> u32 {
+    if params.w2 == 0 { params.num_experts } else { params.hidden }
+}
+
 /// Tokens → `out`, the hidden units or the scores.
 fn first_layer(params: &moefy_router_select_params, out: u64) -> moefy_router_layer_params {
     use moefy_router_kind as Kind;
@@ -492,7 +524,7 @@ fn first_layer(params: &moefy_router_select_params, out: u64) -> moefy_router_la
         unit_norm: unit_norm.into(),
         num_tokens: params.num_tokens,
         in_width: params.d_model,
-        out_width: if params.w2 == 0 { params.num_experts } else { params.hidden },
+        out_width: first_width(params),
         reserved: 0,
     }
 }

@@ -12,11 +12,13 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::experts::{Shape, expected, random_layer, tokens, tolerance};
 use crate::harness::{Gpu, Output, is_small, random_mask, relative_error, sizes, thin};
+use crate::router_select::routers;
 
 pub fn tests() -> crate::Tests {
     vec![
         ("plan::sparse_paths", sparse_paths),
         ("plan::chunks_and_padding", chunks_and_padding),
+        ("plan::imposed_scores", imposed_scores),
         ("plan::statistics", statistics),
         ("plan::replays_with_other_inputs", replays_with_other_inputs),
         ("plan::memory_stays_flat", memory_stays_flat),
@@ -296,6 +298,37 @@ fn follows_a_tuning(gpu: &Gpu) {
         let [tuned, default] = [&device, &gpu.device].map(|device| plan(device, fallback, density));
         let same = (1..=max_tokens).all(|tokens| tuned.path(tokens) == default.path(tokens));
         assert!(same, "{fallback:?} at {density:?} was not measured");
+    }
+}
+
+/// A router of two layers runs, and others decide.
+fn imposed_scores(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    for (dtype, num_tokens) in [(DType::F16, 99), (DType::BF16, 1030), (DType::BF16, 4230)] {
+        if is_small() && num_tokens > 99 {
+            continue;
+        }
+        let shape = Shape { d_model: 64, num_experts: 70, expert_width: 6, ..PLAIN };
+        let layer = random_layer(rng, shape, dtype);
+        let router = routers(rng, [shape.num_experts, shape.d_model, 40], dtype).swap_remove(1);
+        let (neurons, partition) = (layer.neurons().clone(), layer.partition().clone());
+        let selection = layer.selection();
+        let layer = ffn::MoeFfn::from_expert_order(neurons, partition, router, selection);
+        let layer = layer.expect("sizes fit");
+        let path = Path::ExpertMajor;
+        let mut case = Case::new(gpu, &layer, shape, num_tokens, forced(path));
+        let x = tokens(rng, num_tokens, shape.d_model, dtype);
+        let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
+        case.write(&x, &mask);
+        let valid = num_tokens - 3;
+        case.valid.write(&[valid as u32]);
+        case.y.poison();
+        case.launch(gpu.raw_stream(), num_tokens, true).expect("a run");
+        let (y, end) = (case.read(num_tokens), valid * shape.d_model);
+        assert!(y[end..].iter().all(|&v| v == 0.0), "T {num_tokens}: padding is not zero");
+        let all = reference_of(path, &layer, &x, &mask);
+        let error = relative_error(&y[..end], &all[..end]);
+        assert!(error <= tolerance(&layer, dtype), "{dtype} T {num_tokens}: {error:.3e}");
     }
 }
 

@@ -4,7 +4,7 @@
 use moefy::abi::MOEFY_STATUS_ROW_WITHOUT_SCORE;
 use moefy::cuda::{
     DeviceRouter, Format, RouterSelectOutputs, SelectOutputs, View, Workspace, router_select,
-    router_select_workspace_bytes,
+    router_select_is_one_launch, router_select_workspace_bytes,
 };
 use moefy::ffn::{MlpKind, Router, Selection, SelectionRule};
 use moefy::{DType, Tensor, reference};
@@ -17,6 +17,8 @@ pub fn tests() -> crate::Tests {
         ("router_select::kinds_and_types", kinds_and_types),
         ("router_select::few_tokens", few_tokens),
         ("router_select::many_tokens", many_tokens),
+        ("router_select::one_launch", one_launch),
+        ("router_select::one_launch_of_many_outputs", one_launch_of_many_outputs),
         ("router_select::many_experts", many_experts),
         ("router_select::padding_and_rows_apart", padding_and_rows_apart),
         ("router_select::tokens_without_score", tokens_without_score),
@@ -50,7 +52,7 @@ pub fn routers(
     ]
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Case {
     num_tokens: usize,
     valid: usize,
@@ -131,7 +133,9 @@ impl Case {
         let ks: Vec<u32> = (0..valid).map(|t| selected.mask.count(t) as u32).collect();
         assert_eq!(counts.read::<u32>()[..valid], ks, "{case}");
         assert_eq!(status.read::<u32>().unwrap(), [0], "{case}");
-        if let SelectionRule::DynamicK { rel_threshold } = selection.rule {
+        if let SelectionRule::DynamicK { rel_threshold } = selection.rule
+            && selection.max_experts.is_none()
+        {
             assert_outside_band(&expected, &selected.mask, f64::from(rel_threshold), &case);
         }
 
@@ -208,6 +212,86 @@ fn many_tokens(gpu: &Gpu) {
     }
 }
 
+/// Every rule, with and without a cap.
+fn selections(num_experts: usize) -> Vec<Selection> {
+    let k = num_experts.div_ceil(5);
+    let rules = [
+        Selection::dynamic_k(0.4),
+        Selection::cumulative_share(0.6),
+        Selection::top_k(k),
+        Selection::dynamic_k(0.0),
+        Selection::dynamic_k(1.0),
+    ];
+    let capped = rules[..2].iter().map(|&rule| Selection { max_experts: Some(k), ..rule });
+    rules.iter().copied().chain(capped).collect()
+}
+
+/// Checks cases that one launch does, where the device is a Hopper, a rule for each router in turn.
+fn check_one_launch(gpu: &Gpu, cases: &[([usize; 3], Case)]) {
+    let rng = &mut gpu.rng();
+    let is_hopper = gpu.device.properties().compute_capability == (9, 0);
+    let mut turn = 0;
+    for &(shape, case) in cases {
+        let selections = selections(shape[0]);
+        for router in routers(rng, shape, case.dtype) {
+            let selection = &selections[turn % selections.len()];
+            turn += 1;
+            let view = DeviceRouter::new(&gpu.device, &router, case.dtype).unwrap();
+            let (tokens, dtype) = (case.num_tokens, case.dtype);
+            let view = view.view();
+            let one = router_select_is_one_launch(&gpu.device, tokens, dtype, &view, selection);
+            assert_eq!(one.unwrap(), is_hopper, "{shape:?} {case:?} {selection:?}");
+            case.check(gpu, rng, &router, selection);
+        }
+    }
+}
+
+fn one_launch(gpu: &Gpu) {
+    let mut cases = Vec::new();
+    for dtype in [DType::F16, DType::BF16] {
+        for (num_tokens, shape) in [
+            (256, [24, 768, 128]),
+            (257, [96, 4096, 128]),
+            (261, [1, 8, 8]),
+            (517, [33, 72, 40]),
+            (1030, [448, 136, 104]),
+            (2049, [112, 384, 128]),
+            (4095, [64, 200, 64]),
+            (4225, [65, 328, 128]),
+            (4300, [129, 64, 120]),
+        ] {
+            cases.push((shape, Case::new(num_tokens, shape[1], dtype)));
+        }
+        let padded = Case { valid: 65, x_stride: 72, ..Case::new(1030, 64, dtype) };
+        cases.extend([0, 65, 1029].map(|valid| ([48, 64, 32], Case { valid, ..padded })));
+        cases.push((
+            [130, 64, 72],
+            Case { valid: 4299, x_stride: 80, ..Case::new(4300, 64, dtype) },
+        ));
+    }
+    cases.retain(|(_, case)| !is_small() || case.num_tokens < 600);
+    check_one_launch(gpu, &thin(cases, 3));
+}
+
+/// More than 128 hidden units, or experts of a router with one layer.
+fn one_launch_of_many_outputs(gpu: &Gpu) {
+    let mut cases = Vec::new();
+    for dtype in [DType::F16, DType::BF16] {
+        for (num_tokens, shape) in [
+            (259, [200, 1000, 256]),
+            (333, [512, 512, 200]),
+            (1999, [511, 72, 136]),
+            (3001, [300, 128, 256]),
+            (8200, [260, 64, 248]),
+        ] {
+            cases.push((shape, Case::new(num_tokens, shape[1], dtype)));
+        }
+        cases.push(([257, 64, 160], Case { valid: 70, x_stride: 96, ..Case::new(333, 64, dtype) }));
+    }
+    cases.retain(|(_, case)| !is_small() || case.num_tokens < 400);
+    check_one_launch(gpu, &thin(cases, 3));
+}
+
 fn many_experts(gpu: &Gpu) {
     if is_small() {
         return;
@@ -244,14 +328,15 @@ fn tokens_without_score(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let (d_model, num_experts) = (64, 40);
     let device = &gpu.device;
-    for num_tokens in [5, 1030] {
-        let router = &routers(rng, [num_experts, d_model, 32], DType::F32)[0];
+    for (num_tokens, dtype) in [(5, DType::F32), (1030, DType::F32), (1030, DType::BF16)] {
+        let router = &routers(rng, [num_experts, d_model, 32], dtype)[0];
         let mut x = uniform(rng, num_tokens * d_model);
         x[d_model] = f32::NAN;
         x[3 * d_model + 7] = f32::INFINITY;
-        let weights = DeviceRouter::new(device, router, DType::F32).unwrap();
-        let input = gpu.input(&x);
-        let input = View::matrix(input.address(), Format::F32, [num_tokens, d_model]);
+        let x = Tensor::vector(x).to_dtype(dtype);
+        let weights = DeviceRouter::new(device, router, dtype).unwrap();
+        let input = gpu.input(x.as_bytes());
+        let input = View::matrix(input.address(), Format::Float(dtype), [num_tokens, d_model]);
         let bytes = router_select_workspace_bytes(num_tokens, &weights.view());
         let memory = Output::new(gpu, bytes);
         let status = gpu.input(&[0u32]);

@@ -1,0 +1,252 @@
+//! Scores and selection of a router in one launch, for many tokens on Hopper.
+
+use super::driver::{Function, RawStream, matrix_map};
+use super::kernels::Modules;
+use super::router_select::first_width;
+use super::{Device, Properties};
+use crate::abi::{
+    MOEFY_ROUTER_MANY_PIECES, MOEFY_ROUTER_MANY_STAGES, MOEFY_ROUTER_MANY_THREADS,
+    moefy_router_many_params, moefy_router_select_params, moefy_rule,
+};
+use crate::dtype::DType;
+use crate::error::Result;
+
+/// Fewer tokens have their rows of the first layer dealt out.
+const MIN_TOKENS: u32 = 256;
+/// Of the second layer, and of the scores of a token.
+const MAX_EXPERTS: u32 = 512;
+const MAX_HIDDEN: u32 = 256;
+/// The most blocks of a cluster: what eight of them save in reading they lose in adding up.
+const MAX_BLOCKS: u32 = 4;
+/// Experts, and columns, of a piece of the second layer; columns of a stage.
+const PIECE: u32 = 64;
+/// Bytes of a row of 64 columns.
+const ROW_BYTES: u32 = 128;
+const WARPS: u32 = MOEFY_ROUTER_MANY_THREADS / 32;
+/// Of two blocks that share a multiprocessor.
+const SMALL_SHARED_BYTES: usize = 110 << 10;
+
+/// What a kernel is made for, as its template's arguments say.
+#[derive(Clone, Copy, Debug)]
+struct Size {
+    /// Of a cluster.
+    tokens: u32,
+    /// Of the first layer, at most.
+    outputs: u32,
+    /// Tokens of a block, at most.
+    columns: u32,
+    /// Blocks that fit a multiprocessor.
+    resident: u32,
+}
+
+const SIZES: [Size; 4] = [
+    Size { tokens: 64, outputs: 128, columns: 32, resident: 2 },
+    Size { tokens: 128, outputs: 128, columns: 64, resident: 1 },
+    Size { tokens: 64, outputs: 256, columns: 64, resident: 1 },
+    Size { tokens: 64, outputs: 512, columns: 64, resident: 1 },
+];
+const WIDE: usize = 1;
+
+/// A kernel, and how much dynamic shared memory it can have.
+type Variant = (Function, usize);
+
+pub(super) struct Kernels {
+    f16: [Variant; 4],
+    bf16: [Variant; 4],
+    multiprocessors: u32,
+}
+
+macro_rules! names {
+    ($dtype:literal) => {
+        [
+            concat!("moefy_router_many_", $dtype, "_64_128"),
+            concat!("moefy_router_many_", $dtype, "_128_128"),
+            concat!("moefy_router_many_", $dtype, "_64_256"),
+            concat!("moefy_router_many_", $dtype, "_64_512"),
+        ]
+    };
+}
+
+impl Kernels {
+    /// `None` where the device is no Hopper.
+    pub(super) fn load(modules: &Modules, properties: &Properties) -> Result<Option<Self>> {
+        let Some(module) = modules.module("sm90_router_many") else { return Ok(None) };
+        let load = |names: [&'static str; 4]| {
+            let mut variants = Vec::with_capacity(4);
+            for (name, size) in names.into_iter().zip(SIZES) {
+                let (function, all) =
+                    module.function_with_all_shared(name, properties.max_shared_bytes)?;
+                let most = if size.resident == 1 { all } else { SMALL_SHARED_BYTES };
+                variants.push((function, most));
+            }
+            Ok(std::array::from_fn(|i| variants[i]))
+        };
+        Ok(Some(Self {
+            f16: load(names!("f16"))?,
+            bf16: load(names!("bf16"))?,
+            multiprocessors: properties.multiprocessors as u32,
+        }))
+    }
+
+    /// The best kernel and number of blocks that share its tokens.
+    fn choose(&self, num_tokens: u32, outputs: u32) -> Option<(usize, u32)> {
+        let fitting = SIZES.iter().position(|size| outputs <= size.outputs)?;
+        let narrow = SIZES[fitting];
+        let tiles = num_tokens.div_ceil(narrow.tokens);
+        if fitting == 0 && 2 * tiles > self.multiprocessors {
+            return Some((WIDE, SIZES[WIDE].tokens / SIZES[WIDE].columns));
+        }
+        // Enough blocks to fill the chip, but not more clusters than there is room for at a time: large ones leave gaps.
+        let least = narrow.tokens / narrow.columns;
+        let room = |blocks: u32| {
+            let all = self.multiprocessors * narrow.resident / blocks;
+            if blocks > 2 { all * 10 / 11 } else { all }
+        };
+        let mut blocks = least;
+        while blocks < MAX_BLOCKS
+            && 4 * tiles * blocks < 3 * self.multiprocessors
+            && tiles <= room(2 * blocks)
+        {
+            blocks *= 2;
+        }
+        Some((fitting, blocks))
+    }
+}
+
+/// A launch.
+pub(super) struct Shape {
+    kernel: Function,
+    size: Size,
+    num_blocks: u32,
+    num_stages: u32,
+    num_pieces: u32,
+    parts_offset: u32,
+    pieces_offset: u32,
+    shared_bytes: usize,
+}
+
+impl Shape {
+    /// `None` where these sizes are not for this kernel, or the device is not.
+    pub(super) fn new(
+        device: &Device,
+        dtype: DType,
+        router: &moefy_router_select_params,
+    ) -> Option<Self> {
+        let kernels = device.router_many.as_ref()?;
+        let variants = match dtype {
+            DType::F32 => return None,
+            DType::F16 => &kernels.f16,
+            DType::BF16 => &kernels.bf16,
+        };
+        let fits = router.num_tokens >= MIN_TOKENS
+            && router.num_experts <= MAX_EXPERTS
+            && router.hidden <= MAX_HIDDEN
+            && router.d_model.is_multiple_of(8)
+            && router.hidden.is_multiple_of(8)
+            && router.x_stride.is_multiple_of(8);
+        if !fits {
+            return None;
+        }
+        let (which, least) = kernels.choose(router.num_tokens, first_width(router))?;
+        // With more blocks, each has fewer tokens to keep scores of.
+        let blocks = (0..).map(|power| least << power).take_while(|&blocks| blocks <= MAX_BLOCKS);
+        { blocks }.find_map(|blocks| {
+            Self::with_blocks(variants[which], SIZES[which], blocks, dtype, router)
+        })
+    }
+
+    fn with_blocks(
+        (kernel, available): Variant,
+        size: Size,
+        num_blocks: u32,
+        dtype: DType,
+        router: &moefy_router_select_params,
+    ) -> Option<Self> {
+        let available = available as u32;
+        let sorted = match router.selection.rule {
+            moefy_rule::MOEFY_RULE_CUMULATIVE_SHARE => {
+                router.num_experts.max(32).next_power_of_two()
+            }
+            _ => 0,
+        };
+        // Sums, in whose place the rows of scores will be; then parts of the hidden units, in whose place selection sorts.
+        let sums = size.tokens * (size.outputs + 8) * 4;
+        let depths = router.hidden.div_ceil(PIECE);
+        let (first, second) = if router.w2 == 0 {
+            (sums, WARPS * sorted * 4)
+        } else {
+            let row = router.num_experts.next_multiple_of(PIECE) + 4;
+            let rows = size.tokens / num_blocks * row * 4;
+            let parts = if dtype == DType::F16 { 2 } else { 3 };
+            let of_parts = parts * depths * size.columns * ROW_BYTES;
+            (sums.max(rows), of_parts.max(WARPS * sorted * 4))
+        };
+        let parts_offset = first.next_multiple_of(1024);
+        let least = (parts_offset + second).next_multiple_of(1024);
+        // Each of two warpgroups has pieces of its own.
+        let of_pieces = 2 * PIECE * ROW_BYTES;
+        let wanted = router.num_experts.div_ceil(PIECE).div_ceil(2) * depths;
+        let room = available.checked_sub(least)? / of_pieces;
+        let num_pieces = wanted.min(MOEFY_ROUTER_MANY_PIECES).min(room);
+        // Stages lie where all that will be, and take what pieces leave.
+        let stage = (size.tokens + size.outputs) * ROW_BYTES;
+        let useful = router.d_model.div_ceil(PIECE).div_ceil(num_blocks);
+        let room = (available - num_pieces * of_pieces) / stage;
+        let num_stages = room.min(MOEFY_ROUTER_MANY_STAGES).min(useful);
+        let pieces_offset = least.max(num_stages * stage);
+        (num_stages >= useful.min(2) && num_pieces >= wanted.min(1)).then_some(Self {
+            kernel,
+            size,
+            num_blocks,
+            num_stages,
+            num_pieces,
+            parts_offset,
+            pieces_offset,
+            shared_bytes: (pieces_offset + num_pieces * of_pieces) as usize,
+        })
+    }
+
+    /// # Safety
+    /// The addresses must lead to what the parameters say, of at least one token, and the context must be
+    /// bound.
+    pub(super) unsafe fn launch(
+        &self,
+        stream: RawStream,
+        dtype: DType,
+        router: &moefy_router_select_params,
+    ) -> Result<()> {
+        let Size { tokens, outputs, .. } = self.size;
+        let r = router;
+        let (d_model, width) = (r.d_model, first_width(r));
+        let w1 = matrix_map(dtype, r.w1, [width, d_model], d_model.into(), outputs.min(256))?;
+        let w2 = match r.w2 {
+            0 => w1,
+            w2 => matrix_map(dtype, w2, [r.num_experts, r.hidden], r.hidden.into(), PIECE)?,
+        };
+        let params = moefy_router_many_params {
+            x: matrix_map(dtype, r.x, [r.num_tokens, d_model], r.x_stride, tokens)?,
+            w1,
+            w2,
+            router: *r,
+            num_blocks: self.num_blocks,
+            num_stages: self.num_stages,
+            num_pieces: self.num_pieces,
+            parts_offset: self.parts_offset,
+            pieces_offset: self.pieces_offset,
+            reserved: [0; 9],
+        };
+        let grid = [r.num_tokens.div_ceil(tokens) * self.num_blocks, 1, 1];
+        let threads = MOEFY_ROUTER_MANY_THREADS;
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.kernel.launch_clusters(
+                stream,
+                grid,
+                self.num_blocks,
+                threads,
+                self.shared_bytes,
+                &params,
+            )
+        }
+    }
+}
