@@ -43,7 +43,7 @@ __device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) 
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\nWAIT_%=:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra WAIT_%=;\n}" ::"r"(barrier),
+      "@!done bra WAIT_%=;}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
