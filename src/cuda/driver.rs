@@ -339,68 +339,41 @@ impl Function {
             .map_err(cannot(format!("launch {}", self.name)))
     }
 
-    /// What the copy engine takes of a matrix w_in \[halves · d_ff, d_model\] of 16 bits, in four dimensions: d_model, 8 neurons
-    /// that follow each other, gate and up, groups of 8 neurons. A box is 64 columns of `groups` groups with all that they have.
+    /// What the copy engine takes of an array of 16 bits in four dimensions, the innermost first: their sizes, the bytes
+    /// between elements of all but the innermost, and the sizes of a box, whose rows are 128 bytes.
     pub(super) fn tensor_map(
         &self,
         dtype: DType,
-        w_in: u64,
-        [d_model, d_ff, halves]: [usize; 3],
-        groups: usize,
+        address: u64,
+        sizes: [u64; 4],
+        strides: [u64; 3],
+        of_box: [u32; 4],
     ) -> Result<moefy_tensor_map> {
-        let row = (d_model * dtype.bytes()) as u64;
-        let sizes = [d_model as u64, 8, halves as u64, (d_ff / 8) as u64];
-        let strides = [row, row * d_ff as u64, row * 8];
-        encode(dtype, w_in, sizes, &strides, [64, 8, halves as u32, groups as u32])
+        use sys::CUtensorMapDataType as Type;
+        let element = match dtype {
+            DType::BF16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            _ => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        };
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        // SAFETY: the sizes are those of the arrays; the address is only noted.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                element,
+                4,
+                address as *mut c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                of_box.as_ptr(),
+                [1; 4].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(cannot("describe a matrix to the copy engine"))?;
+        Ok(moefy_tensor_map { opaque: map.opaque })
     }
-}
-
-/// What the copy engine takes of a matrix of 16 bits, whose rows are `stride` elements apart. A box is 64 columns of so many
-/// rows.
-pub(super) fn matrix_map(
-    dtype: DType,
-    address: u64,
-    [rows, columns]: [u32; 2],
-    stride: u64,
-    box_rows: u32,
-) -> Result<moefy_tensor_map> {
-    let stride = stride * dtype.bytes() as u64;
-    encode(dtype, address, [columns.into(), rows.into()], &[stride], [64, box_rows])
-}
-
-/// `strides`: bytes, of all dimensions but the innermost.
-fn encode<const N: usize>(
-    dtype: DType,
-    address: u64,
-    sizes: [u64; N],
-    strides: &[u64],
-    of_box: [u32; N],
-) -> Result<moefy_tensor_map> {
-    use sys::CUtensorMapDataType as Type;
-    assert_eq!(strides.len() + 1, N);
-    let element = match dtype {
-        DType::BF16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        _ => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-    };
-    let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    // SAFETY: the sizes are those of the arrays; the address is only noted.
-    unsafe {
-        sys::cuTensorMapEncodeTiled(
-            &mut map,
-            element,
-            N as u32,
-            address as *mut c_void,
-            sizes.as_ptr(),
-            strides.as_ptr(),
-            of_box.as_ptr(),
-            [1; N].as_ptr(),
-            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    }
-    .result()
-    .map_err(cannot("describe a matrix to the copy engine"))?;
-    Ok(moefy_tensor_map { opaque: map.opaque })
 }

@@ -147,20 +147,10 @@ impl Function {
         &self,
         _: DType,
         _: u64,
-        _: [usize; 3],
-        _: usize,
+        _: [u64; 4],
+        _: [u64; 3],
+        _: [u32; 4],
     ) -> Result<moefy_tensor_map> {
         match self.0 {}
     }
-}
-
-/// Only what has a kernel asks for it.
-pub(super) fn matrix_map(
-    _: DType,
-    _: u64,
-    _: [u32; 2],
-    _: u64,
-    _: u32,
-) -> Result<moefy_tensor_map> {
-    unreachable!("there is no device")
 }
