@@ -37,7 +37,7 @@ __device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\nWAIT_%=:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra WAIT_%=;\n}" ::"r"(barrier),
+      "@!done bra WAIT_%=;}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
@@ -82,15 +82,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const moefy_tensor_map& ma
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
       "[%6];" ::"r"(to),
       "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(barrier)
-      : "memory");
-}
-
-/// Copies the box at these coordinates, the innermost first; what lies beyond the matrix becomes zeros.
-__device__ __forceinline__ void copy_box(uint32_t to, const moefy_tensor_map& map, uint32_t column, uint32_t row,
-                                         uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(&map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
 
