@@ -85,6 +85,15 @@ __device__ __forceinline__ void copy_box(uint32_t to, const moefy_tensor_map& ma
       : "memory");
 }
 
+/// Copies the box at these coordinates, the innermost first; what lies beyond the matrix becomes zeros.
+__device__ __forceinline__ void copy_box(uint32_t to, const moefy_tensor_map& map, uint32_t column, uint32_t row,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
 /// Asks for the description of a matrix before the first copy needs it.
 __device__ __forceinline__ void prefetch_map(const moefy_tensor_map& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

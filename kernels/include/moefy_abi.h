@@ -151,8 +151,8 @@ typedef struct __attribute__((aligned(64))) moefy_tensor_map {
 } moefy_tensor_map;
 
 /* Tokens -> scores -> masks in one launch, for many tokens. A cluster of `num_blocks` blocks takes the tokens of the kernel's
- * name and shares d_model. Of `router`, `first` is not written. The maps have four dimensions: columns; rows; 1; 1. A box is 64
- * columns: of x of all tokens of a cluster, of w1 of all outputs, or 256, of w2 of 64 experts. */
+ * name and shares d_model. Of `router`, `first` is not written. A box is 64 columns: of x all tokens of a cluster, of w1 all
+ * outputs, or 256, of w2 64 experts. */
 typedef struct moefy_router_many_params {
   moefy_tensor_map x;
   moefy_tensor_map w1;

@@ -119,7 +119,7 @@ struct Place {
     const uint32_t slot = index % p.num_pieces, barrier = shared_address(&fixed.pieces[group][slot]);
     const uint32_t block = group + index / hidden_depths() * 2;
     barrier_expect(barrier, kPieceBytes);
-    copy_box(piece(group, slot), p.w2, {index % hidden_depths() * kDepth, block * kPieceExperts, 0, 0}, barrier);
+    copy_box(piece(group, slot), p.w2, index % hidden_depths() * kDepth, block * kPieceExperts, barrier);
   }
 };
 
@@ -136,13 +136,12 @@ __device__ __forceinline__ void copy(const Place& place, const Fixed& fixed) {
     barrier_expect(barrier, Place::kStageBytes);
 #pragma unroll
     for (uint32_t row = 0; row < kOutputs; row += kBoxRows) {
-      copy_box(place.stage(slot) + (kTokens + row) * kRowBytes, p.w1, {(place.begin + index) * kDepth, row, 0, 0},
-               barrier);
+      copy_box(place.stage(slot) + (kTokens + row) * kRowBytes, p.w1, (place.begin + index) * kDepth, row, barrier);
     }
   };
   const auto copy_tokens = [&](uint32_t index) {
     const uint32_t slot = index % p.num_stages;
-    copy_box(place.stage(slot), p.x, {(place.begin + index) * kDepth, place.cluster_token, 0, 0},
+    copy_box(place.stage(slot), p.x, (place.begin + index) * kDepth, place.cluster_token,
              shared_address(&fixed.full[slot]));
   };
 #pragma unroll 1

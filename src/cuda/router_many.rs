@@ -1,6 +1,6 @@
 //! Scores and selection of a router in one launch, for many tokens on Hopper.
 
-use super::driver::{Function, RawStream};
+use super::driver::{Function, RawStream, matrix_map};
 use super::kernels::Modules;
 use super::router_select::first_width;
 use super::{Device, Properties};
@@ -218,20 +218,13 @@ impl Shape {
         let Size { tokens, outputs, .. } = self.size;
         let r = router;
         let (d_model, width) = (r.d_model, first_width(r));
-        let map = |address: u64, [rows, columns]: [u32; 2], stride: u64, box_rows: u32| {
-            let (rows, columns, stride) =
-                (u64::from(rows), u64::from(columns), stride * dtype.bytes() as u64);
-            let (sizes, all) = ([columns, rows, 1, 1], stride * rows);
-            let of_box = [PIECE, box_rows, 1, 1];
-            self.kernel.tensor_map(dtype, address, sizes, [stride, all, all], of_box)
-        };
-        let w1 = map(r.w1, [width, d_model], d_model.into(), outputs.min(256))?;
+        let w1 = matrix_map(dtype, r.w1, [width, d_model], d_model.into(), outputs.min(256))?;
         let w2 = match r.w2 {
             0 => w1,
-            w2 => map(w2, [r.num_experts, r.hidden], r.hidden.into(), PIECE)?,
+            w2 => matrix_map(dtype, w2, [r.num_experts, r.hidden], r.hidden.into(), PIECE)?,
         };
         let params = moefy_router_many_params {
-            x: map(r.x, [r.num_tokens, d_model], r.x_stride, tokens)?,
+            x: matrix_map(dtype, r.x, [r.num_tokens, d_model], r.x_stride, tokens)?,
             w1,
             w2,
             router: *r,
