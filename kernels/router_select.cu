@@ -82,37 +82,6 @@ __device__ __forceinline__ void first_layer(const moefy_router_select_params& p)
   }
 }
 
-// Selects by a block, from the keys of a row and the largest of them. `selection` is the same row for one warp.
-__device__ __forceinline__ void select_by_block(const moefy_router_select_params& p, uint32_t token, bool valid,
-                                                const RowSelection& selection, uint32_t max_key, uint32_t* count) {
-  const moefy_selection& rule = p.selection;
-  const bool plain = rule.rule == MOEFY_RULE_DYNAMIC_K && rule.threshold > 0 && rule.max_experts >= p.num_experts &&
-                     max_key < kInfinityKey && key_score(max_key) > 0;
-  if (plain) {
-    const uint32_t least = ::max(score_key(rule.threshold * key_score(max_key)), 1u);
-    for (uint32_t e = threadIdx.x; e < round_up_32(p.num_experts); e += kSelectThreads) {
-      const uint32_t word = __ballot_sync(kFullWarp, selection.keys[e] >= least);
-      if (lane_id() == 0) {
-        selection.mask[e / 32] = word;
-        atomicAdd(count, __popc(word));
-      }
-    }
-  } else if (threadIdx.x < 32) {
-    const bool selected = selection.run(rule);
-    __syncwarp();
-    uint32_t own = 0;
-    for (uint32_t w = lane_id(); w < round_up_32(p.num_experts) / 32; w += 32) own += __popc(selection.mask[w]);
-    own = __reduce_add_sync(kFullWarp, own);
-    if (lane_id() == 0) {
-      *count = own;
-      if (!selected && valid && p.status != nullptr) atomicOr(p.status, MOEFY_STATUS_ROW_WITHOUT_SCORE);
-    }
-  }
-  if (p.counts == nullptr) return;
-  __syncthreads();
-  if (threadIdx.x == 0) p.counts[token] = *count;
-}
-
 // The rest, a block for each token; hidden % 8 == 0.
 template <class T>
 __device__ __forceinline__ void select_from_first(const moefy_router_select_params& p) {
@@ -144,11 +113,12 @@ __device__ __forceinline__ void select_from_first(const moefy_router_select_para
   if (imposed != nullptr && threadIdx.x * 32 < p.num_experts) prefetch(imposed + threadIdx.x * 32);
   if (threadIdx.x == 0) max_key = count = 0;
   wait_for_dependencies();
+  if (p.turns != nullptr && token == 0 && threadIdx.x < 2) p.turns[threadIdx.x] = 0;
   load_first(p, token, 1, in);
   copy_async_wait<0>();
   __syncthreads();
   if (p.w2 != nullptr) {
-    second_layer(p, w2, in, 1, scores, p.num_experts);
+    second_layer(p, w2, p.num_experts, in, 1, scores);
     __syncthreads();
   }
   const bool valid = p.num_valid_tokens == nullptr || token < __ldcg(p.num_valid_tokens);

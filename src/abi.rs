@@ -126,6 +126,7 @@ pub struct moefy_router_select_params {
     pub counts: u64,
     pub status: u64,
     pub num_valid_tokens: u64,
+    pub turns: u64,
     pub x_stride: u64,
     pub selection: moefy_selection,
     pub kind: moefy_router_kind,
@@ -138,7 +139,7 @@ pub struct moefy_router_select_params {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of moefy_router_select_params"]
-        [::std::mem::size_of::<moefy_router_select_params>() - 136usize];
+        [::std::mem::size_of::<moefy_router_select_params>() - 144usize];
     ["Alignment of moefy_router_select_params"]
         [::std::mem::align_of::<moefy_router_select_params>() - 8usize];
     ["Offset of field: moefy_router_select_params::x"]
@@ -163,22 +164,24 @@ const _: () = {
         [::std::mem::offset_of!(moefy_router_select_params, status) - 72usize];
     ["Offset of field: moefy_router_select_params::num_valid_tokens"]
         [::std::mem::offset_of!(moefy_router_select_params, num_valid_tokens) - 80usize];
+    ["Offset of field: moefy_router_select_params::turns"]
+        [::std::mem::offset_of!(moefy_router_select_params, turns) - 88usize];
     ["Offset of field: moefy_router_select_params::x_stride"]
-        [::std::mem::offset_of!(moefy_router_select_params, x_stride) - 88usize];
+        [::std::mem::offset_of!(moefy_router_select_params, x_stride) - 96usize];
     ["Offset of field: moefy_router_select_params::selection"]
-        [::std::mem::offset_of!(moefy_router_select_params, selection) - 96usize];
+        [::std::mem::offset_of!(moefy_router_select_params, selection) - 104usize];
     ["Offset of field: moefy_router_select_params::kind"]
-        [::std::mem::offset_of!(moefy_router_select_params, kind) - 112usize];
+        [::std::mem::offset_of!(moefy_router_select_params, kind) - 120usize];
     ["Offset of field: moefy_router_select_params::d_model"]
-        [::std::mem::offset_of!(moefy_router_select_params, d_model) - 116usize];
+        [::std::mem::offset_of!(moefy_router_select_params, d_model) - 124usize];
     ["Offset of field: moefy_router_select_params::hidden"]
-        [::std::mem::offset_of!(moefy_router_select_params, hidden) - 120usize];
+        [::std::mem::offset_of!(moefy_router_select_params, hidden) - 128usize];
     ["Offset of field: moefy_router_select_params::num_experts"]
-        [::std::mem::offset_of!(moefy_router_select_params, num_experts) - 124usize];
+        [::std::mem::offset_of!(moefy_router_select_params, num_experts) - 132usize];
     ["Offset of field: moefy_router_select_params::num_tokens"]
-        [::std::mem::offset_of!(moefy_router_select_params, num_tokens) - 128usize];
+        [::std::mem::offset_of!(moefy_router_select_params, num_tokens) - 136usize];
     ["Offset of field: moefy_router_select_params::w2_in_shared"]
-        [::std::mem::offset_of!(moefy_router_select_params, w2_in_shared) - 132usize];
+        [::std::mem::offset_of!(moefy_router_select_params, w2_in_shared) - 140usize];
 };
 impl moefy_router_activation {
     pub const MOEFY_ROUTER_ACTIVATION_ABS: moefy_router_activation = moefy_router_activation(0);
@@ -363,17 +366,20 @@ pub struct moefy_experts_params {
     pub hidden_shared: u64,
     pub hidden_linear: u64,
     pub partials: u64,
+    pub turns: u64,
     pub rows: u64,
     pub rows_bytes: u64,
     pub pair_rows: u64,
     pub num_tokens: u32,
     pub max_pairs: u32,
+    pub hidden_splits: u32,
     pub num_splits: u32,
+    pub num_stripes: u32,
     pub slab: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 216usize];
+    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 232usize];
     ["Alignment of moefy_experts_params"][::std::mem::align_of::<moefy_experts_params>() - 8usize];
     ["Offset of field: moefy_experts_params::neurons"]
         [::std::mem::offset_of!(moefy_experts_params, neurons) - 0usize];
@@ -401,20 +407,26 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_params, hidden_linear) - 160usize];
     ["Offset of field: moefy_experts_params::partials"]
         [::std::mem::offset_of!(moefy_experts_params, partials) - 168usize];
+    ["Offset of field: moefy_experts_params::turns"]
+        [::std::mem::offset_of!(moefy_experts_params, turns) - 176usize];
     ["Offset of field: moefy_experts_params::rows"]
-        [::std::mem::offset_of!(moefy_experts_params, rows) - 176usize];
+        [::std::mem::offset_of!(moefy_experts_params, rows) - 184usize];
     ["Offset of field: moefy_experts_params::rows_bytes"]
-        [::std::mem::offset_of!(moefy_experts_params, rows_bytes) - 184usize];
+        [::std::mem::offset_of!(moefy_experts_params, rows_bytes) - 192usize];
     ["Offset of field: moefy_experts_params::pair_rows"]
-        [::std::mem::offset_of!(moefy_experts_params, pair_rows) - 192usize];
+        [::std::mem::offset_of!(moefy_experts_params, pair_rows) - 200usize];
     ["Offset of field: moefy_experts_params::num_tokens"]
-        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 200usize];
+        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 208usize];
     ["Offset of field: moefy_experts_params::max_pairs"]
-        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 204usize];
+        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 212usize];
+    ["Offset of field: moefy_experts_params::hidden_splits"]
+        [::std::mem::offset_of!(moefy_experts_params, hidden_splits) - 216usize];
     ["Offset of field: moefy_experts_params::num_splits"]
-        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 208usize];
+        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 220usize];
+    ["Offset of field: moefy_experts_params::num_stripes"]
+        [::std::mem::offset_of!(moefy_experts_params, num_stripes) - 224usize];
     ["Offset of field: moefy_experts_params::slab"]
-        [::std::mem::offset_of!(moefy_experts_params, slab) - 212usize];
+        [::std::mem::offset_of!(moefy_experts_params, slab) - 228usize];
 };
 #[repr(C)]
 #[repr(align(64))]
@@ -435,7 +447,7 @@ const _: () = {
 pub struct moefy_experts_paired_params {
     pub w_in: moefy_tensor_map,
     pub experts: moefy_experts_params,
-    pub reserved: [u64; 5usize],
+    pub reserved: [u64; 3usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -448,7 +460,7 @@ const _: () = {
     ["Offset of field: moefy_experts_paired_params::experts"]
         [::std::mem::offset_of!(moefy_experts_paired_params, experts) - 128usize];
     ["Offset of field: moefy_experts_paired_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_paired_params, reserved) - 344usize];
+        [::std::mem::offset_of!(moefy_experts_paired_params, reserved) - 360usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -504,33 +516,39 @@ pub struct moefy_ffn_few_params {
     pub num_stages: u32,
     pub inverse_width: f32,
     pub stage_neurons: u32,
+    pub is_routed: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 264usize];
+    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 280usize];
     ["Alignment of moefy_ffn_few_params"][::std::mem::align_of::<moefy_ffn_few_params>() - 8usize];
     ["Offset of field: moefy_ffn_few_params::neurons"]
         [::std::mem::offset_of!(moefy_ffn_few_params, neurons) - 0usize];
     ["Offset of field: moefy_ffn_few_params::router"]
         [::std::mem::offset_of!(moefy_ffn_few_params, router) - 80usize];
     ["Offset of field: moefy_ffn_few_params::w2"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, w2) - 216usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, w2) - 224usize];
     ["Offset of field: moefy_ffn_few_params::y"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, y) - 224usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, y) - 232usize];
     ["Offset of field: moefy_ffn_few_params::partials"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, partials) - 232usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, partials) - 240usize];
     ["Offset of field: moefy_ffn_few_params::gate"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, gate) - 240usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, gate) - 248usize];
     ["Offset of field: moefy_ffn_few_params::num_w2"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, num_w2) - 244usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_w2) - 252usize];
     ["Offset of field: moefy_ffn_few_params::num_blocks"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, num_blocks) - 248usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_blocks) - 256usize];
     ["Offset of field: moefy_ffn_few_params::num_stages"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, num_stages) - 252usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_stages) - 260usize];
     ["Offset of field: moefy_ffn_few_params::inverse_width"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, inverse_width) - 256usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, inverse_width) - 264usize];
     ["Offset of field: moefy_ffn_few_params::stage_neurons"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, stage_neurons) - 260usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, stage_neurons) - 268usize];
+    ["Offset of field: moefy_ffn_few_params::is_routed"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, is_routed) - 272usize];
+    ["Offset of field: moefy_ffn_few_params::reserved"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, reserved) - 276usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

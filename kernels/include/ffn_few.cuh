@@ -3,6 +3,7 @@
 
 #include "bulk_copy.cuh"
 #include "dependency.cuh"
+#include "element.cuh"
 #include "experts.cuh"
 #include "mma.cuh"
 #include "team.cuh"
@@ -123,6 +124,25 @@ struct Slice {
         *reinterpret_cast<float2*>(&sums[threadIdx.x / 32][tile][g + half * 8][2 * t]) =
             make_float2(c[tile][2 * half], c[tile][2 * half + 1]);
       }
+    }
+  }
+
+  /// Adds up the squares of this warp's columns of each token.
+  __device__ void square(const X& x, float (&squares)[kWarps][kTiles * kTile]) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        Eight<T> values = {{x[step][tile]}};
+        float v[8];
+        values.to_floats(v);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) sum = fmaf(v[k], v[k], sum);
+      }
+      sum += __shfl_xor_sync(kFullWarp, sum, 1);
+      sum += __shfl_xor_sync(kFullWarp, sum, 2);
+      if (lane_id() % 4 == 0) squares[threadIdx.x / 32][tile * kTile + lane_id() / 4] = sum;
     }
   }
 };

@@ -199,6 +199,11 @@ impl MoeFfn {
         ffn_few::Shape::new(device, neurons, &router, sorts, self.dtype(), num_tokens)
     }
 
+    /// Whether a plan may take [`Path::DenseMasked`].
+    pub(super) fn may_be_masked(&self, options: &PlanOptions) -> bool {
+        options.path.map_or(options.fallback == Fallback::Masked, |path| path == Path::DenseMasked)
+    }
+
     /// What cuBLASLt has to do for at most so many tokens, if anything.
     pub(super) fn dense_layer_of(
         &self,

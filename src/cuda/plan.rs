@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use super::dense::{Dense, DenseLayer, DenseRun};
-use super::driver::RawStream;
+use super::driver::{Branch, RawStream};
 use super::places::Places;
-use super::router_select::{check_router, router_select_by};
+use super::experts::experts_after;
+use super::router_select::{AlsoRouted, check_router, router_select_by};
 use super::statistics::Counters;
 use super::view::{Arguments, Format, View, Workspace};
 use super::{
@@ -14,10 +15,14 @@ use super::{
     route_index,
 };
 use crate::abi::{
-    moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_split_valid_params,
+    moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_router_select_params,
+    moefy_split_valid_params,
 };
 use crate::error::Result;
 use crate::ffn::Gate;
+
+/// Most tokens of a dense layer whose router runs beside it: with more, either of them fills the chip.
+const MAX_BESIDE_TOKENS: usize = 1 << 20;
 
 /// What a sparse run does, in turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +40,8 @@ pub struct FfnPlan {
     places: Places,
     dense: Option<Dense>,
     counters: Option<Counters>,
+    /// For the router of a masked dense layer.
+    branch: Option<Arc<Branch>>,
 }
 
 impl MoeFfn {
@@ -73,7 +80,11 @@ impl MoeFfn {
             places: self.places(max_tokens, &options)?,
             dense: None,
             counters: None,
+            branch: None,
         };
+        if self.may_be_masked(&options) && max_tokens > 0 {
+            plan.branch = Some(Arc::new(Branch::new(&self.device().context)?));
+        }
         if options.statistics {
             plan.counters = Some(Counters::new(self.device(), self.neurons().num_experts)?);
         }
@@ -103,7 +114,8 @@ impl FfnPlan {
             Some(_) => Some(Counters::new(ffn.device(), ffn.neurons().num_experts)?),
             None => None,
         };
-        Ok(Self { ffn: ffn.clone(), dense, counters, ..*self })
+        let branch = self.branch.clone();
+        Ok(Self { ffn: ffn.clone(), dense, counters, branch, ..*self })
     }
 
     /// Bytes of workspace that a run needs.
@@ -246,28 +258,28 @@ impl FfnPlan {
         // SAFETY: the caller's promise.
         unsafe {
             if path == Path::DenseExact {
-                return self.run_dense(stream, y, inputs, [0, 0], op);
+                return self.run_dense(stream, y, inputs, op);
+            }
+            if path == Path::DenseMasked && last == Stage::Experts {
+                return self.run_masked(stream, y, inputs, base, op);
             }
             if path == Path::FewFused && last == Stage::Experts {
                 return self.run_few_fused(stream, y, inputs, base, op);
             }
             let (mask, gates) = self.route(stream, inputs, base, op)?;
-            if last == Stage::Route || path == Path::FewFused {
+            if last == Stage::Route {
                 return Ok(());
             }
-            if path == Path::DenseMasked {
-                let gates = gates.map_or(0, |gates| gates.address);
-                return self.run_dense(stream, y, inputs, [mask.address, gates], op);
-            }
-            let (valid, device) = (inputs.num_valid_tokens, ffn.device());
+            let (valid, device, places) = (inputs.num_valid_tokens, ffn.device(), &self.places);
             let mut inputs_of_experts =
                 ExpertsInputs { x: inputs.x, mask, gates, num_valid_tokens: valid, lists: None };
             if path == Path::Few {
-                return experts(device, stream, y, neurons, &inputs_of_experts, op);
+                let turns = base + places.turns;
+                let inputs = &inputs_of_experts;
+                return experts_after(device, stream, y, neurons, inputs, turns, op);
             }
             let words = |place, len| View::words(base + place, len);
             let num_experts = neurons.num_experts;
-            let places = &self.places;
             let outputs = RouteIndexOutputs {
                 counts: words(places.counts, num_experts),
                 offsets: words(places.offsets, num_experts + 1),
@@ -315,7 +327,8 @@ impl FfnPlan {
         // SAFETY: the caller's promise.
         unsafe {
             let (x, imposed) = (inputs.x, inputs.scores);
-            router_select_by(device, stream, &outputs, x, valid, &router, &selection, imposed, op)?;
+            let also = AlsoRouted { imposed, turns: base + self.places.turns };
+            router_select_by(device, stream, &outputs, x, valid, &router, &selection, also, op)?;
             if let Some(counters) = &self.counters {
                 let valid = valid.map_or(0, |valid| valid.address);
                 counters.add(device, stream, mask.address, num_tokens, valid)?;
@@ -356,7 +369,7 @@ impl FfnPlan {
         if self.counters.is_some() || inputs.mask.is_some() {
             router.mask = mask;
         }
-        let params = moefy_ffn_few_params {
+        let mut params = moefy_ffn_few_params {
             neurons,
             router,
             w2: ffn.few_w2,
@@ -371,8 +384,18 @@ impl FfnPlan {
             },
             ..bytemuck::Zeroable::zeroed()
         };
+        let routing = (ffn.gate() == Gate::One && std::env::var("LAB_FUSED").is_ok_and(|v| v == "1"))
+            .then(|| device.router_select.cluster(inputs.x, &router, ffn.dtype()))
+            .flatten();
         // SAFETY: the caller's promise.
         unsafe {
+            if let Some(kernel) = routing {
+                kernel.launch(stream, &moefy_router_select_params { mask, ..router })?;
+                params.is_routed = 1;
+                params.w2 = 0;
+                params.router.mask = mask;
+                params.router.imposed = 0;
+            }
             shape.launch(device, stream, &params, op.address)?;
             if let Some(counters) = &self.counters {
                 let valid = valid.map_or(0, |valid| valid.address);
@@ -387,34 +410,86 @@ impl FfnPlan {
         stream: RawStream,
         y: View,
         inputs: &FfnInputs,
-        [mask, gates]: [u64; 2],
         op: Workspace,
     ) -> Result<()> {
-        let [num_tokens, d_model] = y.shape;
-        let dense = self.dense.as_ref().expect("a plan that takes a dense path has tuned it");
-        let run = DenseRun {
-            x: inputs.x.address,
-            y: y.address,
-            mask,
-            gates,
-            num_tokens,
-            workspace: op.address,
-        };
-        let device = self.ffn.device();
+        let run = self.dense_run(y, inputs, op);
         // SAFETY: the caller's promise.
         unsafe {
-            dense.run(device, stream, &run)?;
-            if let Some(valid) = inputs.num_valid_tokens {
-                let params = moefy_clear_invalid_params {
-                    y: y.address,
-                    num_valid_tokens: valid.address,
-                    row_bytes: (d_model * y.format.bytes()) as u64,
-                    num_tokens: num_tokens as u64,
-                };
-                padding::clear_invalid(device, stream, &params)?;
-            }
+            self.dense().run(self.ffn.device(), stream, &run)?;
+            self.clear_invalid(stream, y, inputs)
         }
-        Ok(())
+    }
+
+    /// The router runs beside the first product, which does not need it.
+    unsafe fn run_masked(
+        &self,
+        stream: RawStream,
+        y: View,
+        inputs: &FfnInputs,
+        base: u64,
+        op: Workspace,
+    ) -> Result<()> {
+        let (dense, device) = (self.dense(), self.ffn.device());
+        let first = self.dense_run(y, inputs, op);
+        let mut run = first;
+        let beside = Workspace {
+            address: base + self.places.beside,
+            bytes: (self.places.op - self.places.beside) as usize,
+        };
+        let mut route = |stream| {
+            super::workspace::LAB_FULL.set(1);
+            // SAFETY: the caller's promise.
+            let (mask, gates) = unsafe { self.route(stream, inputs, base, beside)? };
+            run.mask = mask.address;
+            run.gates = gates.map_or(0, |gates| gates.address);
+            super::workspace::LAB_FULL.set(0);
+            Ok(())
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            if inputs.x.shape[0] <= MAX_BESIDE_TOKENS.min(std::env::var("LAB_FORK").map_or(1 << 20, |v| v.parse().unwrap()))
+                && let Some(branch) = &self.branch
+            {
+                branch.run(stream, route, || dense.begin(stream, &first))?;
+                super::workspace::LAB_FULL.set(1);
+            } else {
+                route(stream)?;
+                dense.begin(stream, &first)?;
+            }
+            dense.finish(device, stream, &run)?;
+            super::workspace::LAB_FULL.set(0);
+            self.clear_invalid(stream, y, inputs)
+        }
+    }
+
+    fn dense(&self) -> &Dense {
+        self.dense.as_ref().expect("a plan that takes a dense path has tuned it")
+    }
+
+    /// A run without masks.
+    fn dense_run(&self, y: View, inputs: &FfnInputs, op: Workspace) -> DenseRun {
+        DenseRun {
+            x: inputs.x.address,
+            y: y.address,
+            mask: 0,
+            gates: 0,
+            num_tokens: y.shape[0],
+            workspace: op.address,
+        }
+    }
+
+    /// Makes zeros of the rows that are padding.
+    unsafe fn clear_invalid(&self, stream: RawStream, y: View, inputs: &FfnInputs) -> Result<()> {
+        let Some(valid) = inputs.num_valid_tokens else { return Ok(()) };
+        let [num_tokens, d_model] = y.shape;
+        let params = moefy_clear_invalid_params {
+            y: y.address,
+            num_valid_tokens: valid.address,
+            row_bytes: (d_model * y.format.bytes()) as u64,
+            num_tokens: num_tokens as u64,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { padding::clear_invalid(self.ffn.device(), stream, &params) }
     }
 
     /// Times dense products for full batches alone.

@@ -1,15 +1,15 @@
 //! Scores and selection of a router.
 
 use super::driver::{Function, RawStream};
-use super::ffn_few::FirstLayer;
+use super::ffn_few::{FirstLayer, in_row_stride};
 use super::kernels::{Modules, PerDType};
 use super::select::{
     SelectOutputs, abi_selection, check_num_experts, launch_select, selection_words,
 };
 use super::view::{Arguments, Format, View, Workspace};
-use super::{Buffer, Device};
+use super::{Buffer, Device, experts_few};
 use crate::abi::{
-    MOEFY_ROUTER_TILE, moefy_ffn_few_params, moefy_router_activation, moefy_router_kind,
+    MOEFY_FFN_FEW_THREADS, MOEFY_FFN_FEW_TILE, MOEFY_ROUTER_TILE, moefy_ffn_few_params, moefy_router_activation, moefy_router_kind,
     moefy_router_layer_params, moefy_router_select_params, moefy_select_params, moefy_selection,
 };
 use crate::dtype::DType;
@@ -46,6 +46,46 @@ pub(super) struct Kernels {
     hidden_bf16: Function,
     /// Of f16, then of bf16.
     product: [[Function; 2]; 2],
+    /// The same, where the device is a Hopper.
+    cluster: Option<[[Function; 2]; 2]>,
+}
+
+/// Blocks of a cluster of Hopper's kernel, tokens that it does, rows of the first layer that a block can have, and steps of 32
+/// columns that a warp can own, of the variants.
+const CLUSTER_BLOCKS: usize = 16;
+const CLUSTER_TOKENS: usize = MOEFY_FFN_FEW_TILE as usize;
+const MAX_CLUSTER_ROWS: usize = 16;
+const MAX_CLUSTER_SHARED_BYTES: usize = 208 << 10;
+const CLUSTER_STEPS: [usize; 2] = [4, 16];
+/// Up to here it is faster than two launches.
+const MAX_CLUSTER_TOKENS: usize = 64;
+
+/// How Hopper's kernel for few tokens is launched.
+pub(super) struct Cluster {
+    kernel: Function,
+    tiles: u32,
+    shared_bytes: usize,
+}
+
+impl Cluster {
+    /// # Safety
+    /// The addresses must lead to what the parameters say, of at least one token, and the context must be
+    /// bound.
+    pub(super) unsafe fn launch(
+        &self,
+        stream: RawStream,
+        params: &moefy_router_select_params,
+    ) -> Result<()> {
+        let grid = [lab_blocks() as u32, self.tiles, 1];
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.kernel.launch(stream, grid, MOEFY_FFN_FEW_THREADS, self.shared_bytes, params)
+        }
+    }
+}
+
+fn lab_blocks() -> usize {
+    std::env::var("LAB_BLOCKS").map_or(CLUSTER_BLOCKS, |v| v.parse().unwrap())
 }
 
 impl Kernels {
@@ -68,6 +108,7 @@ impl Kernels {
             layer: load(layer, 0)?,
             hidden_f16: modules.function(module, "moefy_router_layer_hidden_f16", 0)?,
             hidden_bf16: modules.function(module, "moefy_router_layer_hidden_bf16", 0)?,
+            cluster: load_cluster(modules)?,
             product: [
                 ["moefy_router_product_f16_32", "moefy_router_product_f16_128"],
                 ["moefy_router_product_bf16_32", "moefy_router_product_bf16_128"],
@@ -77,6 +118,49 @@ impl Kernels {
             .collect::<Result<Vec<_>>>()?
             .try_into()
             .unwrap_or_else(|_| unreachable!("two types")),
+        })
+    }
+
+    /// Hopper's kernel, where it does these sizes.
+    pub(super) fn cluster(
+        &self,
+        x: View,
+        params: &moefy_router_select_params,
+        dtype: DType,
+    ) -> Option<Cluster> {
+        let kernels = match dtype {
+            DType::F32 => return None,
+            DType::F16 => &self.cluster.as_ref()?[0],
+            DType::BF16 => &self.cluster.as_ref()?[1],
+        };
+        if lab_blocks() == 0 { return None; }
+        let blocks = lab_blocks();
+        let [num_tokens, d_model] = x.shape;
+        let [hidden, num_experts] = [params.hidden, params.num_experts].map(|n| n as usize);
+        let rows = hidden.div_ceil(blocks);
+        let own_experts = num_experts.div_ceil(blocks);
+        let steps = d_model.div_ceil(32).div_ceil(MOEFY_FFN_FEW_THREADS as usize / 32);
+        let which = CLUSTER_STEPS.iter().position(|&most| steps <= most)?;
+        let fits = params.w2 != 0
+            && x.row_stride == d_model
+            && d_model.is_multiple_of(8)
+            && hidden.is_multiple_of(8)
+            && rows <= MAX_CLUSTER_ROWS
+            && num_tokens <= std::env::var("LAB_TOKENS").map_or(MAX_CLUSTER_TOKENS, |v| v.parse().unwrap())
+            && num_experts <= MAX_FEW_EXPERTS;
+        // As in the kernel.
+        let words = CLUSTER_TOKENS
+            * (hidden.next_multiple_of(128) + own_experts.next_multiple_of(4))
+            + num_experts.next_multiple_of(32)
+            + selection_words(&params.selection, num_experts);
+        let row_bytes = d_model * dtype.bytes();
+        let shared_bytes = rows.next_multiple_of(8) * in_row_stride(row_bytes)
+            + own_experts * hidden * dtype.bytes()
+            + 4 * words;
+        (fits && shared_bytes <= MAX_CLUSTER_SHARED_BYTES).then_some(Cluster {
+            kernel: kernels[which],
+            tiles: num_tokens.div_ceil(CLUSTER_TOKENS) as u32,
+            shared_bytes,
         })
     }
 
@@ -101,6 +185,21 @@ impl Kernels {
             DType::BF16 => &self.hidden_bf16,
         }
     }
+}
+
+fn load_cluster(modules: &Modules) -> Result<Option<[[Function; 2]; 2]>> {
+    let Some(module) = modules.module("sm90_router_select") else { return Ok(None) };
+    let load = |name| module.function_of_large_clusters(name, MAX_CLUSTER_SHARED_BYTES);
+    if lab_blocks() == 8 {
+        return Ok(Some([
+            [load("moefy_router_select_f16_4_8")?, load("moefy_router_select_f16_16_8")?],
+            [load("moefy_router_select_bf16_4_8")?, load("moefy_router_select_bf16_16_8")?],
+        ]));
+    }
+    Ok(Some([
+        [load("moefy_router_select_f16_4_16")?, load("moefy_router_select_f16_16_16")?],
+        [load("moefy_router_select_bf16_4_16")?, load("moefy_router_select_bf16_16_16")?],
+    ]))
 }
 
 fn product(modules: &Modules, names: [&'static str; 2]) -> Result<[Function; 2]> {
@@ -295,13 +394,22 @@ pub unsafe fn router_select(
             num_valid_tokens,
             router,
             selection,
-            None,
+            AlsoRouted::default(),
             workspace,
         )
     }
 }
 
-/// The same, but `imposed`, f32 \[num_tokens, E\], is what selection reads; the router runs all the same.
+/// What a plan asks of its router beside masks.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct AlsoRouted {
+    /// f32 \[num_tokens, E\]: selection reads it; the router runs all the same.
+    pub(super) imposed: Option<View>,
+    /// [`experts_few::TURNS`] words that become zeros, or null.
+    pub(super) turns: u64,
+}
+
+/// The same with what `also` says.
 ///
 /// # Safety
 /// As for [`router_select`].
@@ -314,7 +422,7 @@ pub(super) unsafe fn router_select_by(
     num_valid_tokens: Option<View>,
     router: &RouterView,
     selection: &Selection,
-    imposed: Option<View>,
+    also: AlsoRouted,
     workspace: Workspace,
 ) -> Result<()> {
     let check = Arguments { device, op: "router_select" };
@@ -330,7 +438,8 @@ pub(super) unsafe fn router_select_by(
     let params = moefy_router_select_params {
         first: check.workspace(workspace, needed)?,
         scores,
-        imposed: match imposed {
+        turns: also.turns,
+        imposed: match also.imposed {
             Some(imposed) => {
                 let shape = [num_tokens, num_experts];
                 check.dense("imposed scores", imposed, Format::F32, shape)?
@@ -348,6 +457,9 @@ pub(super) unsafe fn router_select_by(
     device.context.bind()?;
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe {
+        if let Some(kernel) = device.router_select.cluster(x, &params, dtype) {
+            return kernel.launch(stream, &params);
+        }
         match few_shared_bytes(num_tokens, x.shape[1], dtype, router, &params.selection) {
             Some([without, with]) => {
                 let kernels = &device.router_select;
@@ -361,7 +473,12 @@ pub(super) unsafe fn router_select_by(
                 let (kernel, grid) = (kernels.select.get(dtype), [params.num_tokens, 1, 1]);
                 kernel.launch(stream, grid, SELECT_THREADS, shared_bytes, &params)
             }
-            None => launch_many(device, stream, &params, dtype),
+            None => {
+                if params.turns != 0 {
+                    experts_few::begin(device, stream, params.turns)?;
+                }
+                launch_many(device, stream, &params, dtype)
+            }
         }
     }
 }
