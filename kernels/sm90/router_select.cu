@@ -14,6 +14,7 @@ struct Fixed {
   uint32_t max_key, count;
   alignas(16) Sums<1> sums;
   float squares[kWarps][kTile];
+  alignas(16) float units[kTile][16];  // of the first layer, the block's own
 };
 
 __device__ __forceinline__ uint32_t block_of_cluster() {
@@ -30,6 +31,39 @@ __device__ __forceinline__ void store_async(const float* to, float value, const 
                : "memory");
 }
 
+__device__ __forceinline__ void store_async(const float* to, float4 values, const uint64_t* barrier, uint32_t rank) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   address_in_block(shared_address(to), rank)),
+               "f"(values.x), "f"(values.y), "f"(values.z), "f"(values.w),
+               "r"(address_in_block(shared_address(barrier), rank))
+               : "memory");
+}
+
+/// <w, in>, by four threads side by side, of a multiple of 8 numbers in shared memory.
+template <class T>
+__device__ __forceinline__ float quad_dot(const T* w, const float* in, uint32_t size) {
+  float sums[2] = {};
+  for (uint32_t k = threadIdx.x % 4 * 8; k < size; k += 32) {
+    Eight<T> loaded;
+    loaded.load_anywhere(w + k);
+    float weights[8];
+    loaded.to_floats(weights);
+    const float4 a = *reinterpret_cast<const float4*>(in + k), b = *reinterpret_cast<const float4*>(in + k + 4);
+    sums[0] = fmaf(weights[0], a.x, sums[0]);
+    sums[1] = fmaf(weights[1], a.y, sums[1]);
+    sums[0] = fmaf(weights[2], a.z, sums[0]);
+    sums[1] = fmaf(weights[3], a.w, sums[1]);
+    sums[0] = fmaf(weights[4], b.x, sums[0]);
+    sums[1] = fmaf(weights[5], b.y, sums[1]);
+    sums[0] = fmaf(weights[6], b.z, sums[0]);
+    sums[1] = fmaf(weights[7], b.w, sums[1]);
+  }
+  const uint32_t quad = 0xfu << (threadIdx.x % 32 / 4 * 4);
+  float sum = sums[0] + sums[1];
+  sum += __shfl_xor_sync(quad, sum, 1);
+  return sum + __shfl_xor_sync(quad, sum, 2);
+}
+
 /// Waits for the end of the first phase, and for what other blocks of the cluster have stored in it.
 __device__ __forceinline__ void wait_for_stores(const uint64_t* barrier) {
   asm volatile(
@@ -42,17 +76,15 @@ __device__ __forceinline__ void wait_for_stores(const uint64_t* barrier) {
 struct Sized {
   unsigned char* rows;  // of w1, in_row_stride apart
   unsigned char* w2;
-  float* first;    // [tokens, padded_first(hidden)]
-  float* scores;   // [tokens, own experts]
+  float* first;    // [tokens, hidden and 4, so that tokens meet different banks]
   float* of_token;  // [round_up_32(num_experts)] scores, then keys, then what selection sorts
 
-  __device__ Sized(unsigned char* memory, uint32_t row_bytes, uint32_t num_rows, uint32_t w2_bytes, uint32_t first_stride,
-                   uint32_t num_experts)
+  __device__ Sized(unsigned char* memory, uint32_t row_bytes, uint32_t num_rows, uint32_t w2_bytes,
+                   uint32_t first_stride)
       : rows(memory),
         w2(rows + ceil_div(num_rows, 8) * 8 * in_row_stride(row_bytes)),
         first(reinterpret_cast<float*>(w2 + w2_bytes)),
-        scores(first + kTile * first_stride),
-        of_token(scores + kTile * ceil_div(num_experts, 4) * 4) {}
+        of_token(first + kTile * first_stride) {}
 };
 
 /// kSteps: as of Slice. kBlocks: of a cluster, at least as many as tokens of a tile.
@@ -62,13 +94,13 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
   const uint32_t rank = block_of_cluster();
   const uint32_t token0 = blockIdx.y * kTile, num_tokens = min(uint32_t(kTile), p.num_tokens - token0);
   // What the blocks of a cluster own, the last ones less.
-  const uint32_t rows_each = ceil_div(p.hidden, kBlocks), experts_each = ceil_div(p.num_experts, kBlocks);
+  const uint32_t rows_each = ceil_div(p.hidden, 4 * kBlocks) * 4, experts_each = ceil_div(p.num_experts, kBlocks);
   const uint32_t row0 = min(rank * rows_each, p.hidden), expert0 = min(rank * experts_each, p.num_experts);
   const uint32_t num_rows = min(rows_each, p.hidden - row0), num_experts = min(experts_each, p.num_experts - expert0);
   const Slice<T, 1, kSteps> slice(p.d_model);
-  const uint32_t row_stride = in_row_stride(slice.row_bytes), first_stride = padded_first(p.hidden);
+  const uint32_t row_stride = in_row_stride(slice.row_bytes), first_stride = p.hidden + 4;
   const uint32_t w2_row_bytes = p.hidden * sizeof(T);
-  const Sized shared(memory, slice.row_bytes, rows_each, experts_each * w2_row_bytes, first_stride, experts_each);
+  const Sized shared(memory, slice.row_bytes, rows_each, experts_each * w2_row_bytes, first_stride);
   const bool selects = rank < num_tokens;  // for this token of the tile
   if (threadIdx.x == 0) {
     for (uint64_t* barrier : {&fixed.rows_barrier, &fixed.first_barrier, &fixed.scores_barrier}) {
@@ -93,9 +125,6 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
   touch(p);
   launch_dependents();
   if (threadIdx.x < num_rows) slice.clear_row_end(shared.rows + threadIdx.x * row_stride);
-  for (uint32_t i = threadIdx.x; i < num_tokens * first_stride; i += kThreads) {
-    if (i % first_stride >= p.hidden) shared.first[i] = 0.0f;
-  }
   // The barriers of all blocks are ready.
   sync_cluster();
   wait_for_dependencies();
@@ -121,12 +150,9 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
   if (has_unit_norm(p.kind)) slice.square(x, fixed.squares);
   __syncthreads();
 
-  // Of each pair of a unit and a token, a thread for each block that gets it.
-  const uint32_t num_values = num_rows * num_tokens;
-#pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < num_values * kBlocks; i += kThreads) {
-    const uint32_t block = i / num_values, value = i % num_values;
-    const uint32_t token = value / num_rows, row = value % num_rows;
+  // A thread for each unit of each token, then one for each four of them and each block that gets them.
+  if (threadIdx.x < num_rows * num_tokens) {
+    const uint32_t token = threadIdx.x / num_rows, row = threadIdx.x % num_rows;
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += fixed.sums[w][0][row][token];
@@ -136,14 +162,27 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
       for (int w = 0; w < kWarps; ++w) square += fixed.squares[w][token];
       sum *= inverse_norm(square);
     }
-    store_async(shared.first + token * first_stride + row0 + row, activate(first_activation(p.kind), sum),
-                &fixed.first_barrier, block);
+    fixed.units[token][row] = activate(first_activation(p.kind), sum);
+  }
+  __syncthreads();
+  const uint32_t num_fours = num_rows / 4;
+  for (uint32_t i = threadIdx.x; i < num_fours * num_tokens * kBlocks; i += kThreads) {
+    const uint32_t block = i % kBlocks, four = i / kBlocks % num_fours * 4, token = i / kBlocks / num_fours;
+    store_async(shared.first + token * first_stride + row0 + four,
+                *reinterpret_cast<const float4*>(&fixed.units[token][four]), &fixed.first_barrier, block);
   }
   wait_for_stores(&fixed.first_barrier);
-  second_layer(p, reinterpret_cast<const T*>(shared.w2), num_experts, shared.first, num_tokens, shared.scores);
-  __syncthreads();
-  for (uint32_t i = threadIdx.x; i < num_experts * num_tokens; i += kThreads) {
-    store_async(shared.of_token + expert0 + i % num_experts, shared.scores[i], &fixed.scores_barrier, i / num_experts);
+
+  // Four threads for each expert of each token.
+  const T* const w2 = reinterpret_cast<const T*>(shared.w2);
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x / 4; i < num_experts * num_tokens; i += kThreads / 4) {
+    const uint32_t e = i % num_experts, of_token = i / num_experts;
+    const float score = quad_dot(w2 + e * p.hidden, shared.first + of_token * first_stride, p.hidden);
+    if (threadIdx.x % 4 == 0) {
+      store_async(shared.of_token + expert0 + e, activate(second_activation(p.kind), score), &fixed.scores_barrier,
+                  of_token);
+    }
   }
   if (!selects) return;
 
@@ -173,7 +212,7 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
 
 // Dynamic shared memory: Sized.
 #define MOEFY_ROUTER_SELECT(name, type, steps, blocks)                                             \
-  extern "C" __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(MOEFY_FFN_FEW_THREADS) \
+  extern "C" __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(MOEFY_FFN_FEW_THREADS, 1) \
       moefy_router_select_##name##_##steps##_##blocks(                                               \
           const __grid_constant__ moefy_router_select_params p) {                                    \
     extern __shared__ __align__(128) unsigned char memory[];                                         \

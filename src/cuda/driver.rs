@@ -72,10 +72,18 @@ impl Branch {
     pub(super) fn new(context: &Context) -> Result<Self> {
         context.bind()?;
         let doing = "create a stream";
+        let (mut _least, mut greatest) = (0, 0);
+        // SAFETY: both are written, or an error comes back.
+        unsafe { sys::cuCtxGetStreamPriorityRange(&mut _least, &mut greatest) }
+            .result()
+            .map_err(cannot(doing))?;
         let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
         Ok(Self {
-            side: result::stream::create(result::stream::StreamKind::NonBlocking)
-                .map_err(cannot(doing))?,
+            side: result::stream::create_with_priority(
+                result::stream::StreamKind::NonBlocking,
+                greatest,
+            )
+            .map_err(cannot(doing))?,
             forked: event().map_err(cannot(doing))?,
             joined: event().map_err(cannot(doing))?,
             used: Mutex::new(()),

@@ -137,7 +137,7 @@ impl Kernels {
         let blocks = lab_blocks();
         let [num_tokens, d_model] = x.shape;
         let [hidden, num_experts] = [params.hidden, params.num_experts].map(|n| n as usize);
-        let rows = hidden.div_ceil(blocks);
+        let rows = hidden.div_ceil(4 * blocks) * 4;
         let own_experts = num_experts.div_ceil(blocks);
         let steps = d_model.div_ceil(32).div_ceil(MOEFY_FFN_FEW_THREADS as usize / 32);
         let which = CLUSTER_STEPS.iter().position(|&most| steps <= most)?;
@@ -150,7 +150,7 @@ impl Kernels {
             && num_experts <= MAX_FEW_EXPERTS;
         // As in the kernel.
         let words = CLUSTER_TOKENS
-            * (hidden.next_multiple_of(128) + own_experts.next_multiple_of(4))
+            * (hidden + 4)
             + num_experts.next_multiple_of(32)
             + selection_words(&params.selection, num_experts);
         let row_bytes = d_model * dtype.bytes();
@@ -338,7 +338,7 @@ pub fn router_select_workspace_bytes(num_tokens: usize, router: &RouterView) -> 
 /// Shared memory of the second kernel for few tokens, without and with its weights, if they are few and
 /// their rows aligned.
 fn few_shared_bytes(
-    num_tokens: usize,
+    [num_tokens, tokens_each]: [usize; 2],
     d_model: usize,
     dtype: DType,
     router: &RouterView,
@@ -349,8 +349,7 @@ fn few_shared_bytes(
         return None;
     }
     let bytes = 4
-        * (first_row_words(router)?
-            + num_experts.next_multiple_of(32)
+        * (tokens_each * (first_row_words(router)? + num_experts.next_multiple_of(32))
             + selection_words(selection, num_experts));
     let weights = num_experts.checked_mul(hidden)?.checked_mul(dtype.bytes())?;
     let is_aligned = d_model.is_multiple_of(8) && hidden.is_multiple_of(8);
@@ -460,7 +459,10 @@ pub(super) unsafe fn router_select_by(
         if let Some(kernel) = device.router_select.cluster(x, &params, dtype) {
             return kernel.launch(stream, &params);
         }
-        match few_shared_bytes(num_tokens, x.shape[1], dtype, router, &params.selection) {
+        // One block fits a multiprocessor.
+        let tokens_each = num_tokens.div_ceil(device.properties().multiprocessors);
+        let counts = [num_tokens, tokens_each];
+        match few_shared_bytes(counts, x.shape[1], dtype, router, &params.selection) {
             Some([without, with]) => {
                 let kernels = &device.router_select;
                 launch_first(device, stream, &params, dtype)?;
@@ -470,7 +472,8 @@ pub(super) unsafe fn router_select_by(
                     w2_in_shared: (has_room && params.w2 != 0).into(),
                     ..params
                 };
-                let (kernel, grid) = (kernels.select.get(dtype), [params.num_tokens, 1, 1]);
+                let grid = [num_tokens.div_ceil(tokens_each) as u32, 1, 1];
+                let kernel = kernels.select.get(dtype);
                 kernel.launch(stream, grid, SELECT_THREADS, shared_bytes, &params)
             }
             None => {
