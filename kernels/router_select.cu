@@ -112,7 +112,13 @@ __device__ __forceinline__ void select_from_first(const moefy_router_select_para
     constexpr uint32_t kLine = 128 / sizeof(T);
     for (uint32_t k = threadIdx.x * kLine; k < p.num_experts * p.hidden; k += kSelectThreads * kLine) prefetch(w2 + k);
   }
+  // A thread has one expert at most.
+  const auto imposed_of = [&](uint32_t token) {
+    if (p.imposed == nullptr || threadIdx.x >= p.num_experts || token >= p.num_tokens) return 0.0f;
+    return __ldcg(p.imposed + static_cast<uint64_t>(token) * p.num_experts + threadIdx.x);
+  };
   wait_for_dependencies();
+  float next_imposed = imposed_of(token0);
   if (p.turns != nullptr && blockIdx.x == 0 && threadIdx.x < 2) p.turns[threadIdx.x] = 0;
   load_first(p, token0, num_tokens, in);
   copy_async_wait<0>();
@@ -124,14 +130,14 @@ __device__ __forceinline__ void select_from_first(const moefy_router_select_para
     if (threadIdx.x == 0) max_key = count = 0;
     __syncthreads();
     const bool valid = token < num_valid;
-    const uint64_t first = static_cast<uint64_t>(token) * p.num_experts;
-#pragma unroll 1
-    for (uint32_t e = threadIdx.x; e < row; e += kSelectThreads) {
+    const float imposed = next_imposed;
+    next_imposed = imposed_of(token + 1);
+    const uint32_t e = threadIdx.x;
+    if (e < row) {
       const bool exists = e < p.num_experts && valid;
       const float score = exists ? scores[(token - token0) * score_stride + e] : 0.0f;
-      if (e < p.num_experts && p.scores != nullptr) p.scores[first + e] = score;
-      const float selected_by = exists && p.imposed != nullptr ? p.imposed[first + e] : score;
-      keys[e] = exists ? score_key(selected_by) : 0;
+      if (e < p.num_experts && p.scores != nullptr) p.scores[static_cast<uint64_t>(token) * p.num_experts + e] = score;
+      keys[e] = exists ? score_key(p.imposed == nullptr ? score : imposed) : 0;
       const uint32_t largest = __reduce_max_sync(kFullWarp, keys[e]);
       if (lane_id() == 0) atomicMax(&max_key, largest);
     }

@@ -15,6 +15,7 @@ pub const MOEFY_FFN_FEW_THREADS: u32 = 256;
 pub const MOEFY_FFN_FEW_ROUTER_ROWS: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
+pub const MOEFY_ROUTER_SELECT_BLOCKS: u32 = 16;
 pub const MOEFY_ROUTER_TILE: u32 = 64;
 pub const MOEFY_ACTIVATE_THREADS: u32 = 128;
 impl moefy_rule {

@@ -89,7 +89,8 @@ struct Slice {
   }
 
   /// Products of rows with this warp's columns of the tokens: rows 0 to 7 begin at `low`, 8 to 15 at `high`. Of each eight
-  /// there are `rows`; nobody looks at the sums of the others.
+  /// there are `rows`; nobody looks at the sums of the others. `kHigh`: whether there is a second eight.
+  template <bool kHigh = true>
   __device__ void multiply(uint32_t low, uint32_t high, uint32_t rows, const X& x, Sums<kTiles>& sums) const {
     constexpr int kChains = 4 / kTiles;  // sums that do not wait for each other
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
@@ -99,7 +100,7 @@ struct Slice {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const uint4 a = load_shared_vector(low + offset + step_offset(i, steps));
-      const uint4 b = load_shared_vector(high + offset + step_offset(i, steps));
+      const uint4 b = kHigh ? load_shared_vector(high + offset + step_offset(i, steps)) : uint4{};
       const uint32_t first[4] = {a.x, b.x, a.y, b.y}, second[4] = {a.z, b.z, a.w, b.w};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {

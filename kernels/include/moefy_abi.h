@@ -42,6 +42,9 @@
 #define MOEFY_ROUTE_INDEX_CHUNK 8u
 #define MOEFY_ROUTE_INDEX_BLOCKS 128u
 
+/* Blocks of a cluster of Hopper's moefy_router_select. */
+#define MOEFY_ROUTER_SELECT_BLOCKS 16u
+
 /* Tokens and outputs of a block of moefy_router_layer. */
 #define MOEFY_ROUTER_TILE 64u
 

@@ -49,7 +49,7 @@ __device__ __forceinline__ void first_layer(const moefy_ffn_few_params& p, unsig
   typename Slice<T, kTiles, kSteps>::X x;
   slice.load(static_cast<const T*>(r.x) + static_cast<uint64_t>(token0) * r.d_model, num_tokens, x);
   barrier_wait(shared_address(&barrier), 0);
-  slice.multiply(shared_address(rows), shared_address(rows), kRows, x, sums);
+  slice.template multiply<false>(shared_address(rows), 0, kRows, x, sums);
   if (has_unit_norm(r.kind)) slice.square(x, squares);
   __syncthreads();
   if (!writes) return;

@@ -39,27 +39,34 @@ __device__ __forceinline__ void store_async(const float* to, float4 values, cons
                : "memory");
 }
 
+/// Adds a thread's part of <w, in>, eight products.
+template <class T>
+__device__ __forceinline__ void add_eight(float (&sums)[4], const T* w, const float* in) {
+  Eight<T> loaded;
+  loaded.load_anywhere(w);
+  float weights[8];
+  loaded.to_floats(weights);
+  const float4 a = *reinterpret_cast<const float4*>(in), b = *reinterpret_cast<const float4*>(in + 4);
+  sums[0] = fmaf(weights[4], b.x, fmaf(weights[0], a.x, sums[0]));
+  sums[1] = fmaf(weights[5], b.y, fmaf(weights[1], a.y, sums[1]));
+  sums[2] = fmaf(weights[6], b.z, fmaf(weights[2], a.z, sums[2]));
+  sums[3] = fmaf(weights[7], b.w, fmaf(weights[3], a.w, sums[3]));
+}
+
 /// <w, in>, by four threads side by side, of a multiple of 8 numbers in shared memory.
 template <class T>
 __device__ __forceinline__ float quad_dot(const T* w, const float* in, uint32_t size) {
-  float sums[2] = {};
-  for (uint32_t k = threadIdx.x % 4 * 8; k < size; k += 32) {
-    Eight<T> loaded;
-    loaded.load_anywhere(w + k);
-    float weights[8];
-    loaded.to_floats(weights);
-    const float4 a = *reinterpret_cast<const float4*>(in + k), b = *reinterpret_cast<const float4*>(in + k + 4);
-    sums[0] = fmaf(weights[0], a.x, sums[0]);
-    sums[1] = fmaf(weights[1], a.y, sums[1]);
-    sums[0] = fmaf(weights[2], a.z, sums[0]);
-    sums[1] = fmaf(weights[3], a.w, sums[1]);
-    sums[0] = fmaf(weights[4], b.x, sums[0]);
-    sums[1] = fmaf(weights[5], b.y, sums[1]);
-    sums[0] = fmaf(weights[6], b.z, sums[0]);
-    sums[1] = fmaf(weights[7], b.w, sums[1]);
+  float sums[4] = {};
+  uint32_t k = threadIdx.x % 4 * 8;
+#pragma unroll 1
+  for (; k + 96 < size; k += 128) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) add_eight(sums, w + k + i * 32, in + k + i * 32);
   }
+#pragma unroll 1
+  for (; k < size; k += 32) add_eight(sums, w + k, in + k);
   const uint32_t quad = 0xfu << (threadIdx.x % 32 / 4 * 4);
-  float sum = sums[0] + sums[1];
+  float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   sum += __shfl_xor_sync(quad, sum, 1);
   return sum + __shfl_xor_sync(quad, sum, 2);
 }
@@ -92,6 +99,7 @@ template <class T, int kSteps, uint32_t kBlocks>
 __device__ __forceinline__ void route(const moefy_router_select_params& p, unsigned char* memory) {
   __shared__ Fixed fixed;
   const uint32_t rank = block_of_cluster();
+  static_assert(kBlocks >= kTile && kWarps >= kTile && kBlocks <= 16, "tokens have a block and a warp each");
   const uint32_t token0 = blockIdx.y * kTile, num_tokens = min(uint32_t(kTile), p.num_tokens - token0);
   // What the blocks of a cluster own, the last ones less.
   const uint32_t rows_each = ceil_div(p.hidden, 4 * kBlocks) * 4, experts_each = ceil_div(p.num_experts, kBlocks);
@@ -146,38 +154,44 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
   const bool valid = token0 + rank < valid_tokens(p);
   barrier_wait(shared_address(&fixed.rows_barrier), 0);
   const uint32_t rows = shared_address(shared.rows);
-  slice.multiply(rows, rows_each > 8 ? rows + 8 * row_stride : rows, 8, x, fixed.sums);
+  if (rows_each > 8) {
+    slice.multiply(rows, rows + 8 * row_stride, 8, x, fixed.sums);
+  } else {
+    slice.template multiply<false>(rows, 0, 8, x, fixed.sums);
+  }
   if (has_unit_norm(p.kind)) slice.square(x, fixed.squares);
   __syncthreads();
 
-  // A thread for each unit of each token, then one for each four of them and each block that gets them.
-  if (threadIdx.x < num_rows * num_tokens) {
-    const uint32_t token = threadIdx.x / num_rows, row = threadIdx.x % num_rows;
-    float sum = 0.0f;
+  // A warp for each token, a lane for each unit, and then for each four of them and each block that gets them.
+  const uint32_t warp = threadIdx.x / 32;
+  if (warp < num_tokens) {
+    float (&units)[16] = fixed.units[warp];
+    if (lane_id() < num_rows) {
+      float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += fixed.sums[w][0][row][token];
-    if (has_unit_norm(p.kind)) {
-      float square = 0.0f;
+      for (int w = 0; w < kWarps; ++w) sum += fixed.sums[w][0][lane_id()][warp];
+      if (has_unit_norm(p.kind)) {
+        float square = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) square += fixed.squares[w][token];
-      sum *= inverse_norm(square);
+        for (int w = 0; w < kWarps; ++w) square += fixed.squares[w][warp];
+        sum *= inverse_norm(square);
+      }
+      units[lane_id()] = activate(first_activation(p.kind), sum);
     }
-    fixed.units[token][row] = activate(first_activation(p.kind), sum);
-  }
-  __syncthreads();
-  const uint32_t num_fours = num_rows / 4;
-  for (uint32_t i = threadIdx.x; i < num_fours * num_tokens * kBlocks; i += kThreads) {
-    const uint32_t block = i % kBlocks, four = i / kBlocks % num_fours * 4, token = i / kBlocks / num_fours;
-    store_async(shared.first + token * first_stride + row0 + four,
-                *reinterpret_cast<const float4*>(&fixed.units[token][four]), &fixed.first_barrier, block);
+    __syncwarp();
+    const float* to = shared.first + warp * first_stride + row0;
+    for (uint32_t four = lane_id() / kBlocks * 4; four < num_rows; four += 32 / kBlocks * 4) {
+      const float4 values = *reinterpret_cast<const float4*>(&units[four]);
+      store_async(to + four, values, &fixed.first_barrier, lane_id() % kBlocks);
+    }
   }
   wait_for_stores(&fixed.first_barrier);
 
-  // Four threads for each expert of each token.
+  // Four threads for each expert of each token. Tokens come in powers of two: a division would take long.
   const T* const w2 = reinterpret_cast<const T*>(shared.w2);
+  const uint32_t shift = 32 - __clz(num_tokens - 1), of_token = threadIdx.x / 4 & ((1u << shift) - 1);
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x / 4; i < num_experts * num_tokens; i += kThreads / 4) {
-    const uint32_t e = i % num_experts, of_token = i / num_experts;
+  for (uint32_t e = threadIdx.x / 4 >> shift; e < num_experts && of_token < num_tokens; e += kThreads / 4 >> shift) {
     const float score = quad_dot(w2 + e * p.hidden, shared.first + of_token * first_stride, p.hidden);
     if (threadIdx.x % 4 == 0) {
       store_async(shared.of_token + expert0 + e, activate(second_activation(p.kind), score), &fixed.scores_barrier,
@@ -211,19 +225,15 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
 }  // namespace moefy
 
 // Dynamic shared memory: Sized.
-#define MOEFY_ROUTER_SELECT(name, type, steps, blocks)                                             \
-  extern "C" __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(MOEFY_FFN_FEW_THREADS, 1) \
-      moefy_router_select_##name##_##steps##_##blocks(                                               \
-          const __grid_constant__ moefy_router_select_params p) {                                    \
-    extern __shared__ __align__(128) unsigned char memory[];                                         \
-    moefy::few::route<type, steps, blocks>(p, memory);                                               \
+#define MOEFY_ROUTER_SELECT(name, type, steps)                                                             \
+  extern "C" __global__ void __cluster_dims__(MOEFY_ROUTER_SELECT_BLOCKS, 1, 1)                            \
+      __launch_bounds__(MOEFY_FFN_FEW_THREADS, 1)                                                          \
+          moefy_router_select_##name##_##steps(const __grid_constant__ moefy_router_select_params p) {     \
+    extern __shared__ __align__(128) unsigned char memory[];                                               \
+    moefy::few::route<type, steps, MOEFY_ROUTER_SELECT_BLOCKS>(p, memory);                                 \
   }
 
-MOEFY_ROUTER_SELECT(f16, __half, 4, 8)
-MOEFY_ROUTER_SELECT(f16, __half, 16, 8)
-MOEFY_ROUTER_SELECT(f16, __half, 4, 16)
-MOEFY_ROUTER_SELECT(f16, __half, 16, 16)
-MOEFY_ROUTER_SELECT(bf16, __nv_bfloat16, 4, 8)
-MOEFY_ROUTER_SELECT(bf16, __nv_bfloat16, 16, 8)
-MOEFY_ROUTER_SELECT(bf16, __nv_bfloat16, 4, 16)
-MOEFY_ROUTER_SELECT(bf16, __nv_bfloat16, 16, 16)
+MOEFY_ROUTER_SELECT(f16, __half, 4)
+MOEFY_ROUTER_SELECT(f16, __half, 16)
+MOEFY_ROUTER_SELECT(bf16, __nv_bfloat16, 4)
+MOEFY_ROUTER_SELECT(bf16, __nv_bfloat16, 16)

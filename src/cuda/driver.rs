@@ -72,11 +72,8 @@ impl Branch {
     pub(super) fn new(context: &Context) -> Result<Self> {
         context.bind()?;
         let doing = "create a stream";
-        let (mut _least, mut greatest) = (0, 0);
-        // SAFETY: both are written, or an error comes back.
-        unsafe { sys::cuCtxGetStreamPriorityRange(&mut _least, &mut greatest) }
-            .result()
-            .map_err(cannot(doing))?;
+        // What it does is short, and something waits for it.
+        let (_, greatest) = result::stream::get_priority_range().map_err(cannot(doing))?;
         let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
         Ok(Self {
             side: result::stream::create_with_priority(
@@ -108,7 +105,13 @@ impl Branch {
         // SAFETY: the handles exist as long as `self`.
         let follow = |event, from, to| unsafe {
             result::event::record(event, from)
-                .and_then(|()| result::stream::wait_event(to, event, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT))
+                .and_then(|()| {
+                    result::stream::wait_event(
+                        to,
+                        event,
+                        sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT,
+                    )
+                })
                 .map_err(cannot("make a stream wait for another"))
         };
         follow(self.forked, main, self.side)?;
@@ -141,7 +144,7 @@ fn capture_of(stream: sys::CUstream) -> Result<u64> {
         sys::cuStreamGetCaptureInfo_v3(stream, &mut status, &mut id, graph, nodes, edges, count)
     }
     .result()
-        .map_err(cannot("ask whether a stream is captured"))?;
+    .map_err(cannot("ask whether a stream is captured"))?;
     Ok(if status == Status::CU_STREAM_CAPTURE_STATUS_NONE { 0 } else { id })
 }
 
@@ -369,12 +372,6 @@ fn preparing(name: &str) -> impl FnOnce(DriverError) -> Error {
     cannot(format!("prepare the kernel {name}"))
 }
 
-fn lab_full(_: RawStream) -> bool {
-    let n = super::workspace::LAB_FULL.get();
-    if n > 0 { super::workspace::LAB_FULL.set(n - 1); }
-    n > 0 && std::env::var("LAB_FULL").is_ok_and(|v| v == "1")
-}
-
 /// An entry point that is ready to launch.
 #[derive(Clone, Copy)]
 pub(super) struct Function {
@@ -410,7 +407,6 @@ impl Function {
                 programmaticStreamSerializationAllowed: self.overlaps.into(),
             },
         };
-        let full = lab_full(stream);
         let config = sys::CUlaunchConfig {
             gridDimX: grid[0],
             gridDimY: grid[1],
@@ -421,7 +417,7 @@ impl Function {
             sharedMemBytes: u32::try_from(shared_bytes).expect("checked by the wrapper"),
             hStream: stream.0.cast(),
             attrs: &mut attribute,
-            numAttrs: if full { 0 } else { self.overlaps.into() },
+            numAttrs: self.overlaps.into(),
         };
         let extra = std::ptr::null_mut();
         // SAFETY: the caller's promise.

@@ -219,7 +219,8 @@ impl Shape {
         let first_layer = FirstLayer::new(device, dtype, num_tokens, d_model, width)?;
         let round_up = |bytes: usize| bytes.next_multiple_of(128);
         let parts = 3 * num_tokens;
-        let of_parts = if hidden == 0 { 0 } else { parts.checked_mul(in_row_stride(2 * hidden))? };
+        let of_parts =
+            if hidden == 0 { 0 } else { parts.checked_mul(in_row_stride(2 * hidden))? };
         let fixed =
             round_up(4 * num_tokens * num_experts.next_multiple_of(32)) + round_up(of_parts);
         let num_blocks = device.properties().multiprocessors;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::dense::{Dense, DenseLayer, DenseRun};
 use super::driver::{Branch, RawStream};
-use super::places::Places;
 use super::experts::experts_after;
+use super::places::Places;
 use super::router_select::{AlsoRouted, check_router, router_select_by};
 use super::statistics::Counters;
 use super::view::{Arguments, Format, View, Workspace};
@@ -21,8 +21,10 @@ use crate::abi::{
 use crate::error::Result;
 use crate::ffn::Gate;
 
-/// Most tokens of a dense layer whose router runs beside it: with more, either of them fills the chip.
-const MAX_BESIDE_TOKENS: usize = 1 << 20;
+/// Elements of tokens up to which the router of a masked dense layer runs beside it: with more, either of them fills the chip.
+const MAX_BESIDE: usize = 256 * 1024;
+/// Experts from which on a path that can route by itself is faster after a router's launch.
+const MIN_ROUTED_EXPERTS: u32 = 64;
 
 /// What a sparse run does, in turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -384,7 +386,8 @@ impl FfnPlan {
             },
             ..bytemuck::Zeroable::zeroed()
         };
-        let routing = (ffn.gate() == Gate::One && std::env::var("LAB_FUSED").is_ok_and(|v| v == "1"))
+        let routes_before = ffn.gate() == Gate::One && neurons.num_experts >= MIN_ROUTED_EXPERTS;
+        let routing = routes_before
             .then(|| device.router_select.cluster(inputs.x, &router, ffn.dtype()))
             .flatten();
         // SAFETY: the caller's promise.
@@ -437,27 +440,24 @@ impl FfnPlan {
             bytes: (self.places.op - self.places.beside) as usize,
         };
         let mut route = |stream| {
-            super::workspace::LAB_FULL.set(1);
             // SAFETY: the caller's promise.
             let (mask, gates) = unsafe { self.route(stream, inputs, base, beside)? };
             run.mask = mask.address;
             run.gates = gates.map_or(0, |gates| gates.address);
-            super::workspace::LAB_FULL.set(0);
             Ok(())
         };
         // SAFETY: the caller's promise.
         unsafe {
-            if inputs.x.shape[0] <= MAX_BESIDE_TOKENS.min(std::env::var("LAB_FORK").map_or(1 << 20, |v| v.parse().unwrap()))
+            let [num_tokens, d_model] = inputs.x.shape;
+            if num_tokens * d_model <= MAX_BESIDE
                 && let Some(branch) = &self.branch
             {
                 branch.run(stream, route, || dense.begin(stream, &first))?;
-                super::workspace::LAB_FULL.set(1);
             } else {
                 route(stream)?;
                 dense.begin(stream, &first)?;
             }
             dense.finish(device, stream, &run)?;
-            super::workspace::LAB_FULL.set(0);
             self.clear_invalid(stream, y, inputs)
         }
     }

@@ -9,8 +9,9 @@ use super::select::{
 use super::view::{Arguments, Format, View, Workspace};
 use super::{Buffer, Device, experts_few};
 use crate::abi::{
-    MOEFY_FFN_FEW_THREADS, MOEFY_FFN_FEW_TILE, MOEFY_ROUTER_TILE, moefy_ffn_few_params, moefy_router_activation, moefy_router_kind,
-    moefy_router_layer_params, moefy_router_select_params, moefy_select_params, moefy_selection,
+    MOEFY_FFN_FEW_THREADS, MOEFY_FFN_FEW_TILE, MOEFY_ROUTER_SELECT_BLOCKS, MOEFY_ROUTER_TILE,
+    moefy_ffn_few_params, moefy_router_activation, moefy_router_kind, moefy_router_layer_params,
+    moefy_router_select_params, moefy_select_params, moefy_selection,
 };
 use crate::dtype::DType;
 use crate::error::Result;
@@ -36,6 +37,12 @@ const MIN_WIDE_TOKENS: u32 = 4096;
 const PRODUCT_STAGES: u32 = 4;
 /// Bytes of a row of a stage.
 const PRODUCT_ROW_BYTES: u32 = 128;
+/// Hopper's kernel: most tokens, which is one cluster (with more, two launches are faster), steps of 32 columns that a warp can
+/// own, of the variants, rows of the first layer that a block can have, and most shared memory.
+const CLUSTER_TOKENS: usize = MOEFY_FFN_FEW_TILE as usize;
+const CLUSTER_STEPS: [usize; 2] = [4, 16];
+const MAX_CLUSTER_ROWS: usize = 16;
+const MAX_CLUSTER_SHARED_BYTES: usize = 208 << 10;
 
 pub(super) struct Kernels {
     first: [PerDType; 2],
@@ -50,20 +57,10 @@ pub(super) struct Kernels {
     cluster: Option<[[Function; 2]; 2]>,
 }
 
-/// Blocks of a cluster of Hopper's kernel, tokens that it does, rows of the first layer that a block can have, and steps of 32
-/// columns that a warp can own, of the variants.
-const CLUSTER_BLOCKS: usize = 16;
-const CLUSTER_TOKENS: usize = MOEFY_FFN_FEW_TILE as usize;
-const MAX_CLUSTER_ROWS: usize = 16;
-const MAX_CLUSTER_SHARED_BYTES: usize = 208 << 10;
-const CLUSTER_STEPS: [usize; 2] = [4, 16];
-/// Up to here it is faster than two launches.
-const MAX_CLUSTER_TOKENS: usize = 64;
-
 /// How Hopper's kernel for few tokens is launched.
+#[derive(Clone, Copy)]
 pub(super) struct Cluster {
     kernel: Function,
-    tiles: u32,
     shared_bytes: usize,
 }
 
@@ -76,16 +73,10 @@ impl Cluster {
         stream: RawStream,
         params: &moefy_router_select_params,
     ) -> Result<()> {
-        let grid = [lab_blocks() as u32, self.tiles, 1];
+        let (grid, threads) = ([MOEFY_ROUTER_SELECT_BLOCKS, 1, 1], MOEFY_FFN_FEW_THREADS);
         // SAFETY: the caller's promise.
-        unsafe {
-            self.kernel.launch(stream, grid, MOEFY_FFN_FEW_THREADS, self.shared_bytes, params)
-        }
+        unsafe { self.kernel.launch(stream, grid, threads, self.shared_bytes, params) }
     }
-}
-
-fn lab_blocks() -> usize {
-    std::env::var("LAB_BLOCKS").map_or(CLUSTER_BLOCKS, |v| v.parse().unwrap())
 }
 
 impl Kernels {
@@ -133,8 +124,7 @@ impl Kernels {
             DType::F16 => &self.cluster.as_ref()?[0],
             DType::BF16 => &self.cluster.as_ref()?[1],
         };
-        if lab_blocks() == 0 { return None; }
-        let blocks = lab_blocks();
+        let blocks = MOEFY_ROUTER_SELECT_BLOCKS as usize;
         let [num_tokens, d_model] = x.shape;
         let [hidden, num_experts] = [params.hidden, params.num_experts].map(|n| n as usize);
         let rows = hidden.div_ceil(4 * blocks) * 4;
@@ -146,22 +136,18 @@ impl Kernels {
             && d_model.is_multiple_of(8)
             && hidden.is_multiple_of(8)
             && rows <= MAX_CLUSTER_ROWS
-            && num_tokens <= std::env::var("LAB_TOKENS").map_or(MAX_CLUSTER_TOKENS, |v| v.parse().unwrap())
+            && num_tokens <= CLUSTER_TOKENS
             && num_experts <= MAX_FEW_EXPERTS;
         // As in the kernel.
-        let words = CLUSTER_TOKENS
-            * (hidden + 4)
+        let words = CLUSTER_TOKENS * (hidden + 4)
             + num_experts.next_multiple_of(32)
             + selection_words(&params.selection, num_experts);
         let row_bytes = d_model * dtype.bytes();
         let shared_bytes = rows.next_multiple_of(8) * in_row_stride(row_bytes)
             + own_experts * hidden * dtype.bytes()
             + 4 * words;
-        (fits && shared_bytes <= MAX_CLUSTER_SHARED_BYTES).then_some(Cluster {
-            kernel: kernels[which],
-            tiles: num_tokens.div_ceil(CLUSTER_TOKENS) as u32,
-            shared_bytes,
-        })
+        (fits && shared_bytes <= MAX_CLUSTER_SHARED_BYTES)
+            .then_some(Cluster { kernel: kernels[which], shared_bytes })
     }
 
     /// The first layer of at least so many tokens on tensor cores, if its types and sizes allow it.
@@ -190,15 +176,9 @@ impl Kernels {
 fn load_cluster(modules: &Modules) -> Result<Option<[[Function; 2]; 2]>> {
     let Some(module) = modules.module("sm90_router_select") else { return Ok(None) };
     let load = |name| module.function_of_large_clusters(name, MAX_CLUSTER_SHARED_BYTES);
-    if lab_blocks() == 8 {
-        return Ok(Some([
-            [load("moefy_router_select_f16_4_8")?, load("moefy_router_select_f16_16_8")?],
-            [load("moefy_router_select_bf16_4_8")?, load("moefy_router_select_bf16_16_8")?],
-        ]));
-    }
     Ok(Some([
-        [load("moefy_router_select_f16_4_16")?, load("moefy_router_select_f16_16_16")?],
-        [load("moefy_router_select_bf16_4_16")?, load("moefy_router_select_bf16_16_16")?],
+        [load("moefy_router_select_f16_4")?, load("moefy_router_select_f16_16")?],
+        [load("moefy_router_select_bf16_4")?, load("moefy_router_select_bf16_16")?],
     ]))
 }
 

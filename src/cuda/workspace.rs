@@ -1,7 +1,5 @@
 //! How an operation divides its workspace.
 
-std::thread_local! { pub(super) static LAB_FULL: std::cell::Cell<u32> = const { std::cell::Cell::new(0) }; }
-
 /// Places of arrays in a workspace, each aligned to 256 bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Layout {
