@@ -119,7 +119,6 @@ __device__ __forceinline__ void select_from_first(const moefy_router_select_para
   };
   wait_for_dependencies();
   float next_imposed = imposed_of(token0);
-  if (p.turns != nullptr && blockIdx.x == 0 && threadIdx.x < 2) p.turns[threadIdx.x] = 0;
   load_first(p, token0, num_tokens, in);
   copy_async_wait<0>();
   __syncthreads();

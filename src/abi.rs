@@ -127,7 +127,6 @@ pub struct moefy_router_select_params {
     pub counts: u64,
     pub status: u64,
     pub num_valid_tokens: u64,
-    pub turns: u64,
     pub x_stride: u64,
     pub selection: moefy_selection,
     pub kind: moefy_router_kind,
@@ -140,7 +139,7 @@ pub struct moefy_router_select_params {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of moefy_router_select_params"]
-        [::std::mem::size_of::<moefy_router_select_params>() - 144usize];
+        [::std::mem::size_of::<moefy_router_select_params>() - 136usize];
     ["Alignment of moefy_router_select_params"]
         [::std::mem::align_of::<moefy_router_select_params>() - 8usize];
     ["Offset of field: moefy_router_select_params::x"]
@@ -165,24 +164,22 @@ const _: () = {
         [::std::mem::offset_of!(moefy_router_select_params, status) - 72usize];
     ["Offset of field: moefy_router_select_params::num_valid_tokens"]
         [::std::mem::offset_of!(moefy_router_select_params, num_valid_tokens) - 80usize];
-    ["Offset of field: moefy_router_select_params::turns"]
-        [::std::mem::offset_of!(moefy_router_select_params, turns) - 88usize];
     ["Offset of field: moefy_router_select_params::x_stride"]
-        [::std::mem::offset_of!(moefy_router_select_params, x_stride) - 96usize];
+        [::std::mem::offset_of!(moefy_router_select_params, x_stride) - 88usize];
     ["Offset of field: moefy_router_select_params::selection"]
-        [::std::mem::offset_of!(moefy_router_select_params, selection) - 104usize];
+        [::std::mem::offset_of!(moefy_router_select_params, selection) - 96usize];
     ["Offset of field: moefy_router_select_params::kind"]
-        [::std::mem::offset_of!(moefy_router_select_params, kind) - 120usize];
+        [::std::mem::offset_of!(moefy_router_select_params, kind) - 112usize];
     ["Offset of field: moefy_router_select_params::d_model"]
-        [::std::mem::offset_of!(moefy_router_select_params, d_model) - 124usize];
+        [::std::mem::offset_of!(moefy_router_select_params, d_model) - 116usize];
     ["Offset of field: moefy_router_select_params::hidden"]
-        [::std::mem::offset_of!(moefy_router_select_params, hidden) - 128usize];
+        [::std::mem::offset_of!(moefy_router_select_params, hidden) - 120usize];
     ["Offset of field: moefy_router_select_params::num_experts"]
-        [::std::mem::offset_of!(moefy_router_select_params, num_experts) - 132usize];
+        [::std::mem::offset_of!(moefy_router_select_params, num_experts) - 124usize];
     ["Offset of field: moefy_router_select_params::num_tokens"]
-        [::std::mem::offset_of!(moefy_router_select_params, num_tokens) - 136usize];
+        [::std::mem::offset_of!(moefy_router_select_params, num_tokens) - 128usize];
     ["Offset of field: moefy_router_select_params::w2_in_shared"]
-        [::std::mem::offset_of!(moefy_router_select_params, w2_in_shared) - 140usize];
+        [::std::mem::offset_of!(moefy_router_select_params, w2_in_shared) - 132usize];
 };
 impl moefy_router_activation {
     pub const MOEFY_ROUTER_ACTIVATION_ABS: moefy_router_activation = moefy_router_activation(0);
@@ -367,20 +364,17 @@ pub struct moefy_experts_params {
     pub hidden_shared: u64,
     pub hidden_linear: u64,
     pub partials: u64,
-    pub turns: u64,
     pub rows: u64,
     pub rows_bytes: u64,
     pub pair_rows: u64,
     pub num_tokens: u32,
     pub max_pairs: u32,
-    pub hidden_splits: u32,
     pub num_splits: u32,
-    pub num_stripes: u32,
     pub slab: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 232usize];
+    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 216usize];
     ["Alignment of moefy_experts_params"][::std::mem::align_of::<moefy_experts_params>() - 8usize];
     ["Offset of field: moefy_experts_params::neurons"]
         [::std::mem::offset_of!(moefy_experts_params, neurons) - 0usize];
@@ -408,26 +402,20 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_params, hidden_linear) - 160usize];
     ["Offset of field: moefy_experts_params::partials"]
         [::std::mem::offset_of!(moefy_experts_params, partials) - 168usize];
-    ["Offset of field: moefy_experts_params::turns"]
-        [::std::mem::offset_of!(moefy_experts_params, turns) - 176usize];
     ["Offset of field: moefy_experts_params::rows"]
-        [::std::mem::offset_of!(moefy_experts_params, rows) - 184usize];
+        [::std::mem::offset_of!(moefy_experts_params, rows) - 176usize];
     ["Offset of field: moefy_experts_params::rows_bytes"]
-        [::std::mem::offset_of!(moefy_experts_params, rows_bytes) - 192usize];
+        [::std::mem::offset_of!(moefy_experts_params, rows_bytes) - 184usize];
     ["Offset of field: moefy_experts_params::pair_rows"]
-        [::std::mem::offset_of!(moefy_experts_params, pair_rows) - 200usize];
+        [::std::mem::offset_of!(moefy_experts_params, pair_rows) - 192usize];
     ["Offset of field: moefy_experts_params::num_tokens"]
-        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 208usize];
+        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 200usize];
     ["Offset of field: moefy_experts_params::max_pairs"]
-        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 212usize];
-    ["Offset of field: moefy_experts_params::hidden_splits"]
-        [::std::mem::offset_of!(moefy_experts_params, hidden_splits) - 216usize];
+        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 204usize];
     ["Offset of field: moefy_experts_params::num_splits"]
-        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 220usize];
-    ["Offset of field: moefy_experts_params::num_stripes"]
-        [::std::mem::offset_of!(moefy_experts_params, num_stripes) - 224usize];
+        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 208usize];
     ["Offset of field: moefy_experts_params::slab"]
-        [::std::mem::offset_of!(moefy_experts_params, slab) - 228usize];
+        [::std::mem::offset_of!(moefy_experts_params, slab) - 212usize];
 };
 #[repr(C)]
 #[repr(align(64))]
@@ -448,7 +436,7 @@ const _: () = {
 pub struct moefy_experts_paired_params {
     pub w_in: moefy_tensor_map,
     pub experts: moefy_experts_params,
-    pub reserved: [u64; 3usize],
+    pub reserved: [u64; 5usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -461,7 +449,7 @@ const _: () = {
     ["Offset of field: moefy_experts_paired_params::experts"]
         [::std::mem::offset_of!(moefy_experts_paired_params, experts) - 128usize];
     ["Offset of field: moefy_experts_paired_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_paired_params, reserved) - 360usize];
+        [::std::mem::offset_of!(moefy_experts_paired_params, reserved) - 344usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -522,34 +510,34 @@ pub struct moefy_ffn_few_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 280usize];
+    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 272usize];
     ["Alignment of moefy_ffn_few_params"][::std::mem::align_of::<moefy_ffn_few_params>() - 8usize];
     ["Offset of field: moefy_ffn_few_params::neurons"]
         [::std::mem::offset_of!(moefy_ffn_few_params, neurons) - 0usize];
     ["Offset of field: moefy_ffn_few_params::router"]
         [::std::mem::offset_of!(moefy_ffn_few_params, router) - 80usize];
     ["Offset of field: moefy_ffn_few_params::w2"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, w2) - 224usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, w2) - 216usize];
     ["Offset of field: moefy_ffn_few_params::y"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, y) - 232usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, y) - 224usize];
     ["Offset of field: moefy_ffn_few_params::partials"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, partials) - 240usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, partials) - 232usize];
     ["Offset of field: moefy_ffn_few_params::gate"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, gate) - 248usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, gate) - 240usize];
     ["Offset of field: moefy_ffn_few_params::num_w2"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, num_w2) - 252usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_w2) - 244usize];
     ["Offset of field: moefy_ffn_few_params::num_blocks"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, num_blocks) - 256usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_blocks) - 248usize];
     ["Offset of field: moefy_ffn_few_params::num_stages"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, num_stages) - 260usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_stages) - 252usize];
     ["Offset of field: moefy_ffn_few_params::inverse_width"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, inverse_width) - 264usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, inverse_width) - 256usize];
     ["Offset of field: moefy_ffn_few_params::stage_neurons"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, stage_neurons) - 268usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, stage_neurons) - 260usize];
     ["Offset of field: moefy_ffn_few_params::is_routed"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, is_routed) - 272usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, is_routed) - 264usize];
     ["Offset of field: moefy_ffn_few_params::reserved"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, reserved) - 276usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, reserved) - 268usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

@@ -53,13 +53,6 @@ __device__ __forceinline__ uint4 load_cached_vector_if(bool valid, const void* a
   return v;
 }
 
-/// Reads a counter, and with it whatever its writers had made known.
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
-  uint32_t v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
-  return v;
-}
-
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

@@ -105,7 +105,6 @@ typedef struct moefy_router_select_params {
   MOEFY_PTR(uint32_t) counts;                 /* [num_tokens] or null */
   MOEFY_PTR(uint32_t) status;                 /* [1] or null */
   MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
-  MOEFY_PTR(uint32_t) turns;                  /* [2] of moefy_experts_params or null: becomes zeros */
   uint64_t x_stride;                          /* in elements */
   moefy_selection selection;
   moefy_router_kind kind;
@@ -205,7 +204,6 @@ typedef struct moefy_experts_params {
   uint64_t hidden_shared;
   uint64_t hidden_linear;
   MOEFY_PTR(float) partials; /* few tokens: [num_splits, num_tokens, d_model] */
-  MOEFY_PTR(uint32_t) turns; /* few tokens: [2], zeros before: pieces of work that are taken, shares of h that are there */
   /* Many tokens: outputs of a slab of columns: one row for each pair, then one for each token for the shared neurons if
    * there are any, then those for the linear ones. As many columns as the rows that there are leave room for. */
   MOEFY_PTR(void) rows;
@@ -213,9 +211,7 @@ typedef struct moefy_experts_params {
   MOEFY_PTR(uint32_t) pair_rows; /* many tokens: [num_tokens, num_experts], the row of each pair that exists */
   uint32_t num_tokens;
   uint32_t max_pairs;  /* many tokens: entries of token_ids */
-  uint32_t hidden_splits; /* few tokens: shares of the neurons whose h is computed at once */
-  uint32_t num_splits;    /* few tokens: shares of the neurons whose outputs are added at once */
-  uint32_t num_stripes;   /* few tokens: of columns of y */
+  uint32_t num_splits; /* few tokens: shares of the neurons */
   uint32_t slab;       /* many tokens: which */
 } moefy_experts_params;
 
@@ -229,7 +225,7 @@ typedef struct __attribute__((aligned(64))) moefy_tensor_map {
 typedef struct moefy_experts_paired_params {
   moefy_tensor_map w_in;
   moefy_experts_params experts;
-  uint64_t reserved[3]; /* to a multiple of the alignment */
+  uint64_t reserved[5]; /* to a multiple of the alignment */
 } moefy_experts_paired_params;
 
 /* Partial outputs -> y: b_out and all shares, or zeros for a token at or beyond num_valid_tokens. */

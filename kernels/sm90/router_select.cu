@@ -137,7 +137,6 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
   sync_cluster();
   wait_for_dependencies();
 
-  if (p.turns != nullptr && rank == 0 && token0 == 0 && threadIdx.x < 2) p.turns[threadIdx.x] = 0;
   typename Slice<T, 1, kSteps>::X x;
   slice.load(static_cast<const T*>(p.x) + static_cast<uint64_t>(token0) * p.d_model, num_tokens, x);
   // Scores to be read instead, of at most kExperts experts.

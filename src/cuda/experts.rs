@@ -197,23 +197,6 @@ pub unsafe fn experts(
     inputs: &ExpertsInputs,
     workspace: Workspace,
 ) -> Result<()> {
-    // SAFETY: the caller's promise.
-    unsafe { experts_after(device, stream, y, neurons, inputs, 0, workspace) }
-}
-
-/// The same after a launch that has made the [`experts_few::TURNS`] words at `turns` zeros, if it is not null.
-///
-/// # Safety
-/// As for [`experts`].
-pub(super) unsafe fn experts_after(
-    device: &Device,
-    stream: RawStream,
-    y: View,
-    neurons: &Neurons,
-    inputs: &ExpertsInputs,
-    turns: u64,
-    workspace: Workspace,
-) -> Result<()> {
     let check = Arguments { device, op: "experts" };
     let (abi, dtype) = neurons.check(&check)?;
     let row_words = check_num_experts(&check, neurons.num_experts)?;
@@ -230,7 +213,6 @@ pub(super) unsafe fn experts_after(
         })?,
         num_valid_tokens: check.optional_words("num_valid_tokens", inputs.num_valid_tokens, 1)?,
         num_tokens: check.size("num_tokens", num_tokens)?,
-        turns,
         ..without_addresses(abi)
     };
     if let Some(ExpertLists { offsets, token_ids }) = inputs.lists {

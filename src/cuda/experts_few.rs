@@ -2,7 +2,7 @@
 //! neuron.
 
 use super::Device;
-use super::driver::{Function, RawStream};
+use super::driver::RawStream;
 use super::experts::{Launch, THREADS, VECTOR_BYTES, Variants, variants};
 use super::kernels::Modules;
 use super::workspace::Layout;
@@ -14,40 +14,27 @@ use crate::error::Result;
 const TILE: usize = 8;
 /// Fragments of a block: of the variants small to large.
 const TILES: [usize; 3] = [1, 2, 4];
-/// Vectors of columns that a lane takes of an output: of f32, and of the variants.
+/// Vectors of columns that a lane of the second kernel takes: of f32, and of the variants.
 const WIDE_F32: usize = 1;
 const WIDE: [usize; 3] = [2, 1, 1];
-/// Columns of `hidden` that a warp takes of an output at a time.
+/// Columns of `hidden` that a warp of the second kernel takes at a time.
 const STEP: usize = 16;
-/// Warps of an output that lie side by side.
+/// Warps of the second kernel that lie side by side.
 const WARPS_ACROSS: usize = 4;
 
 pub(super) struct Kernels {
-    whole: Variants,
-    begin: Function,
+    hidden: Variants,
+    output: Variants,
 }
 
 impl Kernels {
     pub(super) fn load(modules: &Modules) -> Result<Self> {
-        let names = variants!("moefy_experts_few_", "1", ["1", "2", "4"]);
+        let load = |names| Variants::load(modules, "experts_few", names, [0; 3]);
         Ok(Self {
-            whole: Variants::load(modules, "experts_few", names, [0; 3])?,
-            begin: modules.function("experts_few", "moefy_experts_few_begin", 0)?,
+            hidden: load(variants!("moefy_experts_few_hidden_", "1", ["1", "2", "4"]))?,
+            output: load(variants!("moefy_experts_few_output_", "1", ["1", "2", "4"]))?,
         })
     }
-}
-
-/// Words at `turns`, which a router or [`begin`] makes zeros before every launch.
-pub(super) const TURNS: usize = 2;
-
-/// Zeros at `turns`.
-///
-/// # Safety
-/// The address must lead to [`TURNS`] words, and the context must be bound.
-pub(super) unsafe fn begin(device: &Device, stream: RawStream, turns: u64) -> Result<()> {
-    let params = moefy_experts_params { turns, ..bytemuck::Zeroable::zeroed() };
-    // SAFETY: the caller's promise.
-    unsafe { device.experts.few.begin.launch(stream, [1, 1, 1], 32, 0, &params) }
 }
 
 /// Sizes of the launches and places in the workspace.
@@ -55,14 +42,13 @@ pub(super) unsafe fn begin(device: &Device, stream: RawStream, turns: u64) -> Re
 pub(super) struct Shape {
     size: usize,
     dtype: DType,
-    blocks: usize,
+    token_tiles: usize,
     stripes: usize,
     splits: usize,
-    hidden_splits: usize,
+    hidden_blocks: usize,
     hidden_stride: usize,
     hidden: u64,
     partials: u64,
-    turns: u64,
     pub(super) bytes: usize,
 }
 
@@ -85,8 +71,6 @@ impl Shape {
         // Two blocks on every multiprocessor, as long as they have something to do.
         let wanted = 2 * multiprocessors / (stripes * token_tiles).max(1);
         let splits = wanted.min(neurons.div_ceil(4 * STEP)).max(1);
-        let hidden_splits = neurons.min(2 * multiprocessors);
-        let pieces = hidden_splits.max(stripes * splits) * token_tiles;
         let hidden_stride = neurons.checked_next_multiple_of(STEP)?;
 
         let mut layout = Layout::default();
@@ -96,24 +80,20 @@ impl Shape {
         let one_share = num_tokens.checked_mul(launch.d_model)?;
         let partials =
             layout.place(one_share.max(2 * multiprocessors * tile_tokens * stripe), 4)?;
-        let turns = layout.place(TURNS, 4)?;
         Some(Self {
             size,
             dtype,
-            blocks: pieces.min(2 * multiprocessors),
+            token_tiles,
             stripes,
             splits,
-            hidden_splits,
+            hidden_blocks: neurons.min(2 * multiprocessors),
             hidden_stride,
             hidden,
             partials,
-            turns,
             bytes: layout.bytes(),
         })
     }
 
-    /// Where `params` have no `turns`, they are in the workspace, and begun here.
-    ///
     /// # Safety
     /// The addresses in `params`, and at `workspace` as many bytes as the shape says, must be what
     /// the kernels expect, and the context must be bound.
@@ -128,14 +108,12 @@ impl Shape {
             hidden: workspace + self.hidden,
             hidden_stride: self.hidden_stride as u64,
             partials: workspace + self.partials,
-            turns: if params.turns == 0 { workspace + self.turns } else { params.turns },
-            hidden_splits: self.hidden_splits as u32,
             num_splits: self.splits as u32,
-            num_stripes: self.stripes as u32,
             ..*params
         };
-        let needs_begin = params.turns == workspace + self.turns;
-        let kernel = device.experts.few.whole.get(self.dtype, self.size);
+        let [tiles, stripes, splits, blocks] =
+            [self.token_tiles, self.stripes, self.splits, self.hidden_blocks].map(|n| n as u32);
+        let Kernels { hidden, output } = &device.experts.few;
         let shares = moefy_add_shares_params {
             shares: params.partials,
             b_out: params.neurons.b_out,
@@ -147,10 +125,10 @@ impl Shape {
         };
         // SAFETY: the caller's promise; the places do not overlap.
         unsafe {
-            if needs_begin {
-                begin(device, stream, params.turns)?;
-            }
-            kernel.launch(stream, [self.blocks as u32, 1, 1], THREADS, 0, &params)?;
+            let grid = [blocks, tiles, 1];
+            hidden.get(self.dtype, self.size).launch(stream, grid, THREADS, 0, &params)?;
+            let grid = [stripes, splits, tiles];
+            output.get(self.dtype, self.size).launch(stream, grid, THREADS, 0, &params)?;
             device.add_shares.launch(stream, self.dtype, &shares)
         }
     }

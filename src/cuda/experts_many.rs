@@ -325,7 +325,7 @@ impl Shape {
                 let params = moefy_experts_paired_params {
                     w_in: kernel.tensor_map(self.dtype, params.neurons.w_in, sizes, groups)?,
                     experts: params,
-                    reserved: [0; 3],
+                    reserved: [0; 5],
                 };
                 let shared = wide_hidden_shared_bytes(self.wide_size, experts);
                 // SAFETY: the caller's promise.

@@ -14,6 +14,15 @@ pub(super) const MAX_FEW_TOKENS: usize = 8;
 /// Fewest tokens for which a choice goes expert by expert: with fewer, tiles are mostly empty.
 pub(super) const MIN_MANY_TOKENS: usize = 1024;
 
+/// Elements of tokens up to which the router of a masked dense layer runs beside its first product: with more, either of them
+/// fills the chip.
+const MAX_BESIDE: usize = 256 * 1024;
+
+/// Whether the router of a masked dense layer runs beside its first product.
+pub(super) fn routes_beside(num_tokens: usize, d_model: usize) -> bool {
+    num_tokens.saturating_mul(d_model) <= MAX_BESIDE
+}
+
 /// A way to compute the layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Path {
@@ -161,9 +170,11 @@ impl MoeFfn {
                 let shares = 132.0 * 8.0 * tokens * d_model / 4e6;
                 7.5 + 0.0008 * d_model + union_us + shares + 0.6 * (tokens - 8.0).max(0.0)
             }
-            Path::Few => 11.0 + 0.96 * union_us + 0.4 * tokens,
+            Path::Few => 9.7 + 0.96 * union_us + 0.4 * tokens,
             Path::DenseExact => dense_us,
             Path::DenseMasked => {
+                let router_us =
+                    if routes_beside(num_tokens, neurons.d_model()) { 4.0 } else { router_us };
                 dense_us + router_us + tokens * (rows_in + rows_out) * element / 2e6
             }
             Path::ExpertMajor => {

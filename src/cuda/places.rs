@@ -5,7 +5,7 @@ use super::path::MAX_FEW_TOKENS;
 use super::view::{Arguments, View};
 use super::workspace::Layout;
 use super::{
-    ExpertLists, MoeFfn, Path, PlanOptions, experts_few, experts_workspace_bytes, ffn_few,
+    ExpertLists, MoeFfn, Path, PlanOptions, experts_workspace_bytes, ffn_few,
     route_index_workspace_bytes, router_select_workspace_bytes,
 };
 use crate::error::Result;
@@ -33,7 +33,6 @@ pub(super) struct Places {
     pub(super) expert_masks: u64,
     pub(super) union_ids: u64,
     pub(super) num_union: u64,
-    pub(super) turns: u64,
     /// Of a router that runs beside the first dense product.
     pub(super) beside: u64,
     /// Of whatever runs: one after another.
@@ -67,7 +66,6 @@ impl MoeFfn {
             expert_masks: 0,
             union_ids: 0,
             num_union: 0,
-            turns: 0,
             beside: 0,
             op: 0,
             bytes: 0,
@@ -87,7 +85,6 @@ impl MoeFfn {
                 places.union_ids = place(num_experts)?;
                 places.num_union = place(1)?;
             }
-            places.turns = place(experts_few::TURNS)?;
             if self.may_be_masked(options) {
                 let bytes = router_select_workspace_bytes(chunk, &self.router().view());
                 places.beside = place(bytes.div_ceil(4))?;

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::dense::{Dense, DenseLayer, DenseRun};
 use super::driver::{Branch, RawStream};
-use super::experts::experts_after;
+use super::path::routes_beside;
 use super::places::Places;
-use super::router_select::{AlsoRouted, check_router, router_select_by};
+use super::router_select::{check_router, router_select_by};
 use super::statistics::Counters;
 use super::view::{Arguments, Format, View, Workspace};
 use super::{
@@ -21,8 +21,6 @@ use crate::abi::{
 use crate::error::Result;
 use crate::ffn::Gate;
 
-/// Elements of tokens up to which the router of a masked dense layer runs beside it: with more, either of them fills the chip.
-const MAX_BESIDE: usize = 256 * 1024;
 /// Experts from which on a path that can route by itself is faster after a router's launch.
 const MIN_ROUTED_EXPERTS: u32 = 64;
 
@@ -272,16 +270,15 @@ impl FfnPlan {
             if last == Stage::Route {
                 return Ok(());
             }
-            let (valid, device, places) = (inputs.num_valid_tokens, ffn.device(), &self.places);
+            let (valid, device) = (inputs.num_valid_tokens, ffn.device());
             let mut inputs_of_experts =
                 ExpertsInputs { x: inputs.x, mask, gates, num_valid_tokens: valid, lists: None };
             if path == Path::Few {
-                let turns = base + places.turns;
-                let inputs = &inputs_of_experts;
-                return experts_after(device, stream, y, neurons, inputs, turns, op);
+                return experts(device, stream, y, neurons, &inputs_of_experts, op);
             }
             let words = |place, len| View::words(base + place, len);
             let num_experts = neurons.num_experts;
+            let places = &self.places;
             let outputs = RouteIndexOutputs {
                 counts: words(places.counts, num_experts),
                 offsets: words(places.offsets, num_experts + 1),
@@ -329,8 +326,7 @@ impl FfnPlan {
         // SAFETY: the caller's promise.
         unsafe {
             let (x, imposed) = (inputs.x, inputs.scores);
-            let also = AlsoRouted { imposed, turns: base + self.places.turns };
-            router_select_by(device, stream, &outputs, x, valid, &router, &selection, also, op)?;
+            router_select_by(device, stream, &outputs, x, valid, &router, &selection, imposed, op)?;
             if let Some(counters) = &self.counters {
                 let valid = valid.map_or(0, |valid| valid.address);
                 counters.add(device, stream, mask.address, num_tokens, valid)?;
@@ -449,7 +445,7 @@ impl FfnPlan {
         // SAFETY: the caller's promise.
         unsafe {
             let [num_tokens, d_model] = inputs.x.shape;
-            if num_tokens * d_model <= MAX_BESIDE
+            if routes_beside(num_tokens, d_model)
                 && let Some(branch) = &self.branch
             {
                 branch.run(stream, route, || dense.begin(stream, &first))?;

@@ -7,7 +7,7 @@ use super::select::{
     SelectOutputs, abi_selection, check_num_experts, launch_select, selection_words,
 };
 use super::view::{Arguments, Format, View, Workspace};
-use super::{Buffer, Device, experts_few};
+use super::{Buffer, Device};
 use crate::abi::{
     MOEFY_FFN_FEW_THREADS, MOEFY_FFN_FEW_TILE, MOEFY_ROUTER_SELECT_BLOCKS, MOEFY_ROUTER_TILE,
     moefy_ffn_few_params, moefy_router_activation, moefy_router_kind, moefy_router_layer_params,
@@ -373,22 +373,13 @@ pub unsafe fn router_select(
             num_valid_tokens,
             router,
             selection,
-            AlsoRouted::default(),
+            None,
             workspace,
         )
     }
 }
 
-/// What a plan asks of its router beside masks.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct AlsoRouted {
-    /// f32 \[num_tokens, E\]: selection reads it; the router runs all the same.
-    pub(super) imposed: Option<View>,
-    /// [`experts_few::TURNS`] words that become zeros, or null.
-    pub(super) turns: u64,
-}
-
-/// The same with what `also` says.
+/// The same, but `imposed`, f32 \[num_tokens, E\], is what selection reads; the router runs all the same.
 ///
 /// # Safety
 /// As for [`router_select`].
@@ -401,7 +392,7 @@ pub(super) unsafe fn router_select_by(
     num_valid_tokens: Option<View>,
     router: &RouterView,
     selection: &Selection,
-    also: AlsoRouted,
+    imposed: Option<View>,
     workspace: Workspace,
 ) -> Result<()> {
     let check = Arguments { device, op: "router_select" };
@@ -417,8 +408,7 @@ pub(super) unsafe fn router_select_by(
     let params = moefy_router_select_params {
         first: check.workspace(workspace, needed)?,
         scores,
-        turns: also.turns,
-        imposed: match also.imposed {
+        imposed: match imposed {
             Some(imposed) => {
                 let shape = [num_tokens, num_experts];
                 check.dense("imposed scores", imposed, Format::F32, shape)?
@@ -456,12 +446,7 @@ pub(super) unsafe fn router_select_by(
                 let kernel = kernels.select.get(dtype);
                 kernel.launch(stream, grid, SELECT_THREADS, shared_bytes, &params)
             }
-            None => {
-                if params.turns != 0 {
-                    experts_few::begin(device, stream, params.turns)?;
-                }
-                launch_many(device, stream, &params, dtype)
-            }
+            None => launch_many(device, stream, &params, dtype),
         }
     }
 }
