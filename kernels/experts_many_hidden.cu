@@ -160,8 +160,10 @@ __device__ void hidden_tile(const moefy_experts_params& p, const Group& group, R
   const int g = threadIdx.x % 32 / 4;
 #pragma unroll
   for (int i = 0; i < Tile::kDown; ++i) {
-    store_hidden<T, Tile::kAcross>(p, group, tokens, warp_token + i * 16 + g, row0 + warp_row,
-                                   [&](int j) { return c[i][j]; });
+    float sums[Tile::kAcross * 4];
+#pragma unroll
+    for (int j = 0; j < Tile::kAcross * 4; ++j) sums[j] = c[i][j / 4][j % 4];
+    store_hidden<T>(p, group, tokens, warp_token + i * 16 + g, row0 + warp_row, sums);
   }
   __syncthreads();  // The next tile writes over the stages.
 }

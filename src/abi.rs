@@ -16,6 +16,9 @@ pub const MOEFY_FFN_FEW_ROUTER_ROWS: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
 pub const MOEFY_ROUTER_SELECT_BLOCKS: u32 = 16;
+pub const MOEFY_TILE_TOKENS: u32 = 128;
+pub const MOEFY_TILE_CHUNK: u32 = 256;
+pub const MOEFY_TILE_MAX_TOKENS: u32 = 8192;
 pub const MOEFY_ROUTER_TILE: u32 = 64;
 pub const MOEFY_ACTIVATE_THREADS: u32 = 128;
 impl moefy_rule {
@@ -371,10 +374,12 @@ pub struct moefy_experts_params {
     pub max_pairs: u32,
     pub num_splits: u32,
     pub slab: u32,
+    pub min_token_pairs: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 216usize];
+    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 224usize];
     ["Alignment of moefy_experts_params"][::std::mem::align_of::<moefy_experts_params>() - 8usize];
     ["Offset of field: moefy_experts_params::neurons"]
         [::std::mem::offset_of!(moefy_experts_params, neurons) - 0usize];
@@ -416,6 +421,10 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_params, num_splits) - 208usize];
     ["Offset of field: moefy_experts_params::slab"]
         [::std::mem::offset_of!(moefy_experts_params, slab) - 212usize];
+    ["Offset of field: moefy_experts_params::min_token_pairs"]
+        [::std::mem::offset_of!(moefy_experts_params, min_token_pairs) - 216usize];
+    ["Offset of field: moefy_experts_params::reserved"]
+        [::std::mem::offset_of!(moefy_experts_params, reserved) - 220usize];
 };
 #[repr(C)]
 #[repr(align(64))]
@@ -433,23 +442,147 @@ const _: () = {
 #[repr(C)]
 #[repr(align(64))]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct moefy_experts_paired_params {
-    pub w_in: moefy_tensor_map,
+pub struct moefy_experts_engine_params {
+    pub weights: moefy_tensor_map,
     pub experts: moefy_experts_params,
-    pub reserved: [u64; 5usize],
+    pub reserved: [u64; 4usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_experts_paired_params"]
-        [::std::mem::size_of::<moefy_experts_paired_params>() - 384usize];
-    ["Alignment of moefy_experts_paired_params"]
-        [::std::mem::align_of::<moefy_experts_paired_params>() - 64usize];
-    ["Offset of field: moefy_experts_paired_params::w_in"]
-        [::std::mem::offset_of!(moefy_experts_paired_params, w_in) - 0usize];
-    ["Offset of field: moefy_experts_paired_params::experts"]
-        [::std::mem::offset_of!(moefy_experts_paired_params, experts) - 128usize];
-    ["Offset of field: moefy_experts_paired_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_paired_params, reserved) - 344usize];
+    ["Size of moefy_experts_engine_params"]
+        [::std::mem::size_of::<moefy_experts_engine_params>() - 384usize];
+    ["Alignment of moefy_experts_engine_params"]
+        [::std::mem::align_of::<moefy_experts_engine_params>() - 64usize];
+    ["Offset of field: moefy_experts_engine_params::weights"]
+        [::std::mem::offset_of!(moefy_experts_engine_params, weights) - 0usize];
+    ["Offset of field: moefy_experts_engine_params::experts"]
+        [::std::mem::offset_of!(moefy_experts_engine_params, experts) - 128usize];
+    ["Offset of field: moefy_experts_engine_params::reserved"]
+        [::std::mem::offset_of!(moefy_experts_engine_params, reserved) - 352usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_token_tiles_params {
+    pub mask: u64,
+    pub num_valid_tokens: u64,
+    pub chunk_counts: u64,
+    pub sorted: u64,
+    pub token_ids: u64,
+    pub tile_counts: u64,
+    pub tile_experts: u64,
+    pub tile_masks: u64,
+    pub num_chunks: u32,
+    pub num_tokens: u32,
+    pub num_experts: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_token_tiles_params"]
+        [::std::mem::size_of::<moefy_token_tiles_params>() - 80usize];
+    ["Alignment of moefy_token_tiles_params"]
+        [::std::mem::align_of::<moefy_token_tiles_params>() - 8usize];
+    ["Offset of field: moefy_token_tiles_params::mask"]
+        [::std::mem::offset_of!(moefy_token_tiles_params, mask) - 0usize];
+    ["Offset of field: moefy_token_tiles_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_token_tiles_params, num_valid_tokens) - 8usize];
+    ["Offset of field: moefy_token_tiles_params::chunk_counts"]
+        [::std::mem::offset_of!(moefy_token_tiles_params, chunk_counts) - 16usize];
+    ["Offset of field: moefy_token_tiles_params::sorted"]
+        [::std::mem::offset_of!(moefy_token_tiles_params, sorted) - 24usize];
+    ["Offset of field: moefy_token_tiles_params::token_ids"]
+        [::std::mem::offset_of!(moefy_token_tiles_params, token_ids) - 32usize];
+    ["Offset of field: moefy_token_tiles_params::tile_counts"]
+        [::std::mem::offset_of!(moefy_token_tiles_params, tile_counts) - 40usize];
+    ["Offset of field: moefy_token_tiles_params::tile_experts"]
+        [::std::mem::offset_of!(moefy_token_tiles_params, tile_experts) - 48usize];
+    ["Offset of field: moefy_token_tiles_params::tile_masks"]
+        [::std::mem::offset_of!(moefy_token_tiles_params, tile_masks) - 56usize];
+    ["Offset of field: moefy_token_tiles_params::num_chunks"]
+        [::std::mem::offset_of!(moefy_token_tiles_params, num_chunks) - 64usize];
+    ["Offset of field: moefy_token_tiles_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_token_tiles_params, num_tokens) - 68usize];
+    ["Offset of field: moefy_token_tiles_params::num_experts"]
+        [::std::mem::offset_of!(moefy_token_tiles_params, num_experts) - 72usize];
+    ["Offset of field: moefy_token_tiles_params::reserved"]
+        [::std::mem::offset_of!(moefy_token_tiles_params, reserved) - 76usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_experts_tiled_params {
+    pub neurons: moefy_neurons,
+    pub x: u64,
+    pub y: u64,
+    pub gates: u64,
+    pub num_valid_tokens: u64,
+    pub token_ids: u64,
+    pub tile_counts: u64,
+    pub tile_experts: u64,
+    pub tile_masks: u64,
+    pub hidden: u64,
+    pub hidden_stride: u64,
+    pub num_tokens: u32,
+    pub inverse_width: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_experts_tiled_params"]
+        [::std::mem::size_of::<moefy_experts_tiled_params>() - 168usize];
+    ["Alignment of moefy_experts_tiled_params"]
+        [::std::mem::align_of::<moefy_experts_tiled_params>() - 8usize];
+    ["Offset of field: moefy_experts_tiled_params::neurons"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, neurons) - 0usize];
+    ["Offset of field: moefy_experts_tiled_params::x"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, x) - 80usize];
+    ["Offset of field: moefy_experts_tiled_params::y"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, y) - 88usize];
+    ["Offset of field: moefy_experts_tiled_params::gates"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, gates) - 96usize];
+    ["Offset of field: moefy_experts_tiled_params::num_valid_tokens"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, num_valid_tokens) - 104usize];
+    ["Offset of field: moefy_experts_tiled_params::token_ids"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, token_ids) - 112usize];
+    ["Offset of field: moefy_experts_tiled_params::tile_counts"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, tile_counts) - 120usize];
+    ["Offset of field: moefy_experts_tiled_params::tile_experts"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, tile_experts) - 128usize];
+    ["Offset of field: moefy_experts_tiled_params::tile_masks"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, tile_masks) - 136usize];
+    ["Offset of field: moefy_experts_tiled_params::hidden"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, hidden) - 144usize];
+    ["Offset of field: moefy_experts_tiled_params::hidden_stride"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, hidden_stride) - 152usize];
+    ["Offset of field: moefy_experts_tiled_params::num_tokens"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, num_tokens) - 160usize];
+    ["Offset of field: moefy_experts_tiled_params::inverse_width"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, inverse_width) - 164usize];
+};
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_experts_tiled_engine_params {
+    pub weights: moefy_tensor_map,
+    pub hidden: moefy_tensor_map,
+    pub experts: moefy_experts_tiled_params,
+    pub box_neurons: u32,
+    pub reserved: [u32; 5usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_experts_tiled_engine_params"]
+        [::std::mem::size_of::<moefy_experts_tiled_engine_params>() - 448usize];
+    ["Alignment of moefy_experts_tiled_engine_params"]
+        [::std::mem::align_of::<moefy_experts_tiled_engine_params>() - 64usize];
+    ["Offset of field: moefy_experts_tiled_engine_params::weights"]
+        [::std::mem::offset_of!(moefy_experts_tiled_engine_params, weights) - 0usize];
+    ["Offset of field: moefy_experts_tiled_engine_params::hidden"]
+        [::std::mem::offset_of!(moefy_experts_tiled_engine_params, hidden) - 128usize];
+    ["Offset of field: moefy_experts_tiled_engine_params::experts"]
+        [::std::mem::offset_of!(moefy_experts_tiled_engine_params, experts) - 256usize];
+    ["Offset of field: moefy_experts_tiled_engine_params::box_neurons"]
+        [::std::mem::offset_of!(moefy_experts_tiled_engine_params, box_neurons) - 424usize];
+    ["Offset of field: moefy_experts_tiled_engine_params::reserved"]
+        [::std::mem::offset_of!(moefy_experts_tiled_engine_params, reserved) - 428usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

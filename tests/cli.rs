@@ -399,6 +399,32 @@ fn rows_that_were_measured_earlier() {
     scene.refuses("bench plot missing --svg speedup.svg", &["missing", "No such file"]);
 }
 
+/// What is wrong is said before a GPU is looked for, and nothing is written.
+#[cfg(feature = "cuda")]
+#[test]
+fn wrong_tunings_are_refused() {
+    let scene = Scene::new();
+    for arguments in [
+        "",
+        "--named d768-e7",
+        "--named d768-e96 --tokens 0",
+        "--named d768-e96 --density 1.1",
+        "--named d768-e96 --quick --tokens 1",
+        "--named d768-e96 --model dense",
+        "--model dense --router linear",
+    ] {
+        scene.moefy(&format!("tune {arguments}")).assert().code(2);
+    }
+    let refuses = |arguments: &str, words: &[&str]| {
+        scene.refuses(&format!("tune {arguments}"), words);
+    };
+    refuses("--d-model 64 --d-ff 96 --experts 5", &["num_experts", "96", "5"]);
+    refuses("--model missing", &["missing"]);
+    refuses("--model dense", &["dense", "converted"]);
+    refuses("--named d768-e96 --out text", &["text", "moefy tune"]);
+    assert!(fs::read_to_string(scene.path("text")).unwrap().lines().count() == 400);
+}
+
 /// What needs a GPU says so in one sentence where there is none.
 #[cfg(feature = "cuda")]
 #[test]
@@ -408,6 +434,9 @@ fn commands_without_a_gpu() {
         println!("SKIPPED no GPU: {error}");
         scene.refuses("check", &["no GPU can be used"]);
         scene.refuses("bench ffn --named d768-e96 --json", &["no GPU can be used"]);
+        scene.refuses("tune --named d768-e96 --out tuning.json", &["no GPU can be used"]);
+        scene.convert("moe", "");
+        scene.refuses("tune --model moe --out tuning.json", &["no GPU can be used"]);
         return;
     }
     let checked = scene.json("check --json");
@@ -422,6 +451,15 @@ fn commands_without_a_gpu() {
         .collect();
     assert_eq!(rows.len(), 2);
     assert_eq!((&rows[1]["tokens"], &rows[1]["density"]), (&9.into(), &0.5.into()));
+    scene.convert("moe", "");
+    for layers in ["--model moe", "--d-model 64 --d-ff 96 --experts 4 --dtype f16"] {
+        let tune = "tune --tokens 1,9 --density 0.1,0.5 --out tuning.json --json";
+        let tuned = scene.json(&format!("{tune} {layers}"));
+        assert!(tuned["changes"].is_array(), "{tuned}");
+    }
+    let tuning = moefy::cuda::Tuning::load(&scene.path("tuning.json")).unwrap();
+    assert_eq!(tuning.layers.len(), 2);
+    assert!(tuning.layers.iter().all(|layer| layer.times.iter().any(|time| time.tokens == 9)));
 }
 
 #[test]

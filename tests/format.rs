@@ -90,6 +90,10 @@ fn check_converted(source: &Folder, moefied: &Folder, conversion: &Conversion) {
             Some(compensation) => expected.with_compensation(compensation).unwrap(),
             None => expected,
         };
+        let expected = match &converted.statistics {
+            Some(statistics) => expected.with_calibrated_density(statistics.density),
+            None => expected,
+        };
         assert_eq!(moefied.ffn(layer).unwrap(), Ffn::Moe(expected));
         let record = moefy.layer(layer).unwrap();
         assert_eq!(record.statistics, converted.statistics);

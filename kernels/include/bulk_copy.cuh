@@ -15,8 +15,8 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
 /// Makes initialised barriers known to the copy engine.
 __device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-/// Makes what the thread has written or read in shared memory known to the copy engine, which writes there next, and to
-/// the products of a warpgroup, which read there.
+/// Makes what the thread has written, read or waited for in shared memory known to the copy engine, which writes there next,
+/// and to the products of a warpgroup, which read there.
 __device__ __forceinline__ void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 /// Begins a phase of the barrier that ends when so many bytes have arrived.
@@ -28,15 +28,9 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-/// Whether the phase of this parity has ended.
-__device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{.reg .pred done; mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
+/// Arrives at the barrier when all copies that the thread has asked for so far by `copy_async` are there.
+__device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 /// Waits for the end of the phase of this parity.
@@ -48,6 +42,16 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+/// Copies the box at these coordinates, the innermost first, and counts its bytes at the barrier.
+__device__ __forceinline__ void copy_box(uint32_t to, const moefy_tensor_map& map, const uint32_t (&at)[4],
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(to),
+      "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(barrier)
+      : "memory");
+}
+
 /// The same address in another block of the cluster.
 __device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t rank) {
   uint32_t there;
@@ -55,25 +59,9 @@ __device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t 
   return there;
 }
 
-/// Arrives at the barrier of a block of the cluster.
-__device__ __forceinline__ void barrier_arrive_in_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 /// Waits for all threads of the cluster.
 __device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-/// Copies the box at these coordinates, the innermost first, to the same address of both blocks of a cluster, and counts its
-/// bytes at the same barrier of each.
-__device__ __forceinline__ void copy_box_to_pair(uint32_t to, const moefy_tensor_map& map, const uint32_t (&at)[4],
-                                                 uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
-      "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(barrier), "h"(static_cast<uint16_t>(3))
-      : "memory");
 }
 
 /// Copies bytes, a multiple of 16 from and to multiples of 16.

@@ -53,6 +53,9 @@ __device__ __forceinline__ uint32_t num_pairs(const moefy_experts_params& p) {
   return min(__ldcg(p.expert_offsets + p.neurons.num_experts), p.max_pairs);
 }
 
+/// Whether so many pairs exist that the second product goes by tiles of tokens.
+__device__ __forceinline__ bool by_tokens(const moefy_experts_params& p) { return num_pairs(p) >= p.min_token_pairs; }
+
 /// First of a group's rows among the outputs of a slab; an expert's are where its pairs are.
 __device__ __forceinline__ uint64_t place_of_rows(const moefy_experts_params& p, const Group& group) {
   if (group.expert != kNoExpert) return 0;
@@ -64,17 +67,20 @@ __device__ __forceinline__ uint64_t place_of_rows(const moefy_experts_params& p,
 struct Slab {
   uint32_t width;  // from one row to the next
   uint32_t first;
-  uint32_t end;  // at most `first` where there are no columns left
+  uint32_t end;  // at most `first` where there are no columns left, or none are wanted
 };
 
 template <class T>
 __device__ __forceinline__ Slab find_slab(const moefy_experts_params& p) {
   constexpr uint32_t kStep = MOEFY_EXPERTS_MANY_SLAB;
+  if (by_tokens(p)) return {kStep, 0, 0};
   const moefy_neurons& n = p.neurons;
   const uint64_t rows = num_pairs(p) + (uint64_t(n.shared > 0) + (n.rank > 0)) * p.num_tokens;
   const uint64_t fit = p.rows_bytes / (max(rows, uint64_t(1)) * sizeof(T));
   const uint32_t all = round_up_8(n.d_model);
-  const uint32_t width = rows == 0 || fit >= all ? all : static_cast<uint32_t>(fit) / kStep * kStep;
+  // As equal as they can be: of two slabs, rows of 2304 and 1792 columns took 864 us where 2048 each took 777.
+  const uint32_t slabs = rows == 0 || fit >= all ? 1 : ceil_div(all, static_cast<uint32_t>(fit) / kStep * kStep);
+  const uint32_t width = slabs == 1 ? all : ceil_div(ceil_div(all, slabs), kStep) * kStep;
   const uint32_t first = p.slab * width;
   return {width, first, min(first + width, static_cast<uint32_t>(n.d_model))};
 }
@@ -105,12 +111,15 @@ __device__ __forceinline__ uint32_t pack_two(float first, float second) {
 }
 
 /// Stores h of two rows of a tile, `row` and eight further, as far as the tile has them, from `kAcross` fragments of eight
-/// rows of w_in, `first_row` the first of them: of each, `sums(j)` leads to two sums of this lane for either row. All lanes
-/// of a warp take part.
-template <class T, int kAcross, int kHalves, class Activation, class Sums>
+/// rows of w_in, `first_row` the first of them: `sums` has, fragment by fragment, two sums of this lane for either row, and
+/// is used up. All lanes of a warp take part.
+///
+/// A loop moves the sums down instead of going up: unrolled, every tile would wait for tens of kilobytes of instructions.
+template <class T, int kHalves, int kSums, class Activation>
 __device__ __forceinline__ void store_hidden(const moefy_experts_params& p, const Group& group, const RowRange& tile,
-                                             uint32_t row, uint32_t first_row, const Sums& sums, Activation) {
-  constexpr int kBlocks = kAcross / kHalves;  // of eight neurons
+                                             uint32_t row, uint32_t first_row, float (&sums)[kSums], Activation) {
+  constexpr int kBlocks = kSums / 4 / kHalves;  // of eight neurons
+  constexpr int kAtOnce = kBlocks < 4 ? kBlocks : 4;
   moefy_neurons n = p.neurons;
   n.activation = Activation::value;
   const uint32_t t = threadIdx.x % 4, first = first_row / kHalves;
@@ -126,14 +135,14 @@ __device__ __forceinline__ void store_hidden(const moefy_experts_params& p, cons
   const auto exists = [&](int half, uint32_t at) {
     return row + 8 * half < tile.count && first + at < group.hidden_stride;
   };
-#pragma unroll
+#pragma unroll 1
   for (int block = 0; block < kBlocks; block += 4) {
     uint32_t words[2][4] = {};
 #pragma unroll
-    for (int i = 0; i < 4 && block + i < kBlocks; ++i) {
+    for (int i = 0; i < kAtOnce; ++i) {
       const uint32_t at = (block + i) * 8 + 2 * t;
-      const float* pre = sums((block + i) * kHalves);
-      const float* up = sums((block + i) * kHalves + kHalves - 1);
+      const float* pre = sums + i * kHalves * 4;
+      const float* up = sums + (i * kHalves + kHalves - 1) * 4;
       float values[2][2] = {};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -163,17 +172,20 @@ __device__ __forceinline__ void store_hidden(const moefy_experts_params& p, cons
         if (own < kBlocks && exists(half, own * 8)) *reinterpret_cast<uint4*>(to[half] + own * 8) = eight;
       }
     }
+    constexpr int kUsed = kAtOnce * kHalves * 4;
+#pragma unroll
+    for (int i = 0; i + kUsed < kSums; ++i) sums[i] = sums[i + kUsed];
   }
 }
 
-template <class T, int kAcross, class Sums>
+template <class T, int kSums>
 __device__ __forceinline__ void store_hidden(const moefy_experts_params& p, const Group& group, const RowRange& tile,
-                                             uint32_t row, uint32_t first_row, const Sums& sums) {
+                                             uint32_t row, uint32_t first_row, float (&sums)[kSums]) {
   with_activation(p.neurons.activation, [&](auto known) {
     if (group.halves == 2) {
-      store_hidden<T, kAcross, 2>(p, group, tile, row, first_row, sums, known);
+      store_hidden<T, 2>(p, group, tile, row, first_row, sums, known);
     } else {
-      store_hidden<T, kAcross, 1>(p, group, tile, row, first_row, sums, known);
+      store_hidden<T, 1>(p, group, tile, row, first_row, sums, known);
     }
   });
 }

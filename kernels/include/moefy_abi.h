@@ -45,6 +45,11 @@
 /* Blocks of a cluster of Hopper's moefy_router_select. */
 #define MOEFY_ROUTER_SELECT_BLOCKS 16u
 
+/* Tiles of tokens: tokens of a tile, tokens that are sorted by one block, most tokens. */
+#define MOEFY_TILE_TOKENS 128u
+#define MOEFY_TILE_CHUNK 256u
+#define MOEFY_TILE_MAX_TOKENS 8192u
+
 /* Tokens and outputs of a block of moefy_router_layer. */
 #define MOEFY_ROUTER_TILE 64u
 
@@ -213,6 +218,9 @@ typedef struct moefy_experts_params {
   uint32_t max_pairs;  /* many tokens: entries of token_ids */
   uint32_t num_splits; /* few tokens: shares of the neurons */
   uint32_t slab;       /* many tokens: which */
+  /* From so many pairs on, the second product goes by tiles of tokens, with fewer pair by pair. */
+  uint32_t min_token_pairs;
+  uint32_t reserved;
 } moefy_experts_params;
 
 /* What the driver makes of a matrix for the copy engine. */
@@ -220,13 +228,61 @@ typedef struct __attribute__((aligned(64))) moefy_tensor_map {
   uint64_t opaque[16];
 } moefy_tensor_map;
 
-/* The first product for many tokens, where two blocks share the weights. `w_in` has four dimensions: d_model; 8 neurons that
- * follow each other; gate and up rows of a GLU; groups of 8 neurons. A box is half of a block's rows by 64 of d_model. */
-typedef struct moefy_experts_paired_params {
-  moefy_tensor_map w_in;
+/* Products for many tokens where the copy engine brings the weights, as an array of four dimensions. First product, of w_in:
+ * d_model; 8 neurons that follow each other; gate and up rows of a GLU; groups of 8 neurons. A box is a block's rows by 64 of
+ * d_model. Second product, of w_out: d_model; neurons; 1; 1. A box is 64 neurons by 64 of d_model. */
+typedef struct moefy_experts_engine_params {
+  moefy_tensor_map weights;
   moefy_experts_params experts;
-  uint64_t reserved[5]; /* to a multiple of the alignment */
-} moefy_experts_paired_params;
+  uint64_t reserved[4]; /* to a multiple of the alignment */
+} moefy_experts_engine_params;
+
+/* Masks -> tiles of tokens whose masks are alike: the tokens in the order of their rarest experts, and of each tile what
+ * its tokens select. */
+typedef struct moefy_token_tiles_params {
+  MOEFY_PTR(const uint32_t) mask;             /* [num_tokens, ceil(num_experts/32)] */
+  MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
+  MOEFY_PTR(const uint32_t) chunk_counts;     /* [num_chunks, num_experts] of moefy_route_index_transpose */
+  MOEFY_PTR(uint32_t) sorted;       /* [ceil(num_tokens/MOEFY_TILE_CHUNK), MOEFY_TILE_CHUNK]: keys, ascending in each */
+  MOEFY_PTR(uint32_t) token_ids;    /* [num_tokens]: in their order; padding comes last */
+  MOEFY_PTR(uint32_t) tile_counts;  /* [num_tiles]: experts that any token of the tile selects */
+  MOEFY_PTR(uint32_t) tile_experts; /* [num_tiles, num_experts]: those, ascending */
+  MOEFY_PTR(uint32_t) tile_masks;   /* [num_tiles, num_experts, MOEFY_TILE_TOKENS/32]: of each of those its tokens */
+  uint32_t num_chunks;
+  uint32_t num_tokens;
+  uint32_t num_experts; /* fewer than MOEFY_MAX_EXPERTS */
+  uint32_t reserved;
+} moefy_token_tiles_params;
+
+/* The experts of a layer, tile by tile: every tile runs the union of its tokens' experts. */
+typedef struct moefy_experts_tiled_params {
+  moefy_neurons neurons;
+  MOEFY_PTR(const void) x;                    /* [num_tokens, d_model] */
+  MOEFY_PTR(void) y;                          /* [num_tokens, d_model] */
+  MOEFY_PTR(const float) gates;               /* [num_tokens, num_experts] or null: all 1 */
+  MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
+  MOEFY_PTR(const uint32_t) token_ids;        /* these four: of moefy_token_tiles_params */
+  MOEFY_PTR(const uint32_t) tile_counts;
+  MOEFY_PTR(const uint32_t) tile_experts;
+  MOEFY_PTR(const uint32_t) tile_masks;
+  /* [num_tiles * MOEFY_TILE_TOKENS, hidden_stride], in the order of token_ids: what a tile runs comes first, its experts in
+   * their order, then the shared neurons, then the linear ones; zeros up to the next multiple of 64. */
+  MOEFY_PTR(void) hidden;
+  uint64_t hidden_stride; /* a multiple of 64 */
+  uint32_t num_tokens;
+  float inverse_width; /* 1 / expert_width */
+} moefy_experts_tiled_params;
+
+/* The same where the copy engine brings the weights, as arrays of four dimensions. First product, of w_in: as of
+ * moefy_experts_engine_params, a box is box_neurons of them by 64 of d_model. Second product, of w_out: d_model; neurons; 1; 1,
+ * and so is `hidden`: a box is a tile's rows by 64 neurons. */
+typedef struct moefy_experts_tiled_engine_params {
+  moefy_tensor_map weights;
+  moefy_tensor_map hidden;
+  moefy_experts_tiled_params experts;
+  uint32_t box_neurons; /* a divisor of expert_width and of 64, a multiple of 8 */
+  uint32_t reserved[5]; /* to a multiple of the alignment */
+} moefy_experts_tiled_engine_params;
 
 /* Partial outputs -> y: b_out and all shares, or zeros for a token at or beyond num_valid_tokens. */
 typedef struct moefy_add_shares_params {

@@ -13,40 +13,36 @@ constexpr uint32_t kPipelineThreads = kCopiers + kMultipliers;
 __device__ __forceinline__ void become_copier() { asm volatile("setmaxnreg.dec.sync.aligned.u32 88;"); }
 __device__ __forceinline__ void become_multiplier() { asm volatile("setmaxnreg.inc.sync.aligned.u32 208;"); }
 
-/// The barriers of the stages. All threads of a block make one, before anything else that they share. `kPaired`: the blocks
-/// of a cluster of two fill parts of each other's stages by the copy engine, so that both must be done with one, and a stage
-/// is full when those bytes are there too.
-template <int kStages, bool kPaired = false>
+/// The barriers of the stages. All threads of a block make one, before anything else that they share. `kWithEngine`: the copy
+/// engine fills a part of every stage, which is full when those bytes are there too: one thread says how many they are.
+template <int kStages, bool kWithEngine = false>
 struct Pipeline {
   uint32_t barriers;
 
-  __device__ Pipeline() {
+  /// `full_arrivals`: of a stage, beside the bytes that it is told to expect.
+  __device__ explicit Pipeline(uint32_t full_arrivals = kCopiers + kWithEngine) {
     __shared__ uint64_t memory[2 * kStages];
     barriers = shared_address(memory);
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
-        barrier_init(full(stage), kCopiers + kPaired);
-        barrier_init(empty(stage), kMultipliers / 32 * (1 + kPaired));
+        barrier_init(full(stage), full_arrivals);
+        barrier_init(empty(stage), kMultipliers / 32);
       }
       fence_barriers();
     }
-    if constexpr (kPaired) {
-      sync_cluster();
-    } else {
-      __syncthreads();
-    }
+    __syncthreads();
   }
 
   __device__ uint32_t full(uint32_t stage) const { return barriers + stage * 8; }
   __device__ uint32_t empty(uint32_t stage) const { return barriers + (kStages + stage) * 8; }
 };
 
-/// A thread that copies: between `begin`, which gives the stage, and `end` it asks for its part of one. Copies arrive a few
-/// stages later, and only then are handed over, because products see them only after a fence by who asked for them.
-template <int kStages, bool kPaired = false>
+/// A thread that copies: between `begin`, which gives the stage, and `end` it asks for its part of one. It is handed over
+/// when all parts have arrived.
+template <int kStages, bool kWithEngine = false>
 class Copier {
  public:
-  __device__ explicit Copier(const Pipeline<kStages, kPaired>& pipeline) : pipeline_(pipeline) {}
+  __device__ explicit Copier(const Pipeline<kStages, kWithEngine>& pipeline) : pipeline_(pipeline) {}
 
   __device__ uint32_t begin() {
     const uint32_t stage = count_ % kStages;
@@ -54,42 +50,27 @@ class Copier {
     return stage;
   }
 
-  __device__ void end() {
-    copy_async_commit();
-    ++count_;
-    if (count_ - handed_ <= kBehind) return;
-    copy_async_wait<kBehind>();
-    hand_over();
-  }
+  __device__ void end() { copy_async_arrive(pipeline_.full(count_++ % kStages)); }
 
-  /// Hands over every stage: at the end, and before a wait for products that may need them.
-  __device__ void flush() {
-    copy_async_wait<0>();
-    while (handed_ < count_) hand_over();
-  }
+  /// Where the copy engine does everything.
+  __device__ void end_by_engine() { ++count_; }
 
  private:
-  static constexpr uint32_t kBehind = kStages - 2;
-
-  __device__ void hand_over() {
-    fence_for_copies();
-    barrier_arrive(pipeline_.full(handed_++ % kStages));
-  }
-
-  const Pipeline<kStages, kPaired>& pipeline_;
-  uint32_t count_ = 0, handed_ = 0;
+  const Pipeline<kStages, kWithEngine>& pipeline_;
+  uint32_t count_ = 0;
 };
 
 /// A thread that multiplies: between `begin`, which gives the stage, and `end` it begins at most one group of products. The
 /// group before it has then ended, and its stage can be filled again.
-template <int kStages, bool kPaired = false>
+template <int kStages, bool kWithEngine = false>
 class Multiplier {
  public:
-  __device__ explicit Multiplier(const Pipeline<kStages, kPaired>& pipeline) : pipeline_(pipeline) {}
+  __device__ explicit Multiplier(const Pipeline<kStages, kWithEngine>& pipeline) : pipeline_(pipeline) {}
 
   __device__ uint32_t begin() {
     const uint32_t stage = count_ % kStages;
     barrier_wait(pipeline_.full(stage), count_ / kStages & 1);
+    fence_for_copies();
     return stage;
   }
 
@@ -107,15 +88,11 @@ class Multiplier {
 
  private:
   __device__ void free() {
-    const uint32_t empty = pipeline_.empty(freed_++ % kStages), lane = threadIdx.x % 32;
-    if constexpr (kPaired) {
-      if (lane < 2) barrier_arrive_in_cluster(address_in_block(empty, lane));
-    } else {
-      if (lane == 0) barrier_arrive(empty);
-    }
+    const uint32_t empty = pipeline_.empty(freed_++ % kStages);
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty);
   }
 
-  const Pipeline<kStages, kPaired>& pipeline_;
+  const Pipeline<kStages, kWithEngine>& pipeline_;
   uint32_t count_ = 0, freed_ = 0;
 };
 

@@ -2,8 +2,8 @@
 //
 // A persistent grid takes tiles of 128 tokens of one expert by kRows input rows of it. One warpgroup copies: token rows are
 // gathered straight from x. The other two multiply 64 tokens each, and store while the next tile's stages are under way.
-// kPaired: two blocks, a cluster, take neighbouring tiles of tokens, and the copy engine brings each half of the weights to
-// both. For that the neurons of an expert are a multiple of eight, and there are no linear ones.
+// kEngine: the copy engine brings the weights. For that the neurons of an expert are a multiple of eight, and there are no
+// linear ones.
 #include "expert_groups.cuh"
 #include "pipeline.cuh"
 #include "wgmma.cuh"
@@ -23,10 +23,6 @@ constexpr int kStages = kRows == 256 ? 4 : kRows == 128 ? 6 : 8;
 template <int kRows>
 constexpr int kStageBytes = (kTokens + kRows) * kRowBytes;
 
-/// Tokens that are dealt out together.
-template <bool kPaired>
-constexpr uint32_t kDealt = kPaired ? 2 * kTokens : kTokens;
-
 /// A tile: which tokens of a group, and which of its rows.
 struct Tile {
   Group group;
@@ -34,7 +30,7 @@ struct Tile {
   uint32_t row0;
 };
 
-template <int kRows, bool kPaired>
+template <int kRows>
 __device__ __forceinline__ Tile tile_of(const moefy_experts_params& p, const uint32_t* tile_offsets, uint32_t tile) {
   const uint32_t index = find_tile(tile_offsets, num_groups(p.neurons), tile);
   Tile found;
@@ -42,35 +38,23 @@ __device__ __forceinline__ Tile tile_of(const moefy_experts_params& p, const uin
   const uint32_t across = ceil_div(found.group.width * found.group.halves, kRows);
   const uint32_t inside = tile - tile_offsets[index];
   const RowRange all = rows_of(p, found.group);
-  uint32_t first = inside / across * kDealt<kPaired>;
-  if constexpr (kPaired) first = min(first + blockIdx.x % 2 * kTokens, all.count);
+  const uint32_t first = inside / across * kTokens;
   found.tokens = {all.begin + first, min(all.count - first, kTokens)};
   found.row0 = inside % across * kRows;
   return found;
 }
 
-/// Tiles, or pairs of them, that a block or a pair of blocks takes.
-template <bool kPaired>
-__device__ __forceinline__ uint32_t first_tile() {
-  return kPaired ? blockIdx.x / 2 : blockIdx.x;
-}
-
-template <bool kPaired>
-__device__ __forceinline__ uint32_t tile_step() {
-  return kPaired ? gridDim.x / 2 : gridDim.x;
-}
-
-template <class T, int kRows, bool kPaired>
+template <class T, int kRows, bool kEngine>
 __device__ __forceinline__ void copy_tiles(const moefy_experts_params& p, const moefy_tensor_map* w_in,
                                            const uint32_t* tile_offsets, uint32_t memory,
-                                           const Pipeline<kStages<kRows>, kPaired>& pipeline) {
-  constexpr int kTokenPasses = kTokens / kRowsPerPass, kRowPasses = kPaired ? 0 : kRows / kRowsPerPass;
+                                           const Pipeline<kStages<kRows>, kEngine>& pipeline) {
+  constexpr int kTokenPasses = kTokens / kRowsPerPass, kRowPasses = kEngine ? 0 : kRows / kRowsPerPass;
   const moefy_neurons& n = p.neurons;
   const uint32_t thread = threadIdx.x % kCopiers, chunk = thread % kChunks, pass_row = thread / kChunks;
   const uint32_t num_tiles = tile_offsets[num_groups(n)], num_stages = ceil_div(n.d_model, 64);
-  Copier<kStages<kRows>, kPaired> copier(pipeline);
-  for (uint32_t index = first_tile<kPaired>(); index < num_tiles; index += tile_step<kPaired>()) {
-    const Tile tile = tile_of<kRows, kPaired>(p, tile_offsets, index);
+  Copier<kStages<kRows>, kEngine> copier(pipeline);
+  for (uint32_t index = blockIdx.x; index < num_tiles; index += gridDim.x) {
+    const Tile tile = tile_of<kRows>(p, tile_offsets, index);
     // Rows that this thread copies its chunk of.
     uint32_t x[kTokenPasses], w[kRowPasses + 1];
 #pragma unroll
@@ -92,14 +76,10 @@ __device__ __forceinline__ void copy_tiles(const moefy_experts_params& p, const 
 #pragma unroll 1
     for (uint32_t stage = 0; stage < num_stages; ++stage) {
       const uint32_t slot = copier.begin(), to = memory + slot * kStageBytes<kRows>, k = stage * 64 + chunk * 8;
-      if constexpr (kPaired) {
-        if (thread == 0) {
-          const uint32_t row = tile.row0 + blockIdx.x % 2 * (kRows / 2), full = pipeline.full(slot);
-          const uint32_t group_of_8 = (tile.group.first_neuron + row / tile.group.halves) / 8;
-          barrier_expect(full, kRows * kRowBytes);
-          copy_box_to_pair(to + (kTokens + blockIdx.x % 2 * (kRows / 2)) * kRowBytes, *w_in, {stage * 64, 0, 0, group_of_8},
-                           full);
-        }
+      if (kEngine && thread == 0) {
+        const uint32_t group_of_8 = (tile.group.first_neuron + tile.row0 / tile.group.halves) / 8;
+        barrier_expect(pipeline.full(slot), kRows * kRowBytes);
+        copy_box(to + kTokens * kRowBytes, *w_in, {stage * 64, 0, 0, group_of_8}, pipeline.full(slot));
       }
 #pragma unroll
       for (int i = 0; i < kTokenPasses; ++i) {
@@ -112,23 +92,20 @@ __device__ __forceinline__ void copy_tiles(const moefy_experts_params& p, const 
       copier.end();
     }
   }
-  copier.flush();
 }
 
-template <class T, int kRows, bool kPaired>
+template <class T, int kRows, bool kEngine>
 __device__ __forceinline__ void multiply_tiles(const moefy_experts_params& p, const uint32_t* tile_offsets,
                                                uint32_t memory,
-                                               const Pipeline<kStages<kRows>, kPaired>& pipeline) {
-  constexpr int kAcross = kRows == 256 ? 128 : kRows;  // columns of one instruction
-  constexpr int kParts = kRows / kAcross;
+                                               const Pipeline<kStages<kRows>, kEngine>& pipeline) {
   const moefy_neurons& n = p.neurons;
   const uint32_t thread = threadIdx.x - kCopiers, group_token = thread / 128 * 64;
   const uint32_t num_tiles = tile_offsets[num_groups(n)], num_stages = ceil_div(n.d_model, 64);
-  Multiplier<kStages<kRows>, kPaired> multiplier(pipeline);
-  for (uint32_t index = first_tile<kPaired>(); index < num_tiles; index += tile_step<kPaired>()) {
-    const Tile tile = tile_of<kRows, kPaired>(p, tile_offsets, index);
+  Multiplier<kStages<kRows>, kEngine> multiplier(pipeline);
+  for (uint32_t index = blockIdx.x; index < num_tiles; index += gridDim.x) {
+    const Tile tile = tile_of<kRows>(p, tile_offsets, index);
     const bool has_tokens = group_token < tile.tokens.count;
-    float c[kParts][kAcross / 2];
+    float c[kRows / 2];
 #pragma unroll 1
     for (uint32_t stage = 0; stage < num_stages; ++stage) {
       const uint32_t from = memory + multiplier.begin() * kStageBytes<kRows>;
@@ -137,13 +114,7 @@ __device__ __forceinline__ void multiply_tiles(const moefy_experts_params& p, co
         const uint64_t b = operand_of_rows(from + kTokens * kRowBytes);
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < 4; ++step) {
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            wgmma<T, false>(c[part], a + 2 * step, b + 2 * step + part * (kAcross * kRowBytes / 16),
-                            stage > 0 || step > 0);
-          }
-        }
+        for (int step = 0; step < 4; ++step) wgmma<T, false>(c, a + 2 * step, b + 2 * step, stage > 0 || step > 0);
         wgmma_commit();
       }
       multiplier.end();
@@ -151,30 +122,27 @@ __device__ __forceinline__ void multiply_tiles(const moefy_experts_params& p, co
     multiplier.finish();
     if (!has_tokens) continue;
     const uint32_t token = group_token + thread % 128 / 32 * 16 + thread % 32 / 4;
-    store_hidden<T, kRows / 8>(p, tile.group, tile.tokens, token, tile.row0,
-                               [&](int j) { return &c[j * 8 / kAcross][j * 8 % kAcross / 2]; });
+    store_hidden<T>(p, tile.group, tile.tokens, token, tile.row0, c);
   }
 }
 
-template <class T, int kRows, bool kPaired>
+template <class T, int kRows, bool kEngine>
 __device__ __forceinline__ void many_hidden(const moefy_experts_params& p, const moefy_tensor_map* w_in) {
   extern __shared__ __align__(1024) unsigned char memory[];
   uint32_t* tile_offsets = reinterpret_cast<uint32_t*>(memory + kStages<kRows> * kStageBytes<kRows>);
-  const Pipeline<kStages<kRows>, kPaired> pipeline;
+  const Pipeline<kStages<kRows>, kEngine> pipeline;
   wait_for_dependencies();
   launch_dependents();
   count_tiles<kPipelineThreads>(p, tile_offsets, [&](const Group& group) {
-    return ceil_div(rows_of(p, group).count, kDealt<kPaired>) * ceil_div(group.width * group.halves, kRows);
+    return ceil_div(rows_of(p, group).count, kTokens) * ceil_div(group.width * group.halves, kRows);
   });
   if (threadIdx.x < kCopiers) {
     become_copier();
-    copy_tiles<T, kRows, kPaired>(p, w_in, tile_offsets, shared_address(memory), pipeline);
+    copy_tiles<T, kRows, kEngine>(p, w_in, tile_offsets, shared_address(memory), pipeline);
   } else {
     become_multiplier();
-    multiply_tiles<T, kRows, kPaired>(p, tile_offsets, shared_address(memory), pipeline);
+    multiply_tiles<T, kRows, kEngine>(p, tile_offsets, shared_address(memory), pipeline);
   }
-  // The other block may still write here.
-  if constexpr (kPaired) sync_cluster();
 }
 
 }  // namespace
@@ -186,10 +154,10 @@ __device__ __forceinline__ void many_hidden(const moefy_experts_params& p, const
       moefy_experts_many_wide_hidden_##name##_##rows(const __grid_constant__ moefy_experts_params p) { \
     moefy::many_hidden<type, rows, false>(p, nullptr);                                                 \
   }                                                                                                    \
-  extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(moefy::kPipelineThreads, 1)   \
-      moefy_experts_many_paired_hidden_##name##_##rows(                                                \
-          const __grid_constant__ moefy_experts_paired_params p) {                                     \
-    moefy::many_hidden<type, rows, true>(p.experts, &p.w_in);                                          \
+  extern "C" __global__ void __launch_bounds__(moefy::kPipelineThreads, 1)   \
+      moefy_experts_many_engine_hidden_##name##_##rows(                                                \
+          const __grid_constant__ moefy_experts_engine_params p) {                                     \
+    moefy::many_hidden<type, rows, true>(p.experts, &p.weights);                                          \
   }
 
 MOEFY_EXPERTS_MANY_HIDDEN(f16, __half, 32)

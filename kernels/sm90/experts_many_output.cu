@@ -5,6 +5,7 @@
 // tokens of an expert. One warpgroup copies, two multiply 64 pairs each and store. moefy_experts_many_sum does the rest.
 #include "expert_groups.cuh"
 #include "pipeline.cuh"
+#include "store_lines.cuh"
 #include "wgmma.cuh"
 
 namespace moefy {
@@ -106,9 +107,7 @@ __device__ __forceinline__ void copy_tiles(const moefy_experts_params& p, const 
     const Group& group = walk.group;
     const auto copy_weights = [&] {
       if (walk.piece >= kPieces) {
-        const uint32_t empty = pieces.empty(walk.piece), parity = (walk.piece / kPieces - 1) & 1;
-        if (!barrier_test(empty, parity)) copier.flush();
-        barrier_wait(empty, parity);
+        barrier_wait(pieces.empty(walk.piece), (walk.piece / kPieces - 1) & 1);
       }
       const T* w = static_cast<const T*>(n.w_out);
       const uint32_t to = weights + walk.piece % kPieces * kPieceBytes;
@@ -135,32 +134,15 @@ __device__ __forceinline__ void copy_tiles(const moefy_experts_params& p, const 
       copier.end();
     }
   }
-  copier.flush();
-}
-
-/// Two quads of lanes that follow each other have the first and the second half of 128 bytes, each of its own row: then both
-/// have the row of the first in `first`, that of the second in `second`.
-__device__ __forceinline__ void exchange_halves(uint4& first, uint4& second) {
-  constexpr unsigned kAll = 0xffffffffu;
-  const bool odd = threadIdx.x & 4;
-  const uint4 mine = odd ? first : second;
-  const uint4 given = {__shfl_xor_sync(kAll, mine.x, 4), __shfl_xor_sync(kAll, mine.y, 4),
-                       __shfl_xor_sync(kAll, mine.z, 4), __shfl_xor_sync(kAll, mine.w, 4)};
-  if (odd) {
-    first = given;
-  } else {
-    second = given;
-  }
 }
 
 template <class T>
 __device__ __forceinline__ void multiply_tiles(const moefy_experts_params& p, const Slab& slab, Walk& walk,
                                                uint32_t weights, uint32_t stages, const Pipeline<kStages>& pipeline,
                                                const PieceBarriers& pieces) {
-  constexpr int kParts = kColumns / 128;
   const uint32_t thread = threadIdx.x - kCopiers, group_pair = thread / 128 * 64;
   Multiplier<kStages> multiplier(pipeline);
-  float c[kParts][64];
+  float c[kColumns / 2];
   while (walk.exists()) {
     const bool has_pairs = group_pair < walk.pairs.count;
     const uint32_t piece = walk.piece, w = weights + piece % kPieces * kPieceBytes;
@@ -172,11 +154,7 @@ __device__ __forceinline__ void multiply_tiles(const moefy_experts_params& p, co
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < int(kDepth / 16); ++step) {
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            const bool adds = !walk.is_first() || depth > 0 || step > 0;
-            wgmma<T, true>(c[part], a + 2 * step, b + 128 * step + part * (2 * kBlockBytes / 16), adds);
-          }
+          wgmma<T, true>(c, a + 2 * step, b + 128 * step, !walk.is_first() || depth > 0 || step > 0);
         }
         wgmma_commit();
       }
@@ -189,35 +167,17 @@ __device__ __forceinline__ void multiply_tiles(const moefy_experts_params& p, co
     if (is_over && threadIdx.x % 32 == 0) barrier_arrive(pieces.empty(piece));
     if (!here.is_last() || !has_pairs) continue;
     T* rows = static_cast<T*>(p.rows) + place_of_rows(p, here.group) * slab.width + here.column0 - slab.first;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // The rows of two quads, of which a line of 128 bytes each is stored at once.
-      const uint32_t pair = group_pair + thread % 128 / 32 * 16 + half * 8 + thread % 32 / 8 * 2;
-      T* to = rows + static_cast<uint64_t>(here.pairs.begin + pair) * slab.width;
-#pragma unroll
-      for (int j = 0; j < int(kColumns / 8); j += 8) {
-        uint4 eights[2];
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          uint32_t words[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int block = j + part * 4 + i;
-            const float* sums = &c[block / 16][block % 16 * 4 + 2 * half];
-            words[i] = pack_two<T>(sums[0], sums[1]);
-          }
-          eights[part] = transpose_quad(words);
-        }
-        exchange_halves(eights[0], eights[1]);
-        const uint32_t column = (j + thread % 8) * 8;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (pair + i < here.pairs.count && here.column0 + column < slab.end) {
-            *reinterpret_cast<uint4*>(to + i * slab.width + column) = eights[i];
-          }
-        }
-      }
-    }
+    const uint32_t first_pair = group_pair + thread % 128 / 32 * 16;
+    store_lines<T, kColumns / 8>(
+        slab.end - here.column0,
+        [&](int block, int half) {
+          const float* sums = c + block * 4 + 2 * half;
+          return make_float2(sums[0], sums[1]);
+        },
+        [&](uint32_t row) {
+          const uint32_t pair = first_pair + row;
+          return pair < here.pairs.count ? rows + (here.pairs.begin + pair) * static_cast<uint64_t>(slab.width) : nullptr;
+        });
   }
 }
 

@@ -5,10 +5,10 @@ use super::kernels::{Modules, build_info};
 #[cfg(feature = "cuda")]
 use super::read_bandwidth;
 use super::{
-    abi_probe, add_shares, body, dense, experts, ffn_few, gates, padding, route_index,
-    router_select, select, statistics,
+    Tuning, abi_probe, add_shares, body, dense, experts, ffn_few, gates, padding, route_index,
+    router_select, select, statistics, token_tiles,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What a device says of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -48,7 +48,9 @@ pub struct Device {
     pub(super) router_select: router_select::Kernels,
     pub(super) select: select::Kernels,
     pub(super) statistics: statistics::Kernels,
+    pub(super) token_tiles: token_tiles::Kernels,
     properties: Properties,
+    tuning: Option<Tuning>,
 }
 
 impl Device {
@@ -77,13 +79,42 @@ impl Device {
             router_select: router_select::Kernels::load(&modules, properties.max_shared_bytes)?,
             select: select::Kernels::load(&modules)?,
             statistics: statistics::Kernels::load(&modules)?,
+            token_tiles: token_tiles::Kernels::load(&modules)?,
             context,
             properties,
+            tuning: None,
         })
     }
 
     /// What the device says of itself.
     pub fn properties(&self) -> &Properties {
         &self.properties
+    }
+
+    /// Makes plans choose their paths by what was measured, where enough was. It comes before the device is
+    /// shared, so that all plans choose alike.
+    ///
+    /// # Errors
+    /// When the times are of another device or of other kernels, or no measurement gives them.
+    pub fn set_tuning(&mut self, tuning: Tuning) -> Result<()> {
+        let refused =
+            |expected: String, got: String| Error::argument("device", "tuning", expected, got);
+        let name = &self.properties.name;
+        if tuning.device != *name {
+            let got = format!("one of `{}`: run `moefy tune` on this one", tuning.device);
+            return Err(refused(format!("of this device, `{name}`"), got));
+        }
+        if tuning.kernels != build_info()?.source_digest {
+            let got = "one of other kernels: run `moefy tune` again".into();
+            return Err(refused("of the kernels of this build".into(), got));
+        }
+        tuning.check().map_err(|problem| refused("of measured times".into(), problem))?;
+        self.tuning = Some(tuning);
+        Ok(())
+    }
+
+    /// What plans choose by, if anything was measured.
+    pub fn tuning(&self) -> Option<&Tuning> {
+        self.tuning.as_ref()
     }
 }

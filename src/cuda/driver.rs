@@ -426,24 +426,21 @@ impl Function {
             .map_err(cannot(format!("launch {}", self.name)))
     }
 
-    /// What the copy engine takes of a matrix w_in \[halves · d_ff, d_model\] of 16 bits, in four dimensions: d_model, 8 neurons
-    /// that follow each other, gate and up, groups of 8 neurons. A box is 64 columns of `groups` groups with all that they have.
+    /// What the copy engine takes of an array of 16 bits in four dimensions, the innermost first: their sizes, the bytes
+    /// between elements of all but the innermost, and the sizes of a box, whose rows are 128 bytes.
     pub(super) fn tensor_map(
         &self,
         dtype: DType,
-        w_in: u64,
-        [d_model, d_ff, halves]: [usize; 3],
-        groups: usize,
+        address: u64,
+        sizes: [u64; 4],
+        strides: [u64; 3],
+        of_box: [u32; 4],
     ) -> Result<moefy_tensor_map> {
         use sys::CUtensorMapDataType as Type;
         let element = match dtype {
             DType::BF16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             _ => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         };
-        let row = (d_model * dtype.bytes()) as u64;
-        let sizes = [d_model as u64, 8, halves as u64, (d_ff / 8) as u64];
-        let strides = [row, row * d_ff as u64, row * 8];
-        let of_box = [64, 8, halves as u32, groups as u32];
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
         // SAFETY: the sizes are those of the arrays; the address is only noted.
         unsafe {
@@ -451,7 +448,7 @@ impl Function {
                 &mut map,
                 element,
                 4,
-                w_in as *mut c_void,
+                address as *mut c_void,
                 sizes.as_ptr(),
                 strides.as_ptr(),
                 of_box.as_ptr(),

@@ -4,9 +4,10 @@ use super::driver::{Function, RawStream};
 use super::kernels::Modules;
 use super::neurons::Neurons;
 use super::select::check_num_experts;
+use super::token_tiles::{self, TILE_TOKENS, TILE_WORDS};
 use super::view::{Arguments, Format, View, Workspace};
-use super::{Device, experts_few, experts_many};
-use crate::abi::{moefy_experts_params, moefy_neurons};
+use super::{Device, TokenTiles, experts_few, experts_many, experts_tiled};
+use crate::abi::{moefy_experts_params, moefy_experts_tiled_params, moefy_neurons};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -64,6 +65,7 @@ impl Variants {
 pub(super) struct Kernels {
     pub(super) few: experts_few::Kernels,
     many: experts_many::Kernels,
+    pub(super) tiled: Option<experts_tiled::Kernels>,
 }
 
 impl Kernels {
@@ -71,6 +73,7 @@ impl Kernels {
         Ok(Self {
             few: experts_few::Kernels::load(modules)?,
             many: experts_many::Kernels::load(modules, max_shared_bytes)?,
+            tiled: experts_tiled::Kernels::load(modules)?,
         })
     }
 }
@@ -89,6 +92,8 @@ pub struct ExpertsInputs {
     /// Which tokens run which experts: each expert goes through its own tokens then. Without lists, for few
     /// tokens, every neuron of the union of their experts is streamed once, for all of them.
     pub lists: Option<ExpertLists>,
+    /// Instead of lists: tiles of tokens, each of which runs the union of its tokens' experts. For f16 and bf16 on Hopper.
+    pub tiles: Option<TokenTiles>,
 }
 
 /// What [`route_index`](super::route_index) found.
@@ -113,6 +118,8 @@ pub(super) struct Launch {
     pub(super) rank: usize,
     pub(super) halves: usize,
     pub(super) multiprocessors: usize,
+    /// Whether whole warpgroups multiply for many tokens.
+    pub(super) is_wide: bool,
 }
 
 impl Launch {
@@ -128,6 +135,7 @@ impl Launch {
             rank: neurons.rank,
             halves: neurons.halves(),
             multiprocessors: device.properties().multiprocessors,
+            is_wide: device.experts.many.is_wide(dtype),
         }
     }
 }
@@ -135,10 +143,16 @@ impl Launch {
 enum Shape {
     Few(experts_few::Shape),
     Many(experts_many::Shape),
+    Tiled(experts_tiled::Shape),
 }
 
 impl Shape {
-    fn new(check: &Arguments<'_>, launch: &Launch, lists: Option<ExpertLists>) -> Result<Self> {
+    fn new(
+        check: &Arguments<'_>,
+        launch: &Launch,
+        lists: Option<ExpertLists>,
+        tiles: Option<TokenTiles>,
+    ) -> Result<Self> {
         if launch.num_tokens > MAX_TOKENS {
             return Err(check.error(
                 "num_tokens",
@@ -146,9 +160,25 @@ impl Shape {
                 launch.num_tokens,
             ));
         }
-        let shape = match lists {
-            None => experts_few::Shape::new(launch).map(Self::Few),
-            Some(lists) => {
+        let shape = match (tiles, lists) {
+            (Some(_), _) => {
+                let tiled = &check.device.experts.tiled;
+                if tiled.as_ref().and_then(|kernels| kernels.of(launch.dtype)).is_none() {
+                    let expected = "none but for f16 and bf16 on Hopper";
+                    return Err(check.error(
+                        "tiles",
+                        expected,
+                        format!("some for {}", launch.dtype),
+                    ));
+                }
+                if launch.num_tokens > token_tiles::MAX_TOKENS {
+                    let expected = format!("at most {} in tiles", token_tiles::MAX_TOKENS);
+                    return Err(check.error("num_tokens", expected, launch.num_tokens));
+                }
+                experts_tiled::Shape::new(launch).map(Self::Tiled)
+            }
+            (None, None) => experts_few::Shape::new(launch).map(Self::Few),
+            (None, Some(lists)) => {
                 experts_many::Shape::new(launch, lists.token_ids.shape[1]).map(Self::Many)
             }
         };
@@ -159,11 +189,12 @@ impl Shape {
         match self {
             Self::Few(shape) => shape.bytes,
             Self::Many(shape) => shape.bytes,
+            Self::Tiled(shape) => shape.bytes,
         }
     }
 }
 
-/// Bytes of workspace that [`experts`] needs for that many tokens; of `lists` only the shapes count.
+/// Bytes of workspace that [`experts`] needs for that many tokens; of `lists` and `tiles` only the shapes count.
 ///
 /// # Errors
 /// When the sizes overflow.
@@ -172,11 +203,12 @@ pub fn experts_workspace_bytes(
     neurons: &Neurons,
     num_tokens: usize,
     lists: Option<ExpertLists>,
+    tiles: Option<TokenTiles>,
 ) -> Result<usize> {
     let check = Arguments { device, op: "experts" };
     let (_, dtype) = neurons.check(&check)?;
     let launch = Launch::new(device, neurons, dtype, num_tokens);
-    Ok(Shape::new(&check, &launch, lists)?.bytes())
+    Ok(Shape::new(&check, &launch, lists, tiles)?.bytes())
 }
 
 /// `y[t] = b2 + shared(x[t]) + Σ_{e ∈ S(t)} g[t,e] · expert_e(x[t])`, y \[num_tokens, d_model\] of the
@@ -220,8 +252,9 @@ pub unsafe fn experts(
         check.size("capacity of token_ids", token_ids.shape[1])?;
         params.token_ids = words("token_ids", token_ids, token_ids.shape[1])?;
     }
+    let tiled = inputs.tiles.map(|tiles| tiled_params(&check, &params, &tiles)).transpose()?;
     let launch = Launch::new(device, neurons, dtype, num_tokens);
-    let shape = Shape::new(&check, &launch, inputs.lists)?;
+    let shape = Shape::new(&check, &launch, inputs.lists, inputs.tiles)?;
     let workspace = check.workspace(workspace, shape.bytes())?;
     if num_tokens == 0 {
         return Ok(());
@@ -241,10 +274,50 @@ pub unsafe fn experts(
                 }
                 shape.launch(&kernels.many, stream, &params, workspace)
             }
+            Shape::Tiled(shape) => {
+                let products = kernels.tiled.as_ref().and_then(|tiled| tiled.of(dtype));
+                let (products, params) = products.zip(tiled).expect("the shape has them");
+                shape.launch(products, stream, &params, workspace)
+            }
         }
     }
 }
 
+/// Microseconds that the second product for many tokens takes, from measurements on an H100, where so many pairs exist.
+pub(super) fn second_product_us(
+    device: &Device,
+    neurons: &Neurons,
+    dtype: DType,
+    num_tokens: usize,
+    pairs: f64,
+) -> f64 {
+    experts_many::second_product_us(&Launch::new(device, neurons, dtype, num_tokens), pairs)
+}
+
 fn without_addresses(neurons: moefy_neurons) -> moefy_experts_params {
     moefy_experts_params { neurons, ..bytemuck::Zeroable::zeroed() }
+}
+
+fn tiled_params(
+    check: &Arguments<'_>,
+    params: &moefy_experts_params,
+    tiles: &TokenTiles,
+) -> Result<moefy_experts_tiled_params> {
+    let (num_tokens, num_experts) =
+        (params.num_tokens as usize, params.neurons.num_experts as usize);
+    let num_tiles = num_tokens.div_ceil(TILE_TOKENS);
+    let words = |name, view, shape| check.dense(name, view, Format::Word, shape);
+    Ok(moefy_experts_tiled_params {
+        neurons: params.neurons,
+        x: params.x,
+        y: params.y,
+        gates: params.gates,
+        num_valid_tokens: params.num_valid_tokens,
+        token_ids: words("token_ids of tiles", tiles.token_ids, [1, num_tokens])?,
+        tile_counts: words("counts of tiles", tiles.counts, [1, num_tiles])?,
+        tile_experts: words("experts of tiles", tiles.experts, [num_tiles, num_experts])?,
+        tile_masks: words("masks of tiles", tiles.masks, [num_tiles, num_experts * TILE_WORDS])?,
+        num_tokens: params.num_tokens,
+        ..bytemuck::Zeroable::zeroed()
+    })
 }

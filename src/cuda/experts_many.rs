@@ -5,7 +5,8 @@ use super::experts::{Launch, THREADS, Variants, variants};
 use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
 use crate::abi::{
-    MOEFY_EXPERTS_MANY_SLAB, MOEFY_MAX_EXPERTS, moefy_experts_paired_params, moefy_experts_params,
+    MOEFY_EXPERTS_MANY_SLAB, MOEFY_MAX_EXPERTS, moefy_experts_engine_params, moefy_experts_params,
+    moefy_tensor_map,
 };
 use crate::dtype::DType;
 use crate::error::Result;
@@ -38,23 +39,35 @@ pub(super) struct Kernels {
 /// Both products by whole warpgroups.
 struct Wide {
     hidden: [Function; 4],
-    /// Where two blocks share the weights.
-    paired: [Function; 4],
+    /// Where the copy engine can bring the weights.
+    engine_hidden: [Function; 4],
     output: Function,
+    token_output: Function,
 }
 
-const WIDE_MODULES: [&str; 2] = ["sm90_experts_many_hidden", "sm90_experts_many_output"];
+const WIDE_MODULES: [&str; 3] =
+    ["sm90_experts_many_hidden", "sm90_experts_many_output", "sm90_experts_many_token_output"];
 /// Threads of a block, input rows of a block of the first kernel, its stages, and bytes of those of the second.
 const WIDE_THREADS: u32 = 384;
 const WIDE_ROWS: [usize; 4] = [32, 64, 128, 256];
 const WIDE_STAGES: [usize; 4] = [8, 8, 6, 4];
 const WIDE_OUTPUT_BYTES: usize = 192 << 10;
-/// From so many tokens on an expert has enough of them for two blocks.
-const PAIRED_TOKENS: usize = 4096;
+/// Tokens and columns of a tile of the second product that goes by tokens, neurons of a stage, and bytes of all stages.
+const TOKEN_TILE: [usize; 2] = [128, 256];
+const TOKEN_DEPTH: usize = 64;
+const TOKEN_STAGES_BYTES: usize = 192 << 10;
+/// What a block has on every device that has these kernels, less what is the kernel's own.
+const WIDE_SHARED_BYTES: usize = 226 << 10;
+/// What either second product costs on an H100, in microseconds (kernels/NOTES.md): a stage of a round of tiles, and to begin
+/// and end a tile as so many stages; a byte of y of a pair, written, read and added.
+const TOKEN_STAGE_US: f64 = 0.72;
+const TOKEN_TILE_STAGES: usize = 8;
+const PAIR_BYTE_US: f64 = 1.0 / 0.95e6;
+const PAIRS_US: f64 = 15.0;
 
 macro_rules! wide_hidden {
     ($dtype:literal) => {
-        [wide_hidden!("wide", $dtype), wide_hidden!("paired", $dtype)]
+        [wide_hidden!("wide", $dtype), wide_hidden!("engine", $dtype)]
     };
     ($kind:literal, $dtype:literal) => {
         [
@@ -69,8 +82,8 @@ macro_rules! wide_hidden {
 impl Wide {
     fn load(
         modules: &Modules,
-        [hidden, paired]: [[&'static str; 4]; 2],
-        output: &'static str,
+        [hidden, engine_hidden]: [[&'static str; 4]; 2],
+        [output, token_output]: [&'static str; 2],
     ) -> Result<Self> {
         let most = MOEFY_MAX_EXPERTS as usize;
         let load = |names: [&'static str; 4]| -> Result<[Function; 4]> {
@@ -83,8 +96,9 @@ impl Wide {
         let bytes = wide_output_shared_bytes(most);
         Ok(Self {
             hidden: load(hidden)?,
-            paired: load(paired)?,
+            engine_hidden: load(engine_hidden)?,
             output: modules.function(WIDE_MODULES[1], output, bytes)?,
+            token_output: modules.function(WIDE_MODULES[2], token_output, WIDE_SHARED_BYTES)?,
         })
     }
 }
@@ -95,6 +109,16 @@ fn wide_hidden_shared_bytes(size: usize, num_experts: usize) -> usize {
 
 fn wide_output_shared_bytes(num_experts: usize) -> usize {
     WIDE_OUTPUT_BYTES + list_bytes(num_experts)
+}
+
+/// Its lists beside the stages: five words and a bit for each expert, a bit for every stage, and what says which is the last.
+fn token_output_shared_bytes(num_experts: usize, num_neurons: usize) -> usize {
+    let bits = |count: usize| count.div_ceil(32) * 4;
+    TOKEN_STAGES_BYTES
+        + num_experts * 20
+        + bits(num_experts)
+        + bits(num_neurons.div_ceil(TOKEN_DEPTH))
+        + 16
 }
 
 /// Of the first tiles of the experts and other groups.
@@ -123,8 +147,16 @@ impl Kernels {
         let per_dtype = |names, bytes| modules.per_dtype("experts_many_output", names, bytes);
         let wide = || -> Result<[Wide; 2]> {
             Ok([
-                Wide::load(modules, wide_hidden!("f16"), "moefy_experts_many_wide_output_f16")?,
-                Wide::load(modules, wide_hidden!("bf16"), "moefy_experts_many_wide_output_bf16")?,
+                Wide::load(
+                    modules,
+                    wide_hidden!("f16"),
+                    ["moefy_experts_many_wide_output_f16", "moefy_experts_many_token_output_f16"],
+                )?,
+                Wide::load(
+                    modules,
+                    wide_hidden!("bf16"),
+                    ["moefy_experts_many_wide_output_bf16", "moefy_experts_many_token_output_bf16"],
+                )?,
             ])
         };
         Ok(Self {
@@ -149,6 +181,10 @@ impl Kernels {
             )?,
             wide: modules.module(WIDE_MODULES[0]).map(|_| wide()).transpose()?,
         })
+    }
+
+    pub(super) fn is_wide(&self, dtype: DType) -> bool {
+        self.wide(dtype).is_some()
     }
 
     /// Of a type, where the device has them.
@@ -176,8 +212,13 @@ fn output_shared_bytes(stages: usize, num_experts: usize) -> usize {
 pub(super) struct Shape {
     size: usize,
     wide_size: usize,
-    /// d_model, d_ff and gate with up, where the copy engine can bring the weights.
-    paired: Option<[usize; 3]>,
+    /// Whether the copy engine can bring the weights of the first product.
+    has_engine: bool,
+    d_ff: usize,
+    halves: usize,
+    rank: usize,
+    /// From so many pairs on, the second product goes by tiles of tokens.
+    min_token_pairs: usize,
     dtype: DType,
     multiprocessors: usize,
     num_tokens: usize,
@@ -211,7 +252,9 @@ impl Shape {
         let of_tokens = |width: usize| num_tokens.checked_mul(width.checked_next_multiple_of(8)?);
         let hidden_linear = hidden_shared.checked_add(of_tokens(launch.shared)?)?;
         let always = usize::from(launch.shared > 0) + usize::from(launch.rank > 0);
-        let num_rows = max_pairs.checked_add(num_tokens.checked_mul(always)?)?;
+        let min_token_pairs = min_token_pairs(launch);
+        let num_rows =
+            max_pairs.min(min_token_pairs).checked_add(num_tokens.checked_mul(always)?)?;
         let row_bytes = d_model.checked_next_multiple_of(8)?.checked_mul(dtype.bytes())?;
         let least = (MOEFY_EXPERTS_MANY_SLAB as usize * dtype.bytes()).min(row_bytes);
         // Room for all columns, or for some of them: at least one slab's.
@@ -225,10 +268,12 @@ impl Shape {
         Some(Self {
             size,
             wide_size,
-            paired: (num_tokens >= PAIRED_TOKENS
-                && launch.rank == 0
-                && [launch.expert_width, launch.d_ff].iter().all(|n| n.is_multiple_of(8)))
-            .then_some([d_model, launch.d_ff, launch.halves]),
+            has_engine: launch.rank == 0
+                && [launch.expert_width, launch.d_ff].iter().all(|n| n.is_multiple_of(8)),
+            d_ff: launch.d_ff,
+            halves: launch.halves,
+            rank: launch.rank,
+            min_token_pairs,
             dtype,
             multiprocessors: launch.multiprocessors,
             num_tokens,
@@ -279,6 +324,7 @@ impl Shape {
             rows: workspace + self.rows,
             rows_bytes: self.rows_bytes as u64,
             pair_rows: workspace + self.pair_rows,
+            min_token_pairs: u32::try_from(self.min_token_pairs).unwrap_or(u32::MAX),
             ..*params
         };
         let blocks = self.multiprocessors as u32;
@@ -318,22 +364,31 @@ impl Shape {
         let down = self.num_tokens.div_ceil(THREADS as usize / 32);
         let most = (self.multiprocessors * SUM_BLOCKS).div_ceil(across);
         let warps = [down.min(most) as u32, across as u32, 1];
-        match (kernels.wide(self.dtype), self.paired) {
-            (Some(wide), Some(sizes)) => {
-                let kernel = &wide.paired[self.wide_size];
-                let groups = WIDE_ROWS[self.wide_size] / 2 / (8 * sizes[2]);
-                let params = moefy_experts_paired_params {
-                    w_in: kernel.tensor_map(self.dtype, params.neurons.w_in, sizes, groups)?,
+        match kernels.wide(self.dtype) {
+            Some(wide) if self.has_engine => {
+                let kernel = &wide.engine_hidden[self.wide_size];
+                let params = moefy_experts_engine_params {
+                    weights: self.map_of_w_in(kernel, params.neurons.w_in)?,
                     experts: params,
-                    reserved: [0; 5],
+                    reserved: [0; 4],
                 };
-                let shared = wide_hidden_shared_bytes(self.wide_size, experts);
                 // SAFETY: the caller's promise.
-                unsafe {
-                    kernel.launch(stream, [blocks & !1, 1, 1], WIDE_THREADS, shared, &params)?
-                };
+                unsafe { kernel.launch(stream, [blocks, 1, 1], WIDE_THREADS, hidden.3, &params)? };
             }
             _ => run(hidden, &params)?,
+        }
+        if let Some(wide) = kernels.wide(self.dtype)
+            && self.max_pairs >= self.min_token_pairs
+        {
+            let kernel = &wide.token_output;
+            let params = moefy_experts_engine_params {
+                weights: self.map_of_w_out(kernel, params.neurons.w_out)?,
+                experts: params,
+                reserved: [0; 4],
+            };
+            let shared = token_output_shared_bytes(experts, self.d_ff + self.rank);
+            // SAFETY: the caller's promise.
+            unsafe { kernel.launch(stream, [blocks, 1, 1], WIDE_THREADS, shared, &params)? };
         }
         for slab in 0..self.num_slabs {
             let params = moefy_experts_params { slab: slab as u32, ..params };
@@ -343,6 +398,64 @@ impl Shape {
         }
         Ok(())
     }
+}
+
+impl Shape {
+    /// w_in \[halves · d_ff, d_model\] by groups of eight neurons, each with gate and up rows.
+    fn map_of_w_in(&self, kernel: &Function, w_in: u64) -> Result<moefy_tensor_map> {
+        let row = (self.d_model * self.dtype.bytes()) as u64;
+        let groups = WIDE_ROWS[self.wide_size] / (8 * self.halves);
+        kernel.tensor_map(
+            self.dtype,
+            w_in,
+            [self.d_model as u64, 8, self.halves as u64, (self.d_ff / 8) as u64],
+            [row, row * self.d_ff as u64, row * 8],
+            [64, 8, self.halves as u32, groups as u32],
+        )
+    }
+
+    /// w_out \[d_ff + rank, d_model\].
+    fn map_of_w_out(&self, kernel: &Function, w_out: u64) -> Result<moefy_tensor_map> {
+        let (row, rows) =
+            ((self.d_model * self.dtype.bytes()) as u64, (self.d_ff + self.rank) as u64);
+        kernel.tensor_map(
+            self.dtype,
+            w_out,
+            [self.d_model as u64, rows, 1, 1],
+            [row, row * rows, row * rows],
+            [64, TOKEN_DEPTH as u32, 1, 1],
+        )
+    }
+}
+
+/// From how many pairs on tiles of tokens are faster than pair by pair; `usize::MAX` where there are no such tiles.
+fn min_token_pairs(launch: &Launch) -> usize {
+    match token_output_us(launch) {
+        Some(us) => ((us - PAIRS_US).max(0.0) / pair_us(launch)) as usize,
+        None => usize::MAX,
+    }
+}
+
+/// What the second product takes for so many pairs, either way.
+pub(super) fn second_product_us(launch: &Launch, pairs: f64) -> f64 {
+    let by_pairs = PAIRS_US + pairs * pair_us(launch);
+    token_output_us(launch).map_or(by_pairs, |us| us.min(by_pairs))
+}
+
+/// What it takes by tiles of tokens, where that is possible.
+fn token_output_us(launch: &Launch) -> Option<f64> {
+    let neurons = launch.d_ff + launch.rank;
+    let fits = token_output_shared_bytes(launch.num_experts, neurons) <= WIDE_SHARED_BYTES;
+    let is_aligned = [launch.expert_width, launch.shared].iter().all(|n| n.is_multiple_of(8));
+    let tiles = launch.num_tokens.div_ceil(TOKEN_TILE[0]) * launch.d_model.div_ceil(TOKEN_TILE[1]);
+    let stages = tiles.div_ceil(launch.multiprocessors)
+        * (neurons.div_ceil(TOKEN_DEPTH) + TOKEN_TILE_STAGES);
+    (launch.is_wide && fits && is_aligned).then_some(stages as f64 * TOKEN_STAGE_US)
+}
+
+/// What a pair's output takes: written, read and added.
+fn pair_us(launch: &Launch) -> f64 {
+    (launch.d_model * launch.dtype.bytes()) as f64 * PAIR_BYTE_US
 }
 
 /// Which rows of a block: few beyond the expert's, and each block reads its tokens once more, which takes as long as 32

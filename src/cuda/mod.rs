@@ -35,6 +35,7 @@ mod encoder_graphs;
 mod experts;
 mod experts_few;
 mod experts_many;
+mod experts_tiled;
 mod ffn_few;
 mod gates;
 #[cfg(feature = "cuda")]
@@ -54,7 +55,9 @@ mod select;
 mod statistics;
 #[cfg(feature = "cuda")]
 mod synthetic;
+mod token_tiles;
 mod transformer;
+mod tuning;
 mod view;
 mod workspace;
 
@@ -79,5 +82,7 @@ pub use router_select::{
 };
 pub use select::{SelectOutputs, select, select_workspace_bytes};
 pub use statistics::RoutingCounts;
+pub use token_tiles::{TokenTiles, token_tiles, token_tiles_workspace_bytes};
 pub use transformer::{Gpu, GpuBatch, GpuFfn, GpuFfnWorkspace, GpuOptions, GpuTensor};
+pub use tuning::{LayerShape, TunedLayer, TunedTime, Tuning};
 pub use view::{Format, View, Workspace};

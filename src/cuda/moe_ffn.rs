@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::dense::DenseLayer;
 use super::neurons::Neurons;
 use super::view::{Arguments, Format, View};
-use super::{Buffer, Device, DeviceRouter, RouterView, ffn_few};
+use super::{Buffer, Device, DeviceRouter, LayerShape, RouterView, ffn_few};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ffn::{self, Compensation, Gate, Router, Selection};
@@ -15,6 +15,7 @@ use crate::tensor::Tensor;
 pub struct MoeFfn {
     device: Arc<Device>,
     dtype: DType,
+    shape: LayerShape,
     neurons: Neurons,
     /// b1, b2, and b2 with the constant of a compensation, of the weights' element type, or null.
     biases: [u64; 3],
@@ -23,6 +24,7 @@ pub struct MoeFfn {
     pub(super) few_w2: u64,
     selection: Selection,
     gate: Gate,
+    calibrated_density: Option<f64>,
     /// What the addresses lead to.
     _buffers: Vec<Buffer>,
 }
@@ -105,12 +107,14 @@ impl MoeFfn {
         };
         Ok(Self {
             dtype,
+            shape: LayerShape::of(ffn),
             neurons,
             biases,
             router,
             few_w2,
             selection: ffn.selection(),
             gate: ffn.gate(),
+            calibrated_density: ffn.calibrated_density(),
             _buffers: upload.buffers,
             device: device.clone(),
         })
@@ -144,12 +148,14 @@ impl MoeFfn {
         };
         Ok(Self {
             dtype: self.dtype,
+            shape: self.shape,
             neurons,
             biases: self.biases.map(moved),
             router,
             few_w2,
             selection: self.selection,
             gate: self.gate,
+            calibrated_density: self.calibrated_density,
             device: self.device.clone(),
             _buffers: buffers,
         })
@@ -175,6 +181,11 @@ impl MoeFfn {
         self.dtype
     }
 
+    /// What measured times are kept by.
+    pub(super) fn shape(&self) -> &LayerShape {
+        &self.shape
+    }
+
     /// The selection rule.
     pub fn selection(&self) -> Selection {
         self.selection
@@ -183,6 +194,11 @@ impl MoeFfn {
     /// The gate.
     pub fn gate(&self) -> Gate {
         self.gate
+    }
+
+    /// Executed neurons / d_ff on average, if it is known.
+    pub fn calibrated_density(&self) -> Option<f64> {
+        self.calibrated_density
     }
 
     /// Whether a plan for one is a plan for the other.

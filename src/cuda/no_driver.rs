@@ -156,8 +156,9 @@ impl Function {
         &self,
         _: DType,
         _: u64,
-        _: [usize; 3],
-        _: usize,
+        _: [u64; 4],
+        _: [u64; 3],
+        _: [u32; 4],
     ) -> Result<moefy_tensor_map> {
         match self.0 {}
     }

@@ -1,18 +1,23 @@
 //! Which way a layer is computed.
 
+use serde::{Deserialize, Serialize};
+
 use super::dense::DenseLayer;
 use super::places::MAX_CHUNK;
 #[cfg(feature = "cuda")]
 use super::plan::Stage;
 use super::view::View;
-use super::{MoeFfn, ffn_few};
+use super::{MoeFfn, Tuning, experts, ffn_few, token_tiles};
 use crate::error::Result;
 use crate::ffn::Selection;
 
 /// Most tokens for which a choice streams the union of their experts.
 pub(super) const MAX_FEW_TOKENS: usize = 8;
 /// Fewest tokens for which a choice goes expert by expert: with fewer, tiles are mostly empty.
-pub(super) const MIN_MANY_TOKENS: usize = 1024;
+pub(super) const MIN_MANY_TOKENS: usize = 512;
+
+/// One for each number of tokens, from 0.
+pub(super) type FewPaths = [Path; ffn_few::MAX_TOKENS + 1];
 
 /// Elements of tokens up to which the router of a masked dense layer runs beside its first product: with more, either of them
 /// fills the chip.
@@ -24,7 +29,8 @@ pub(super) fn routes_beside(num_tokens: usize, d_model: usize) -> bool {
 }
 
 /// A way to compute the layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Path {
     /// `few-fused`: streams the union of the tokens' experts, with routing inside; f16 and bf16 on Hopper,
     /// up to 32 tokens.
@@ -33,6 +39,10 @@ pub enum Path {
     Few,
     /// `expert-major`: each expert with its own tokens.
     ExpertMajor,
+    /// `token-tile`: tokens whose masks are alike side by side, and each 128 of them over the union of their experts; f16
+    /// and bf16 on Hopper. It pays where routing is correlated, and nothing here knows how much: a plan takes it only when
+    /// it is told to.
+    TokenTile,
     /// `dense-exact`: the original FFN.
     DenseExact,
     /// `dense-masked`: the function of the experts, computed densely.
@@ -41,8 +51,14 @@ pub enum Path {
 
 impl Path {
     /// Every path.
-    pub const ALL: [Self; 5] =
-        [Self::FewFused, Self::Few, Self::ExpertMajor, Self::DenseExact, Self::DenseMasked];
+    pub const ALL: [Self; 6] = [
+        Self::FewFused,
+        Self::Few,
+        Self::ExpertMajor,
+        Self::TokenTile,
+        Self::DenseExact,
+        Self::DenseMasked,
+    ];
 
     /// Its name on the command line and in records.
     pub fn name(self) -> &'static str {
@@ -50,6 +66,7 @@ impl Path {
             Self::FewFused => "few-fused",
             Self::Few => "few",
             Self::ExpertMajor => "expert-major",
+            Self::TokenTile => "token-tile",
             Self::DenseExact => "dense-exact",
             Self::DenseMasked => "dense-masked",
         }
@@ -59,7 +76,7 @@ impl Path {
     #[cfg(feature = "cuda")]
     pub(super) fn stages(self) -> &'static [Stage] {
         match self {
-            Self::ExpertMajor => &[Stage::Route, Stage::Index],
+            Self::ExpertMajor | Self::TokenTile => &[Stage::Route, Stage::Index],
             Self::Few | Self::DenseMasked => &[Stage::Route],
             _ => &[],
         }
@@ -77,6 +94,14 @@ pub enum Fallback {
 }
 
 impl Fallback {
+    /// The path that it is.
+    pub fn path(self) -> Path {
+        match self {
+            Self::Exact => Path::DenseExact,
+            Self::Masked => Path::DenseMasked,
+        }
+    }
+
     /// Its name on the command line and in records.
     pub fn name(self) -> &'static str {
         match self {
@@ -93,8 +118,8 @@ pub struct PlanOptions {
     pub path: Option<Path>,
     /// What a choice may fall back to.
     pub fallback: Fallback,
-    /// Calibrated mean density, if it is known: what a choice by the number of tokens goes by. Unknown, it is the
-    /// most that selection can give, of top-k what it always gives.
+    /// Mean density: what a choice by the number of tokens goes by. `None` is the layer's calibrated one and, where that is not
+    /// known either, the most that selection can give, of top-k what it always gives.
     pub density: Option<f64>,
     /// Whether to count what selection does.
     pub statistics: bool,
@@ -129,23 +154,52 @@ impl FfnInputs {
 impl MoeFfn {
     /// The path for so many tokens. `many`: whether there is memory to go expert by expert by choice.
     pub(super) fn path(&self, num_tokens: usize, options: &PlanOptions, many: bool) -> Path {
-        match (options.path, options.fallback) {
-            (Some(path), _) => path,
-            (None, fallback) => {
-                let dense = match fallback {
-                    Fallback::Exact => Path::DenseExact,
-                    Fallback::Masked => Path::DenseMasked,
-                };
-                let estimate = |path: &Path| self.estimate_us(*path, num_tokens, options);
-                let fused = self.few_fused(num_tokens).map(|_| Path::FewFused);
-                let few = (num_tokens <= MAX_FEW_TOKENS).then_some(Path::Few);
-                let many = (many && num_tokens >= MIN_MANY_TOKENS).then_some(Path::ExpertMajor);
-                let sparse = fused.into_iter().chain(few).chain(many);
-                let sparse = sparse.min_by(|a, b| estimate(a).total_cmp(&estimate(b)));
-                // Where they are equal, the dense one needs no router.
-                sparse.filter(|path| estimate(path) < 0.97 * estimate(&dense)).unwrap_or(dense)
-            }
-        }
+        let tuning = self.device().tuning();
+        options.path.unwrap_or_else(|| self.choose(tuning, num_tokens, options, many))
+    }
+
+    /// The same for every number of tokens so small that choosing would count beside the run.
+    pub(super) fn few_paths(&self, options: &PlanOptions, many: bool) -> FewPaths {
+        std::array::from_fn(|num_tokens| self.path(num_tokens, options, many))
+    }
+
+    /// The path where none is forced, by a tuning where it has every time that matters: what was measured is
+    /// never compared with an estimate.
+    pub(super) fn choose(
+        &self,
+        tuning: Option<&Tuning>,
+        num_tokens: usize,
+        options: &PlanOptions,
+        many: bool,
+    ) -> Path {
+        let dense = options.fallback.path();
+        let sparse = self.sparse_paths(num_tokens, many);
+        let measured = tuning.and_then(|tuning| tuning.layer(self.shape())).and_then(|layer| {
+            let density = self.density(options);
+            faster(sparse.clone(), dense, |path| layer.us(path, num_tokens, density))
+        });
+        let estimate = |path| Some(self.estimate_us(path, num_tokens, options));
+        measured.or_else(|| faster(sparse, dense, estimate)).unwrap_or(dense)
+    }
+
+    /// What a choice may take instead of the dense path.
+    pub(super) fn sparse_paths(
+        &self,
+        num_tokens: usize,
+        many: bool,
+    ) -> impl Iterator<Item = Path> + Clone {
+        let fused = self.few_fused(num_tokens).map(|_| Path::FewFused);
+        let few = (num_tokens <= MAX_FEW_TOKENS).then_some(Path::Few);
+        let many = (many && num_tokens >= MIN_MANY_TOKENS).then_some(Path::ExpertMajor);
+        fused.into_iter().chain(few).chain(many)
+    }
+
+    /// The density that a choice goes by.
+    fn density(&self, options: &PlanOptions) -> f64 {
+        let num_experts = self.neurons().num_experts;
+        let most = self.selection().most_experts(num_experts) as f64;
+        let known = options.density.or(self.calibrated_density());
+        known.unwrap_or(most / num_experts as f64)
     }
 
     /// Microseconds that a path takes, from measurements on an H100 (kernels/NOTES.md): good enough to
@@ -156,9 +210,8 @@ impl MoeFfn {
         let (tokens, d_model) = (num_tokens as f64, neurons.d_model() as f64);
         let [rows_in, rows_out] = [&neurons.w_in, &neurons.w_out].map(|w| w.shape[0] as f64);
         let all_us = (rows_in + rows_out) * d_model * element / 2.8e6;
+        let density = self.density(options);
         // If tokens route independently.
-        let most = self.selection().most_experts(neurons.num_experts) as f64;
-        let density = options.density.unwrap_or(most / neurons.num_experts as f64);
         let union = 1.0 - (1.0 - density).powi(num_tokens.min(1 << 20) as i32);
         let union_us = union * all_us;
         let of_products = tokens * (rows_in + rows_out) * d_model / 3.6e8;
@@ -177,6 +230,7 @@ impl MoeFfn {
                     if routes_beside(num_tokens, neurons.d_model()) { 4.0 } else { router_us };
                 dense_us + router_us + tokens * (rows_in + rows_out) * element / 2e6
             }
+            Path::TokenTile => f64::INFINITY,
             Path::ExpertMajor => {
                 let chunks = tokens / (MAX_CHUNK as f64).min(tokens);
                 20.0 * chunks + router_us + chunks * self.expert_major_us(tokens / chunks, density)
@@ -189,17 +243,28 @@ impl MoeFfn {
         let neurons = self.neurons();
         let element = self.dtype().bytes() as f64;
         let d_model = neurons.d_model() as f64;
+        let num_experts = neurons.num_experts as f64;
+        let [bytes_in, bytes_out] =
+            [&neurons.w_in, &neurons.w_out].map(|w| w.shape[0] as f64 * d_model * element / 2.9e6);
         let of_expert = (neurons.halves() * neurons.expert_width) as f64;
-        let pairs = tokens * neurons.num_experts as f64 * density;
+        let pairs = tokens * num_experts * density;
         let always = (neurons.halves() * neurons.shared + neurons.rank) as f64;
-        // Tiles of 128 tokens, of which each expert leaves half of one empty.
-        let padded = pairs + 64.0 * neurons.num_experts as f64;
+        // Tiles of 128 tokens, of which each expert leaves half of one empty; each reads its tokens and its weights.
+        let padded = pairs + 64.0 * num_experts;
         let tokens_again = (of_expert / 256.0).max(1.0);
-        let hidden = padded * d_model * element * (tokens_again + of_expert / 128.0) / 3.9e6;
-        let outputs = pairs * d_model * element * 2.0 / 2.1e6;
+        let hidden = padded * d_model * element * (tokens_again + of_expert / 128.0) / 6.2e6;
         let always = tokens * always * d_model / 2e8
             + if always > 0.0 { tokens * d_model * element / 1e6 } else { 0.0 };
-        60.0 + hidden + outputs + always
+        30.0 + hidden.max(bytes_in)
+            + experts::second_product_us(
+                self.device(),
+                neurons,
+                self.dtype(),
+                tokens as usize,
+                pairs,
+            )
+            .max(bytes_out)
+            + always
     }
 
     /// The fused path for so many tokens, if it can do them.
@@ -215,6 +280,13 @@ impl MoeFfn {
         options.path.map_or(options.fallback == Fallback::Masked, |path| path == Path::DenseMasked)
     }
 
+    /// Whether tiles of tokens can do this layer.
+    pub(super) fn token_tiles(&self) -> bool {
+        let tiled = &self.device().experts.tiled;
+        self.neurons().num_experts <= token_tiles::MAX_EXPERTS
+            && tiled.as_ref().and_then(|kernels| kernels.of(self.dtype())).is_some()
+    }
+
     /// What cuBLASLt has to do for at most so many tokens, if anything.
     pub(super) fn dense_layer_of(
         &self,
@@ -228,4 +300,21 @@ impl MoeFfn {
             (Some(_), _) => Ok(None),
         }
     }
+}
+
+/// The fastest of the sparse paths and the dense one, if the times of all of them are known.
+fn faster(
+    sparse: impl Iterator<Item = Path>,
+    dense: Path,
+    us: impl Fn(Path) -> Option<f64>,
+) -> Option<Path> {
+    // Where they are equal, the dense one needs no router.
+    let mut best = (dense, 0.97 * us(dense)?);
+    for path in sparse {
+        let us = us(path)?;
+        if us < best.1 {
+            best = (path, us);
+        }
+    }
+    Some(best.0)
 }

@@ -2,16 +2,18 @@
 
 use super::dense::dense_workspace_bytes;
 use super::path::MAX_FEW_TOKENS;
-use super::view::{Arguments, View};
+use super::token_tiles::{MAX_TOKENS, TILE_TOKENS, TILE_WORDS};
+use super::view::{Arguments, Format, View};
 use super::workspace::Layout;
 use super::{
-    ExpertLists, MoeFfn, Path, PlanOptions, experts_workspace_bytes, ffn_few,
-    route_index_workspace_bytes, router_select_workspace_bytes,
+    ExpertLists, MoeFfn, Path, PlanOptions, TokenTiles, experts_workspace_bytes, ffn_few,
+    route_index_workspace_bytes, router_select_workspace_bytes, token_tiles_workspace_bytes,
 };
 use crate::error::Result;
 
 /// Tokens that go through the layer together; more go in turns, so that the workspace is bounded.
 pub(super) const MAX_CHUNK: usize = 8192;
+const _: () = assert!(MAX_CHUNK <= MAX_TOKENS);
 /// Bytes of h of the experts that a chunk may have.
 const MAX_HIDDEN_BYTES: usize = 512 << 20;
 
@@ -35,6 +37,11 @@ pub(super) struct Places {
     pub(super) num_union: u64,
     /// Of a router that runs beside the first dense product.
     pub(super) beside: u64,
+    /// Whether tokens go in tiles.
+    pub(super) tiled: bool,
+    pub(super) tile_counts: u64,
+    pub(super) tile_experts: u64,
+    pub(super) tile_masks: u64,
     /// Of whatever runs: one after another.
     pub(super) op: u64,
     pub(super) bytes: usize,
@@ -49,7 +56,13 @@ impl MoeFfn {
         check.size("max_tokens", max_tokens)?;
         let max_k = self.selection().most_experts(num_experts);
         let mut chunk = max_tokens.min(MAX_CHUNK);
-        let hidden_row = neurons.expert_width.next_multiple_of(8) * self.dtype().bytes() * max_k;
+        let tiled = options.path == Some(Path::TokenTile);
+        // In tiles a token has room for every neuron: 235 MB of f16 at most where there are 14,336.
+        let hidden_row = if tiled {
+            neurons.w_out.shape[0] * self.dtype().bytes()
+        } else {
+            neurons.expert_width.next_multiple_of(8) * self.dtype().bytes() * max_k
+        };
         while chunk > 1024 && chunk * hidden_row > MAX_HIDDEN_BYTES {
             chunk /= 2;
         }
@@ -67,6 +80,10 @@ impl MoeFfn {
             union_ids: 0,
             num_union: 0,
             beside: 0,
+            tiled,
+            tile_counts: 0,
+            tile_experts: 0,
+            tile_masks: 0,
             op: 0,
             bytes: 0,
         };
@@ -84,6 +101,13 @@ impl MoeFfn {
                 places.expert_masks = place(num_experts.checked_mul(chunk.div_ceil(32))?)?;
                 places.union_ids = place(num_experts)?;
                 places.num_union = place(1)?;
+            }
+            if tiled {
+                let tiles = chunk.div_ceil(TILE_TOKENS);
+                places.token_ids = place(chunk)?;
+                places.tile_counts = place(tiles)?;
+                places.tile_experts = place(tiles.checked_mul(num_experts)?)?;
+                places.tile_masks = place(tiles.checked_mul(num_experts * TILE_WORDS)?)?;
             }
             if self.may_be_masked(options) {
                 let bytes = router_select_workspace_bytes(chunk, &self.router().view());
@@ -112,7 +136,9 @@ impl MoeFfn {
         let lists = route_index_workspace_bytes(places.chunk, neurons.num_experts);
         let mut bytes = Some(routing.max(lists));
         let mut include = |other: Option<usize>| bytes = bytes.zip(other).map(|(a, b)| a.max(b));
-        let sparse = |tokens, lists| experts_workspace_bytes(self.device(), neurons, tokens, lists);
+        let sparse = |tokens, lists, tiles| {
+            experts_workspace_bytes(self.device(), neurons, tokens, lists, tiles)
+        };
         if let Some(layer) = self.dense_layer_of(max_tokens, options)? {
             include(dense_workspace_bytes(&layer, places.chunk));
         }
@@ -128,11 +154,16 @@ impl MoeFfn {
         }
         if places.many {
             let lists = places.lists(0, neurons.num_experts, places.chunk);
-            include(Some(sparse(places.chunk, Some(lists))?));
+            include(Some(sparse(places.chunk, Some(lists), None)?));
+        }
+        if places.tiled {
+            let tiles = places.tiles(0, neurons.num_experts, places.chunk);
+            include(token_tiles_workspace_bytes(places.chunk, neurons.num_experts));
+            include(Some(sparse(places.chunk, None, Some(tiles))?));
         }
         if runs(Path::Few) {
             let tokens = if options.path.is_none() { MAX_FEW_TOKENS } else { places.chunk };
-            include(Some(sparse(tokens.min(places.chunk), None)?));
+            include(Some(sparse(tokens.min(places.chunk), None, None)?));
         }
         Ok(bytes)
     }
@@ -144,6 +175,18 @@ impl Places {
         ExpertLists {
             offsets: View::words(base + self.offsets, num_experts + 1),
             token_ids: View::words(base + self.token_ids, tokens * self.max_k),
+        }
+    }
+
+    /// What [`token_tiles`](super::token_tiles) writes at `base`.
+    pub(super) fn tiles(&self, base: u64, num_experts: usize, tokens: usize) -> TokenTiles {
+        let num_tiles = tokens.div_ceil(TILE_TOKENS);
+        let rows = |place: u64, width| View::matrix(base + place, Format::Word, [num_tiles, width]);
+        TokenTiles {
+            token_ids: View::words(base + self.token_ids, tokens),
+            counts: View::words(base + self.tile_counts, num_tiles),
+            experts: rows(self.tile_experts, num_experts),
+            masks: rows(self.tile_masks, num_experts * TILE_WORDS),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::dense::{Dense, DenseLayer, DenseRun};
 use super::driver::{Branch, RawStream};
-use super::path::routes_beside;
+use super::path::{FewPaths, routes_beside};
 use super::places::Places;
 use super::router_select::{check_router, router_select_by};
 use super::statistics::Counters;
@@ -12,7 +12,7 @@ use super::view::{Arguments, Format, View, Workspace};
 use super::{
     Buffer, ExpertsInputs, FfnInputs, MoeFfn, Path, PlanOptions, RouteIndexOutputs,
     RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, ffn_few, gates, padding,
-    route_index,
+    route_index, token_tiles,
 };
 use crate::abi::{
     moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_router_select_params,
@@ -38,6 +38,7 @@ pub struct FfnPlan {
     max_tokens: usize,
     options: PlanOptions,
     places: Places,
+    few: FewPaths,
     dense: Option<Dense>,
     counters: Option<Counters>,
     /// For the router of a masked dense layer.
@@ -73,11 +74,23 @@ impl MoeFfn {
             let got = format!("few-fused for {max_tokens} tokens");
             return Err(check.error("path", expected, got));
         }
+        if options.path == Some(Path::TokenTile) && !self.token_tiles() {
+            let check = Arguments { device: self.device(), op: "plan" };
+            let expected = "one that can do this layer (token-tile is for f16 and bf16 on Hopper, and 4095 experts)";
+            let got = format!(
+                "token-tile for {} and {} experts",
+                self.dtype(),
+                self.neurons().num_experts
+            );
+            return Err(check.error("path", expected, got));
+        }
+        let places = self.places(max_tokens, &options)?;
         let mut plan = FfnPlan {
             ffn: self.clone(),
             max_tokens,
             options,
-            places: self.places(max_tokens, &options)?,
+            few: self.few_paths(&options, places.many),
+            places,
             dense: None,
             counters: None,
             branch: None,
@@ -114,8 +127,9 @@ impl FfnPlan {
             Some(_) => Some(Counters::new(ffn.device(), ffn.neurons().num_experts)?),
             None => None,
         };
+        let few = ffn.few_paths(&self.options, self.places.many);
         let branch = self.branch.clone();
-        Ok(Self { ffn: ffn.clone(), dense, counters, branch, ..*self })
+        Ok(Self { ffn: ffn.clone(), few, dense, counters, branch, ..*self })
     }
 
     /// Bytes of workspace that a run needs.
@@ -125,7 +139,8 @@ impl FfnPlan {
 
     /// The path that a run of so many tokens takes.
     pub fn path(&self, num_tokens: usize) -> Path {
-        self.ffn.path(num_tokens, &self.options, self.places.many)
+        let chosen = self.few.get(num_tokens).copied();
+        chosen.unwrap_or_else(|| self.ffn.path(num_tokens, &self.options, self.places.many))
     }
 
     /// The layer.
@@ -271,14 +286,29 @@ impl FfnPlan {
                 return Ok(());
             }
             let (valid, device) = (inputs.num_valid_tokens, ffn.device());
-            let mut inputs_of_experts =
-                ExpertsInputs { x: inputs.x, mask, gates, num_valid_tokens: valid, lists: None };
+            let mut inputs_of_experts = ExpertsInputs {
+                x: inputs.x,
+                mask,
+                gates,
+                num_valid_tokens: valid,
+                lists: None,
+                tiles: None,
+            };
             if path == Path::Few {
                 return experts(device, stream, y, neurons, &inputs_of_experts, op);
             }
             let words = |place, len| View::words(base + place, len);
             let num_experts = neurons.num_experts;
             let places = &self.places;
+            if path == Path::TokenTile {
+                let tiles = places.tiles(base, num_experts, num_tokens);
+                token_tiles(device, stream, &tiles, mask, num_experts, valid, op)?;
+                if last == Stage::Index {
+                    return Ok(());
+                }
+                inputs_of_experts.tiles = Some(tiles);
+                return experts(device, stream, y, neurons, &inputs_of_experts, op);
+            }
             let outputs = RouteIndexOutputs {
                 counts: words(places.counts, num_experts),
                 offsets: words(places.offsets, num_experts + 1),

@@ -59,7 +59,7 @@ pub fn route_index_workspace_bytes(num_tokens: usize, num_experts: usize) -> usi
 
 /// Chunks of tokens that are counted apart, as many as keep the GPU busy; 0 where one block does
 /// everything.
-fn num_chunks(num_tokens: usize, num_experts: usize) -> usize {
+pub(super) fn num_chunks(num_tokens: usize, num_experts: usize) -> usize {
     let num_blocks = num_tokens.div_ceil(32);
     let small = num_experts.saturating_mul(num_blocks) <= MOEFY_ROUTE_INDEX_SMALL as usize;
     if small && num_experts <= MOEFY_ROUTE_INDEX_SMALL as usize && num_blocks <= MAX_SMALL_BLOCKS {
@@ -127,8 +127,21 @@ pub unsafe fn route_index(
         if num_chunks == 0 {
             return kernels.small.launch(stream, [1, 1, 1], MOEFY_ROUTE_INDEX_SMALL, 0, &params);
         }
-        let chunks = [row_words as u32, params.num_chunks, 1];
-        kernels.transpose.launch(stream, chunks, 256, 0, &params)?;
+        count_experts(device, stream, &params)?;
         kernels.lists.launch(stream, [num_experts as u32, 1, 1], 256, 0, &params)
     }
+}
+
+/// The transpose, and the tokens of each expert in each chunk: the first of two launches.
+///
+/// # Safety
+/// The addresses must be what the kernel expects, and the context must be bound.
+pub(super) unsafe fn count_experts(
+    device: &Device,
+    stream: RawStream,
+    params: &moefy_route_index_params,
+) -> Result<()> {
+    let grid = [params.num_experts.div_ceil(32), params.num_chunks, 1];
+    // SAFETY: the caller's promise.
+    unsafe { device.route_index.transpose.launch(stream, grid, 256, 0, params) }
 }

@@ -8,6 +8,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
+use super::LayerShape;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::ffn::{self, Activation, DenseFfn, ExpertMask, MlpKind, Partition, Router, Selection};
@@ -75,7 +76,15 @@ impl LayerSpec {
         };
         let labels = (0..d_ff).map(|n| (n / width).min(num_experts) as u32).collect();
         let partition = Partition::new(num_experts, labels)?;
-        ffn::MoeFfn::from_expert_order(neurons, partition, router, Selection::dynamic_k(0.5))
+        ffn::MoeFfn::from_expert_order(neurons, partition, router, IMPOSED)
+    }
+
+    /// What a layer has of it.
+    pub(super) fn of(layer: &ffn::MoeFfn) -> Self {
+        let shape = LayerShape::of(layer);
+        let LayerShape { d_model, d_ff, glu, activation, num_experts, shared, dtype, .. } = shape;
+        let router_hidden = shape.router_hidden;
+        Self { d_model, d_ff, glu, activation, num_experts, shared, dtype, router_hidden, seed: 0 }
     }
 }
 
@@ -142,8 +151,10 @@ impl Routing {
     }
 }
 
-/// Scores that dynamic-k with a threshold of 0.5 turns into these masks: 1 and a little for a selected
-/// expert, 0 for the others.
+/// Turns imposed scores into masks.
+pub(super) const IMPOSED: Selection = Selection::dynamic_k(0.5);
+
+/// Scores that [`IMPOSED`] turns into these masks: 1 and a little for a selected expert, 0 for the others.
 pub(super) fn imposed_scores(mask: &ExpertMask) -> Vec<f32> {
     let mut scores = vec![0.0; mask.num_tokens() * mask.num_experts()];
     for (token, row) in scores.chunks_exact_mut(mask.num_experts()).enumerate() {
@@ -209,7 +220,7 @@ mod tests {
         let rng = &mut ChaCha8Rng::seed_from_u64(1);
         let mask = Routing::Random { density: 0.3 }.draw(rng, 0, 7, 129).unwrap();
         let scores = imposed_scores(&mask);
-        let selected = crate::reference::select(&Selection::dynamic_k(0.5), &scores, 129);
+        let selected = crate::reference::select(&IMPOSED, &scores, 129);
         assert_eq!(selected.mask, mask);
     }
 }

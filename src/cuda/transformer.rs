@@ -45,8 +45,8 @@ pub struct GpuOptions {
     pub statistics: bool,
 }
 
-/// Outputs, inputs, and tokens up to which an algorithm was chosen.
-type ProductKey = [usize; 3];
+/// Outputs, inputs, tokens up to which an algorithm was chosen; and where the bias is.
+type ProductKey = ([usize; 3], u64);
 /// The most tokens, and whether every neuron runs.
 type PlanKey = (usize, bool);
 type Plans = Vec<(PlanKey, Arc<FfnPlan>)>;
@@ -131,24 +131,30 @@ impl Gpu {
         View::matrix(tensor.buffer.address(), Format::Float(self.dtype), shape)
     }
 
-    /// The algorithm for so many tokens, chosen now if there is none.
+    /// The product for so many tokens, made now if there is none: by the algorithm of one of the same sizes, or by one that is
+    /// chosen.
     fn product(
         &self,
         shape: &ProductShape,
         bias: u64,
         operands: &Operands,
     ) -> Result<Arc<Product>> {
-        let key = [shape.rows, shape.depth, operands.tokens.next_power_of_two()];
+        let sizes = [shape.rows, shape.depth, operands.tokens.next_power_of_two()];
         let mut products = self.products.lock().unwrap_or_else(|poison| poison.into_inner());
-        if let Some(product) = products.get(&key) {
+        if let Some(product) = products.get(&(sizes, bias)) {
             return Ok(product.clone());
         }
-        self.wait()?;
-        let timer = Timer::new(&self.device)?;
-        // SAFETY: the operands are what the caller is about to run.
-        let product = unsafe { Product::tune(&self.library, &timer, shape, bias, operands) };
-        let product = Arc::new(product?);
-        products.insert(key, product.clone());
+        let product = match products.iter().find(|((of, _), _)| *of == sizes) {
+            Some((_, like)) => like.with_bias(bias)?,
+            None => {
+                self.wait()?;
+                let timer = Timer::new(&self.device)?;
+                // SAFETY: the operands are what the caller is about to run.
+                unsafe { Product::tune(&self.library, &timer, shape, bias, operands)? }
+            }
+        };
+        let product = Arc::new(product);
+        products.insert((sizes, bias), product.clone());
         Ok(product)
     }
 
@@ -343,7 +349,7 @@ impl Backend for Gpu {
         };
         self.device.context.bind()?;
         let bias = linear.bias.buffer.address();
-        let product = self.product(&shape, bias, &operands)?.with_bias(bias)?;
+        let product = self.product(&shape, bias, &operands)?;
         // SAFETY: the tensors have these sizes and live until the stream is done.
         unsafe { product.run(&self.library, self.raw_stream(), &operands) }
     }

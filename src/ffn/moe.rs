@@ -19,6 +19,7 @@ pub struct MoeFfn {
     selection: Selection,
     gate: Gate,
     compensation: Option<Compensation>,
+    calibrated_density: Option<f64>,
 }
 
 impl MoeFfn {
@@ -52,7 +53,15 @@ impl MoeFfn {
         router.check(partition.num_experts(), neurons.d_model())?;
         selection.check(partition.num_experts())?;
         let gate = Gate::default();
-        Ok(Self { neurons, partition, router, selection, gate, compensation: None })
+        Ok(Self {
+            neurons,
+            partition,
+            router,
+            selection,
+            gate,
+            compensation: None,
+            calibrated_density: None,
+        })
     }
 
     /// The same layer with its neurons rounded to another element type.
@@ -68,13 +77,24 @@ impl MoeFfn {
         Self { gate, ..self }
     }
 
-    /// The same layer with another selection: what `retune` does.
+    /// The same layer with another selection, whose density is not known: what `retune` does.
     ///
     /// # Errors
     /// When the selection does not fit the number of experts.
     pub fn with_selection(self, selection: Selection) -> Result<Self> {
         selection.check(self.num_experts())?;
-        Ok(Self { selection, ..self })
+        Ok(Self { selection, calibrated_density: None, ..self })
+    }
+
+    /// The same layer, of which it is known how much of it its selection runs on average: a plan goes by it when it chooses a
+    /// path, and nothing else does.
+    pub fn with_calibrated_density(self, density: f64) -> Self {
+        Self { calibrated_density: Some(density), ..self }
+    }
+
+    /// Executed neurons / d_ff on average, if it is known.
+    pub fn calibrated_density(&self) -> Option<f64> {
+        self.calibrated_density
     }
 
     /// The same layer with a compensation.

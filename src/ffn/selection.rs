@@ -58,7 +58,7 @@ impl Selection {
     }
 
     /// Dynamic-k without a cap.
-    pub fn dynamic_k(rel_threshold: f32) -> Self {
+    pub const fn dynamic_k(rel_threshold: f32) -> Self {
         Self { rule: SelectionRule::DynamicK { rel_threshold }, max_experts: None }
     }
 

@@ -127,6 +127,10 @@ pub(super) fn read_moe(folder: &Folder, record: &LayerConfig) -> Result<MoeFfn> 
     };
     let moe = MoeFfn::from_expert_order(neurons, partition, router, record.selection)?;
     let moe = moe.with_gate(record.gate);
+    let moe = match &record.statistics {
+        Some(statistics) => moe.with_calibrated_density(statistics.density),
+        None => moe,
+    };
     match record.compensation {
         None => Ok(moe),
         Some(CompensationConfig::Mean) => {

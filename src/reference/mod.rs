@@ -14,6 +14,7 @@ mod rotary;
 mod route_index;
 mod router_scores;
 mod select;
+mod token_tiles;
 mod transformer;
 
 pub use attention::{Heads, attention, grouped_attention};
@@ -28,6 +29,7 @@ pub use rotary::rotary;
 pub use route_index::{RouteIndex, route_index};
 pub use router_scores::router_scores;
 pub use select::{Selected, select};
+pub use token_tiles::{TokenTiles, token_tiles};
 pub use transformer::{Reference, ReferenceBatch};
 
 use crate::ffn::{ExpertMask, MoeFfn};

@@ -144,9 +144,10 @@ fn bad_experts(gpu: &Gpu) {
         gates: None,
         num_valid_tokens: None,
         lists: tokens,
+        tiles: None,
     };
     let good_y = View::matrix(y.address(), format, [8, 64]);
-    let bytes = experts_workspace_bytes(&gpu.device, layer.neurons(), 8, tokens).unwrap();
+    let bytes = experts_workspace_bytes(&gpu.device, layer.neurons(), 8, tokens, None).unwrap();
     let memory = Output::new(gpu, bytes);
     let good_workspace = Workspace { address: memory.address(), bytes };
     let call = |y, neurons: &Neurons, inputs: &ExpertsInputs, workspace| unsafe {

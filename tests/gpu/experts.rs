@@ -2,7 +2,7 @@
 
 use moefy::cuda::{
     ExpertLists, ExpertsInputs, Format, MoeFfn, View, Workspace, experts, experts_workspace_bytes,
-    gates, route_index, route_index_workspace_bytes,
+    gates, route_index, route_index_workspace_bytes, token_tiles, token_tiles_workspace_bytes,
 };
 use moefy::ffn::{
     self, Activation, Compensation, DenseFfn, ExpertMask, Gate, Partition, Router, Selection,
@@ -16,11 +16,13 @@ use rayon::prelude::*;
 use crate::emulation;
 use crate::harness::{Gpu, Output, is_small, random_mask, relative_error, sizes, thin, uniform};
 use crate::route_index::Lists;
+use crate::token_tiles::Tiles;
 
 pub fn tests() -> crate::Tests {
     vec![
         ("experts::few_tokens", few_tokens),
         ("experts::many_tokens", many_tokens),
+        ("experts::tiles_of_tokens", tiles_of_tokens),
         ("experts::skewed_routing", skewed_routing),
         ("experts::gates", every_gate),
         ("experts::padding", padding),
@@ -122,6 +124,7 @@ pub fn tolerance(layer: &ffn::MoeFfn, dtype: DType) -> f64 {
 enum Which {
     Few,
     Many,
+    Tiled,
 }
 
 /// One case for one path, what should come out, and how far off it may be.
@@ -177,12 +180,13 @@ fn check(gpu: &Gpu, case: &Case) {
         .map(|scores| View::matrix(scores.address(), Format::F32, [num_tokens, num_experts]));
     let lists = Lists::new(gpu, num_tokens, num_experts, num_tokens * num_experts);
     let views = lists.views(None);
-    let expert_lists = match which {
-        Which::Few => None,
-        Which::Many => Some(ExpertLists { offsets: views.offsets, token_ids: views.token_ids }),
-    };
-    let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, expert_lists).unwrap();
-    let bytes = bytes.max(route_index_workspace_bytes(num_tokens, num_experts));
+    let expert_lists = (*which == Which::Many)
+        .then_some(ExpertLists { offsets: views.offsets, token_ids: views.token_ids });
+    let all_tiles = Tiles::new(gpu, num_tokens, num_experts);
+    let tiles = (*which == Which::Tiled).then(|| all_tiles.views());
+    let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, expert_lists, tiles);
+    let bytes = bytes.unwrap().max(route_index_workspace_bytes(num_tokens, num_experts));
+    let bytes = bytes.max(token_tiles_workspace_bytes(num_tokens, num_experts).unwrap());
     let scratch = Output::new(gpu, bytes);
     let workspace = Workspace { address: scratch.address(), bytes };
     let softmax = Output::words(gpu, num_tokens * num_experts);
@@ -198,12 +202,18 @@ fn check(gpu: &Gpu, case: &Case) {
         gates: gates_view,
         num_valid_tokens: None,
         lists: expert_lists,
+        tiles,
     };
     let mut y = Output::new(gpu, num_tokens * d_model * dtype.bytes());
     let y_view = View::matrix(y.address(), float, [num_tokens, d_model]);
     gpu.run(&mut [&mut y], |stream| unsafe {
         let device = &gpu.device;
-        route_index(device, stream, &views, mask_view, num_experts, None, workspace)?;
+        match &tiles {
+            Some(tiles) => {
+                token_tiles(device, stream, tiles, mask_view, num_experts, None, workspace)?;
+            }
+            None => route_index(device, stream, &views, mask_view, num_experts, None, workspace)?,
+        }
         if matches!(layer.gate(), Gate::Softmax | Gate::Renormalised) {
             let renormalise = layer.gate() == Gate::Renormalised;
             let scores = scores_view.expect("a softmax has scores");
@@ -251,7 +261,7 @@ fn draw_shape(rng: &mut ChaCha8Rng, num_tokens: usize) -> Shape {
 fn any_shape(gpu: &Gpu, which: Which, token_counts: &[usize]) {
     let mut cases = Vec::new();
     for num_tokens in sizes(token_counts, 19) {
-        for dtype in DTYPES {
+        for dtype in dtypes(gpu, which) {
             cases.extend([0.0, 0.1, 0.4, 1.0].map(|density| (num_tokens, dtype, density)));
         }
     }
@@ -273,12 +283,23 @@ fn many_tokens(gpu: &Gpu) {
     any_shape(gpu, Which::Many, &[0, 1, 2, 7, 19, 64, 99, 512, 989, 4096]);
 }
 
+fn tiles_of_tokens(gpu: &Gpu) {
+    any_shape(gpu, Which::Tiled, &[0, 1, 2, 7, 19, 64, 99, 128, 129, 512, 989, 4096]);
+}
+
+/// What a kernel is for.
+fn dtypes(gpu: &Gpu, which: Which) -> Vec<DType> {
+    let hopper = gpu.device.properties().compute_capability == (9, 0);
+    let can = |dtype: &DType| which != Which::Tiled || hopper && *dtype != DType::F32;
+    DTYPES.into_iter().filter(can).collect()
+}
+
 /// One expert gets every token, another every other one, the rest nothing.
 fn skewed_routing(gpu: &Gpu) {
     let rng = &mut gpu.rng();
-    for (which, num_tokens) in [(Which::Few, 19), (Which::Many, if is_small() { 19 } else { 989 })]
-    {
-        for dtype in DTYPES {
+    let many = if is_small() { 19 } else { 989 };
+    for (which, num_tokens) in [(Which::Few, 19), (Which::Many, many), (Which::Tiled, many)] {
+        for dtype in dtypes(gpu, which) {
             let shape = draw_shape(rng, num_tokens);
             let layer = random_layer(rng, shape, dtype);
             let mut mask = ExpertMask::none(num_tokens, shape.num_experts);
@@ -295,8 +316,9 @@ fn every_gate(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let mut cases = Vec::new();
     for gate in [Gate::Score, Gate::Softmax, Gate::Renormalised] {
-        for (which, num_tokens) in [(Which::Few, 7), (Which::Many, 99)] {
-            cases.extend(DTYPES.map(|dtype| (gate, which, num_tokens, dtype)));
+        for (which, num_tokens) in [(Which::Few, 7), (Which::Many, 99), (Which::Tiled, 200)] {
+            let dtypes = dtypes(gpu, which).into_iter();
+            cases.extend(dtypes.map(|dtype| (gate, which, num_tokens, dtype)));
         }
     }
     for (gate, which, num_tokens, dtype) in thin(cases, 5) {
@@ -313,10 +335,21 @@ fn every_gate(gpu: &Gpu) {
 /// Rows beyond the device-side number of tokens are zeros, even with shared neurons and a bias; bits beyond the experts
 /// count for nothing.
 fn padding(gpu: &Gpu) {
+    let odd = Shape { d_model: 64, num_experts: 5, expert_width: 6, shared: 3, rank: 2, glu: true };
+    let aligned = Shape { expert_width: 8, shared: 16, ..odd };
+    for (shape, dtype) in [
+        (odd, DType::F32),
+        (odd, DType::F16),
+        (aligned, DType::BF16),
+        (Shape { rank: 0, ..aligned }, DType::F16),
+    ] {
+        padding_of(gpu, shape, dtype);
+    }
+}
+
+fn padding_of(gpu: &Gpu, shape: Shape, dtype: DType) {
     let rng = &mut gpu.rng();
-    let shape =
-        Shape { d_model: 64, num_experts: 5, expert_width: 6, shared: 3, rank: 2, glu: true };
-    let (num_tokens, dtype) = (40, DType::F32);
+    let num_tokens = 40;
     let layer = random_layer(rng, shape, dtype);
     let x = tokens(rng, num_tokens, shape.d_model, dtype);
     let mask = random_mask(rng, num_tokens, shape.num_experts, 0.5);
@@ -333,10 +366,15 @@ fn padding(gpu: &Gpu) {
         let num_valid = Some(View::words(word.address(), 1));
         let mask_view = View::matrix(mask_device.address(), Format::Word, [num_tokens, 1]);
         let tokens = ExpertLists { offsets: views.offsets, token_ids: views.token_ids };
-        for lists in [None, Some(tokens)] {
+        let all_tiles = Tiles::new(gpu, num_tokens, shape.num_experts);
+        let ways = [(None, None), (Some(tokens), None), (None, Some(all_tiles.views()))];
+        let tiled = dtypes(gpu, Which::Tiled).contains(&dtype);
+        for (lists, tiles) in ways.into_iter().filter(|(_, tiles)| tiled || tiles.is_none()) {
             let neurons = on_device.neurons();
-            let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, lists).unwrap();
-            let bytes = bytes.max(route_index_workspace_bytes(num_tokens, shape.num_experts));
+            let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, lists, tiles);
+            let of_lists = route_index_workspace_bytes(num_tokens, shape.num_experts);
+            let of_tiles = token_tiles_workspace_bytes(num_tokens, shape.num_experts).unwrap();
+            let bytes = bytes.unwrap().max(of_lists).max(of_tiles);
             let scratch = Output::new(gpu, bytes);
             let inputs = ExpertsInputs {
                 x: View::matrix(x_device.address(), float, x.shape()),
@@ -344,17 +382,32 @@ fn padding(gpu: &Gpu) {
                 gates: None,
                 num_valid_tokens: num_valid,
                 lists,
+                tiles,
             };
-            let mut y = Output::new(gpu, num_tokens * shape.d_model * 4);
+            let mut y = Output::new(gpu, num_tokens * shape.d_model * dtype.bytes());
             let y_view = View::matrix(y.address(), float, x.shape());
             gpu.run(&mut [&mut y], |stream| unsafe {
                 let device = &gpu.device;
                 let workspace = Workspace { address: scratch.address(), bytes };
                 let experts_of = shape.num_experts;
-                route_index(device, stream, &views, mask_view, experts_of, num_valid, workspace)?;
+                match &tiles {
+                    Some(tiles) => {
+                        token_tiles(
+                            device, stream, tiles, mask_view, experts_of, num_valid, workspace,
+                        )?;
+                    }
+                    None => {
+                        route_index(
+                            device, stream, &views, mask_view, experts_of, num_valid, workspace,
+                        )?;
+                    }
+                }
                 experts(device, stream, y_view, neurons, &inputs, workspace)
             });
-            let y = y.read::<f32>();
+            let bytes = y.read::<u8>();
+            let y = moefy::TensorRef::from_bytes(dtype, &bytes, x.shape()).expect("sizes fit");
+            let y = y.to_owned();
+            let y = y.to_f32();
             let end = (valid as usize).min(num_tokens) * shape.d_model;
             assert!(y[end..].iter().all(|&v| v == 0.0), "padding is not zero");
             let error = relative_error(&y[..end], &all[..end]);

@@ -21,6 +21,7 @@ mod select;
 mod steady;
 #[path = "../support/mod.rs"]
 mod support;
+mod token_tiles;
 mod transformer;
 
 use std::process::ExitCode;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         router_select::tests(),
         select::tests(),
         steady::tests(),
+        token_tiles::tests(),
         transformer::tests(),
     ]
     .concat();

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use moefy::cuda::{
-    Fallback, FfnInputs, FfnPlan, Format, MoeFfn, Path, PlanOptions, View, Workspace,
+    Device, Fallback, FfnInputs, FfnPlan, Format, LayerShape, MoeFfn, Path, PlanOptions,
+    TunedLayer, TunedTime, Tuning, View, Workspace, build_info,
 };
 use moefy::ffn::{self, ExpertMask};
 use moefy::{DType, Tensor, TensorRef, reference};
@@ -23,6 +24,7 @@ pub fn tests() -> crate::Tests {
         // With tuned products of cuBLASLt, which racecheck cannot run.
         ("dense::paths", dense_paths),
         ("dense::automatic", automatic),
+        ("dense::follows_a_tuning", follows_a_tuning),
         ("dense::replays_with_other_inputs", dense_replays),
         ("dense::streams_in_turn", streams_in_turn),
     ]
@@ -145,7 +147,7 @@ fn reference_of(path: Path, layer: &ffn::MoeFfn, x: &Tensor, mask: &ExpertMask) 
     }
 }
 
-const SPARSE: [Path; 3] = [Path::FewFused, Path::Few, Path::ExpertMajor];
+const SPARSE: [Path; 4] = [Path::FewFused, Path::Few, Path::ExpertMajor, Path::TokenTile];
 const DENSE: [Path; 2] = [Path::DenseExact, Path::DenseMasked];
 
 fn sparse_paths(gpu: &Gpu) {
@@ -174,10 +176,12 @@ fn one_path(gpu: &Gpu, rng: &mut ChaCha8Rng, dtype: DType, shape: Shape, path: P
     let mut max_tokens = if is_small() { 19 } else { 130 };
     if path == Path::FewFused {
         max_tokens = 32;
-        if dtype == DType::F32 || gpu.device.properties().compute_capability != (9, 0) {
-            return refuses(gpu, &layer, max_tokens);
-        }
-        refuses(gpu, &layer, 33);
+    }
+    if !can(gpu, path, dtype) {
+        return refuses(gpu, &layer, path, max_tokens);
+    }
+    if path == Path::FewFused {
+        refuses(gpu, &layer, path, 33);
     }
     let mut case = Case::new(gpu, &layer, shape, max_tokens, forced(path));
     for num_tokens in sizes(&[0, 1, 2, 7, 19, 32, 33, 130], 19) {
@@ -204,12 +208,18 @@ fn one_path(gpu: &Gpu, rng: &mut ChaCha8Rng, dtype: DType, shape: Shape, path: P
     }
 }
 
+/// Two paths are for 16 bits on Hopper.
+fn can(gpu: &Gpu, path: Path, dtype: DType) -> bool {
+    !matches!(path, Path::FewFused | Path::TokenTile)
+        || dtype != DType::F32 && gpu.device.properties().compute_capability == (9, 0)
+}
+
 /// A path that cannot do so many tokens, or this type.
-fn refuses(gpu: &Gpu, layer: &ffn::MoeFfn, max_tokens: usize) {
+fn refuses(gpu: &Gpu, layer: &ffn::MoeFfn, path: Path, max_tokens: usize) {
     let on_device = Arc::new(MoeFfn::new(&gpu.device, layer).expect("memory"));
-    let error = on_device.plan(max_tokens, forced(Path::FewFused)).err().expect("a refusal");
+    let error = on_device.plan(max_tokens, forced(path)).err().expect("a refusal");
     let message = error.to_string();
-    let words = ["plan", "few-fused", &max_tokens.to_string()];
+    let words = ["plan", path.name(), "f16 and bf16 on Hopper"];
     words.iter().for_each(|word| assert!(message.contains(word), "{message:?} lacks {word:?}"));
 }
 
@@ -233,17 +243,79 @@ fn automatic(gpu: &Gpu) {
     }
 }
 
+/// A tuning decides where it has every time that matters, and nothing else does.
+fn follows_a_tuning(gpu: &Gpu) {
+    let layer = random_layer(&mut gpu.rng(), PLAIN, DType::F16);
+    let name = gpu.device.properties().name.clone();
+    let kernels = build_info().expect("kernels").source_digest;
+    let few = [(1, 1.0), (2, 1.0), (4, 20.0), (8, 20.0)];
+    let many = [(1024, 5.0), (8192, 5.0)];
+    let dense = few.into_iter().chain(many).map(|(tokens, _)| (tokens, 10.0));
+    let mut times = Vec::new();
+    let mut add = |path, density, (tokens, us)| times.push(TunedTime { path, tokens, density, us });
+    for density in [Some(0.1), Some(0.3)] {
+        few.into_iter().for_each(|point| add(Path::Few, density, point));
+        few.into_iter().for_each(|(tokens, _)| add(Path::FewFused, density, (tokens, 15.0)));
+        many.into_iter().for_each(|point| add(Path::ExpertMajor, density, point));
+    }
+    dense.for_each(|point| add(Path::DenseExact, None, point));
+    let mut tuning = Tuning::new(name, kernels);
+    tuning.insert(TunedLayer { shape: LayerShape::of(&layer), times });
+
+    let mut device = Device::open(0).expect("the device of the other tests");
+    let mut refused = |wrong: fn(&mut Tuning), words: &[&str]| {
+        let mut tuning = tuning.clone();
+        wrong(&mut tuning);
+        let message = device.set_tuning(tuning).expect_err("a refusal").to_string();
+        words.iter().for_each(|word| assert!(message.contains(word), "{message:?} lacks {word:?}"));
+        assert_eq!(device.tuning(), None);
+    };
+    refused(|tuning| tuning.device = "another".into(), &["this device", "another"]);
+    refused(|tuning| tuning.kernels = "others".into(), &["kernels", "moefy tune"]);
+    refused(|tuning| tuning.layers[0].times[0].us = f64::NAN, &["few at T 1", "NaN"]);
+    device.set_tuning(tuning).expect("a tuning of this device");
+    let max_tokens = if is_small() { 40 } else { 9000 };
+    let plan = |device, fallback, density| {
+        let options = PlanOptions { fallback, density, ..PlanOptions::default() };
+        let layer = Arc::new(MoeFfn::new(device, &layer).expect("memory"));
+        layer.plan(max_tokens, options).expect("a plan")
+    };
+    let device = Arc::new(device);
+    let tuned = plan(&device, Fallback::Exact, Some(0.2));
+    let default = plan(&gpu.device, Fallback::Exact, Some(0.2));
+    for tokens in 1..=max_tokens {
+        let expected = match tokens {
+            1..=3 => Path::Few,
+            4..=8 => Path::DenseExact,
+            // Nothing was measured for some of the paths.
+            9..1024 => default.path(tokens),
+            _ => Path::ExpertMajor,
+        };
+        assert_eq!(tuned.path(tokens), expected, "T {tokens}");
+    }
+    for (fallback, density) in [(Fallback::Masked, Some(0.2)), (Fallback::Exact, Some(0.05))] {
+        let [tuned, default] = [&device, &gpu.device].map(|device| plan(device, fallback, density));
+        let same = (1..=max_tokens).all(|tokens| tuned.path(tokens) == default.path(tokens));
+        assert!(same, "{fallback:?} at {density:?} was not measured");
+    }
+}
+
 /// More tokens than go through the layer together, and a device-side number of valid ones that ends
 /// in each of the turns.
 fn chunks_and_padding(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let shape =
         Shape { d_model: 64, num_experts: 5, expert_width: 6, shared: 3, rank: 0, glu: false };
-    let (num_tokens, dtype) = (if is_small() { 40 } else { 17_000 }, DType::F32);
-    let layer = random_layer(rng, shape, dtype);
-    let x = tokens(rng, num_tokens, shape.d_model, dtype);
-    let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
-    for path in [Path::ExpertMajor, Path::DenseExact, Path::DenseMasked] {
+    let num_tokens = if is_small() { 40 } else { 17_000 };
+    let paths =
+        [Path::ExpertMajor, Path::DenseExact, Path::DenseMasked].map(|path| (path, DType::F32));
+    for (path, dtype) in paths.into_iter().chain([(Path::TokenTile, DType::BF16)]) {
+        if !can(gpu, path, dtype) {
+            continue;
+        }
+        let layer = random_layer(rng, shape, dtype);
+        let x = tokens(rng, num_tokens, shape.d_model, dtype);
+        let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
         let mut case = Case::new(gpu, &layer, shape, num_tokens, forced(path));
         case.write(&x, &mask);
         let all = reference_of(path, &layer, &x, &mask);
@@ -286,6 +358,7 @@ fn replays_with_other_inputs(gpu: &Gpu) {
     let few = [1, 8, 32].map(|num_tokens| (Path::FewFused, num_tokens));
     replays(gpu, &few);
     replays(gpu, &[(Path::Few, 5), (Path::ExpertMajor, 40)]);
+    replays(gpu, &[(Path::TokenTile, 300)]);
 }
 
 fn dense_replays(gpu: &Gpu) {
@@ -324,7 +397,7 @@ fn streams_in_turn(gpu: &Gpu) {
 
 fn replays(gpu: &Gpu, cases: &[(Path, usize)]) {
     let rng = &mut gpu.rng();
-    for &(path, num_tokens) in cases {
+    for &(path, num_tokens) in cases.iter().filter(|(path, _)| can(gpu, *path, DType::BF16)) {
         let layer = random_layer(rng, PLAIN, DType::BF16);
         let mut case = Case::new(gpu, &layer, PLAIN, num_tokens, forced(path));
         let graph = gpu.capture(|stream| case.launch(stream, num_tokens, false)).expect("kernels");
@@ -344,7 +417,7 @@ fn replays(gpu: &Gpu, cases: &[(Path, usize)]) {
 fn memory_stays_flat(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let layer = random_layer(rng, PLAIN, DType::F16);
-    for path in Path::ALL {
+    for path in Path::ALL.into_iter().filter(|path| can(gpu, *path, DType::F16)) {
         let mut case = Case::new(gpu, &layer, PLAIN, 8, forced(path));
         let mask = routing(rng, 8, PLAIN.num_experts, 0.2);
         case.write(&tokens(rng, 8, PLAIN.d_model, DType::F16), &mask);

@@ -34,7 +34,7 @@ impl Embed {
     pub fn run(self, common: &Common) -> Result<()> {
         match self.place.device {
             Device::Cpu => self.run_on(Cpu, common),
-            Device::Cuda => self.run_on(self.place.gpu()?, common),
+            Device::Cuda => self.run_on(self.place.gpu(common)?, common),
         }
     }
 

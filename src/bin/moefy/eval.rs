@@ -106,7 +106,7 @@ impl Eval {
     pub fn run(self, common: &Common) -> Result<()> {
         match self.place.device {
             Device::Cpu => self.run_on(&Cpu, common),
-            Device::Cuda => self.run_on(&self.place.gpu()?, common),
+            Device::Cuda => self.run_on(&self.place.gpu(common)?, common),
         }
     }
 

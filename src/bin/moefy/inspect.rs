@@ -36,7 +36,7 @@ impl Inspect {
         match (&self.text, &mut moefy, self.place.device) {
             (Some(text), Some(moefy), Device::Cpu) => count(Cpu, &folder, text, moefy)?,
             (Some(text), Some(moefy), Device::Cuda) => {
-                count(self.place.gpu()?, &folder, text, moefy)?;
+                count(self.place.gpu(common)?, &folder, text, moefy)?;
             }
             (None, _, Device::Cuda) => {
                 let expected = "given together with --text, because nothing runs without it";

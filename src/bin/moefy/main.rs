@@ -16,6 +16,9 @@ mod progress;
 mod restore;
 mod retune;
 mod text;
+#[cfg(feature = "cuda")]
+mod tune;
+mod tuning;
 
 use std::process::ExitCode;
 
@@ -54,6 +57,9 @@ struct Place {
     /// Type of weights and activations on a GPU: f16, bf16, f32; the CPU computes in f32
     #[arg(long, value_name = "TYPE", value_parser = dtype, default_value = "f16")]
     dtype: moefy::DType,
+    /// Leave what `moefy tune` measured on this GPU aside
+    #[arg(long)]
+    no_tuning: bool,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, clap::ValueEnum, serde::Serialize)]
@@ -70,11 +76,14 @@ fn dtype(name: &str) -> Result<moefy::DType, String> {
 
 impl Place {
     /// The GPU as a backend, with the function that the model has on a CPU.
-    fn gpu(&self) -> moefy::Result<moefy::cuda::Gpu> {
+    fn gpu(&self, common: &Common) -> moefy::Result<moefy::cuda::Gpu> {
         use moefy::cuda::{Fallback, Gpu, GpuOptions};
-        let device = std::sync::Arc::new(moefy::cuda::Device::open(0)?);
+        let mut device = moefy::cuda::Device::open(0)?;
+        if !self.no_tuning {
+            tuning::apply(&mut device, common);
+        }
         let options = GpuOptions { fallback: Fallback::Masked, ..GpuOptions::default() };
-        Gpu::new(&device, self.dtype, options)
+        Gpu::new(&std::sync::Arc::new(device), self.dtype, options)
     }
 }
 
@@ -98,6 +107,9 @@ enum Command {
     /// Measure on a GPU
     #[cfg(feature = "cuda")]
     Bench(bench::Bench),
+    /// Measure the paths of a layer on this GPU once, so that plans choose by what they take here
+    #[cfg(feature = "cuda")]
+    Tune(tune::Tune),
 }
 
 fn main() -> ExitCode {
@@ -128,5 +140,7 @@ fn run(Cli { common, command }: Cli) -> moefy::Result<()> {
         Command::Check(command) => command.run(&common),
         #[cfg(feature = "cuda")]
         Command::Bench(command) => command.run(&common),
+        #[cfg(feature = "cuda")]
+        Command::Tune(command) => command.run(&common),
     }
 }

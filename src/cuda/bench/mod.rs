@@ -10,6 +10,7 @@ mod graph;
 mod limits;
 mod model;
 mod row;
+mod tune;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +29,7 @@ use self::batch::{Batch, Layers};
 use self::graph::{pairs, spread};
 use super::driver::cannot;
 use super::plan::Stage;
+use super::synthetic::IMPOSED;
 use super::{Device, Fallback, MoeFfn, Path, PlanOptions};
 use crate::error::{Error, Result};
 use crate::ffn::{self, ExpertMask};
@@ -76,7 +78,24 @@ impl FfnBench {
     /// # Errors
     /// When the sizes do not fit together or the device has too little memory.
     pub fn new(device: &Arc<Device>, spec: LayerSpec, limits: Limits) -> Result<Self> {
-        let layer = spec.draw()?;
+        Self::on(device, spec.draw()?, spec, limits)
+    }
+
+    /// A layer of a model, with routing imposed on it instead of its own.
+    ///
+    /// # Errors
+    /// When the device has too little memory.
+    pub fn of_layer(device: &Arc<Device>, layer: ffn::MoeFfn, limits: Limits) -> Result<Self> {
+        let spec = LayerSpec::of(&layer);
+        Self::on(device, layer.with_selection(IMPOSED)?, spec, limits)
+    }
+
+    fn on(
+        device: &Arc<Device>,
+        layer: ffn::MoeFfn,
+        spec: LayerSpec,
+        limits: Limits,
+    ) -> Result<Self> {
         let stream = device.cudarc_context().new_stream().map_err(cannot("create a stream"))?;
         let (free, _) =
             device.cudarc_context().mem_get_info().map_err(cannot("ask for free memory"))?;
@@ -222,13 +241,7 @@ impl FfnBench {
 
     /// Sets of weights, tokens for each of them, and the baseline.
     fn prepare(&mut self, tokens: usize, dense_sets: usize, num_sets: usize) -> Result<()> {
-        while self.sets.len() < num_sets.max(dense_sets) {
-            let set = match self.sets.first() {
-                Some(first) => first.copy(self.layer.router())?,
-                None => MoeFfn::new(&self.device, &self.layer)?,
-            };
-            self.sets.push(Arc::new(set));
-        }
+        self.prepare_sets(num_sets.max(dense_sets))?;
         if self.batch.as_ref().is_none_or(|batch| batch.tokens != tokens) {
             // Its memory first.
             self.batch = None;
@@ -239,6 +252,17 @@ impl FfnBench {
         }
         let batch = self.batch.as_mut().expect("just made");
         batch.draw_tokens(&self.device, num_sets)
+    }
+
+    fn prepare_sets(&mut self, num_sets: usize) -> Result<()> {
+        while self.sets.len() < num_sets {
+            let set = match self.sets.first() {
+                Some(first) => first.copy(self.layer.router())?,
+                None => MoeFfn::new(&self.device, &self.layer)?,
+            };
+            self.sets.push(Arc::new(set));
+        }
+        Ok(())
     }
 }
 

@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use moefy::cuda::bench::{FfnBench, FfnRow, LayerSpec, Limits, RunSpec};
 use moefy::cuda::{Device, Fallback, Path};
-use moefy::ffn::Activation;
 use moefy::{DType, Error, Result};
 
 use super::sets::Set;
@@ -15,41 +14,17 @@ use crate::{Common, chart, dtype, output};
 
 #[derive(clap::Args)]
 pub struct Ffn {
-    /// Layers by name: d768-e96 has the d_model 768 of BERT and 96 experts; also d384, d1024, d4096
-    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = shapes::named)]
-    #[arg(conflicts_with_all = ["d_model", "d_ff", "experts", "glu"])]
-    named: Vec<LayerSpec>,
-    /// Width of a token
-    #[arg(long, value_name = "D", requires_all = ["d_ff", "experts"])]
-    d_model: Option<usize>,
-    /// Neurons
-    #[arg(long, value_name = "F", requires_all = ["d_model", "experts"])]
-    d_ff: Option<usize>,
-    /// A gated layer
-    #[arg(long, requires = "d_model")]
-    glu: bool,
-    /// Experts, which share the neurons equally
-    #[arg(long, value_name = "E", requires_all = ["d_model", "d_ff"])]
-    experts: Option<usize>,
-    /// Neurons that every token runs
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    shared: usize,
-    /// relu, gelu, gelu_tanh, silu or identity [default: gelu_tanh, of a gated layer silu]
-    #[arg(long, value_name = "NAME", value_parser = activation)]
-    activation: Option<Activation>,
+    #[command(flatten)]
+    layers: shapes::Layers,
     /// f32, f16, bf16
     #[arg(long, value_name = "TYPE", value_delimiter = ',', value_parser = dtype, default_value = "bf16")]
     dtype: Vec<DType>,
-    /// linear, or d2dmoe-N with N hidden units
-    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = shapes::router_hidden)]
-    #[arg(default_value = "d2dmoe-128")]
-    router: Vec<usize>,
     /// Numbers of tokens
-    #[arg(long, value_name = "T", value_delimiter = ',', value_parser = tokens)]
+    #[arg(long, value_name = "T", value_delimiter = ',', value_parser = shapes::tokens)]
     #[arg(default_value = "1,8,32,128,512,2048,8192")]
     tokens: Vec<usize>,
     /// Shares of the routed neurons that a token runs, of random routing
-    #[arg(long, value_name = "SHARE", value_delimiter = ',', value_parser = share)]
+    #[arg(long, value_name = "SHARE", value_delimiter = ',', value_parser = shapes::share)]
     #[arg(default_value = "0.1,0.2,0.4")]
     density: Vec<f64>,
     /// random, trace:NAME of a trace that comes with moefy, or FILE.npy: u8 [tokens, experts/8], first
@@ -66,7 +41,7 @@ pub struct Ffn {
     #[arg(default_value = "exact")]
     fallback: Vec<Fallback>,
     /// The density that the plan is told [default: the one that it gets]
-    #[arg(long, value_name = "SHARE", value_parser = share)]
+    #[arg(long, value_name = "SHARE", value_parser = shapes::share)]
     calibrated_density: Option<f64>,
     /// Rows that belong into a record, instead of those of the options above
     #[arg(long, value_enum, value_delimiter = ',')]
@@ -89,19 +64,6 @@ impl Choice {
         }
         Err(format!("expected auto, {}", Path::ALL.map(Path::name).join(", ")))
     }
-}
-
-fn activation(name: &str) -> Result<Activation, String> {
-    serde_json::from_value(name.into()).map_err(|error| error.to_string())
-}
-
-fn tokens(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|&tokens| tokens > 0).ok_or("expected a positive number".into())
-}
-
-fn share(text: &str) -> Result<f64, String> {
-    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
-    share.ok_or("expected a number between 0 and 1".into())
 }
 
 impl Ffn {
@@ -134,8 +96,7 @@ impl Ffn {
         for set in &self.set {
             cases.extend(set.cases()?);
         }
-        for layer in self.layers() {
-            layer.expert_width()?;
+        for layer in self.layers.specs(&self.dtype)? {
             for source in &self.routing {
                 let routings = source.routings(layer.num_experts, &self.density)?;
                 for (&tokens, routing) in
@@ -152,25 +113,6 @@ impl Ffn {
         }
         in_groups(&mut cases);
         Ok(cases)
-    }
-
-    fn layers(&self) -> Vec<LayerSpec> {
-        let own = || {
-            let num_experts = self.experts?;
-            Some(shapes::layer(self.d_model?, self.d_ff?, self.glu, num_experts))
-        };
-        let shapes: Vec<LayerSpec> = self.named.iter().copied().chain(own()).collect();
-        let mut layers = Vec::new();
-        for shape in shapes {
-            let activation = self.activation.unwrap_or(shape.activation);
-            for &dtype in &self.dtype {
-                for &router_hidden in &self.router {
-                    let shared = self.shared;
-                    layers.push(LayerSpec { activation, dtype, router_hidden, shared, ..shape });
-                }
-            }
-        }
-        layers
     }
 
     /// A path by name does not fall back.

@@ -6,7 +6,7 @@ mod model;
 mod npy;
 mod plot;
 mod sets;
-mod shapes;
+pub mod shapes;
 mod table;
 mod traces;
 

@@ -1,12 +1,80 @@
-//! Names of layers.
+//! Layers on the command line.
 
-use moefy::DType;
 use moefy::cuda::bench::LayerSpec;
 use moefy::ffn::Activation;
+use moefy::{DType, Result};
 
 /// d_model, d_ff and whether it is a GLU, of layers that models have.
 const LAYERS: [(usize, usize, bool); 4] =
     [(384, 1536, false), (768, 3072, false), (1024, 4096, false), (4096, 14336, true)];
+
+/// Layers that a command measures.
+#[derive(clap::Args)]
+pub struct Layers {
+    /// Layers by name: d768-e96 has the d_model 768 of BERT and 96 experts; also d384, d1024, d4096
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = named)]
+    #[arg(conflicts_with_all = ["d_model", "d_ff", "experts", "glu"])]
+    named: Vec<LayerSpec>,
+    /// Width of a token
+    #[arg(long, value_name = "D", requires_all = ["d_ff", "experts"])]
+    d_model: Option<usize>,
+    /// Neurons
+    #[arg(long, value_name = "F", requires_all = ["d_model", "experts"])]
+    d_ff: Option<usize>,
+    /// A gated layer
+    #[arg(long, requires = "d_model")]
+    glu: bool,
+    /// Experts, which share the neurons equally
+    #[arg(long, value_name = "E", requires_all = ["d_model", "d_ff"])]
+    experts: Option<usize>,
+    /// Neurons that every token runs
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    shared: usize,
+    /// relu, gelu, gelu_tanh, silu or identity [default: gelu_tanh, of a gated layer silu]
+    #[arg(long, value_name = "NAME", value_parser = activation)]
+    activation: Option<Activation>,
+    /// linear, or d2dmoe-N with N hidden units
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = router_hidden)]
+    #[arg(default_value = "d2dmoe-128")]
+    router: Vec<usize>,
+}
+
+impl Layers {
+    /// All of them in each of these types.
+    pub fn specs(&self, dtypes: &[DType]) -> Result<Vec<LayerSpec>> {
+        let own = || {
+            let num_experts = self.experts?;
+            Some(layer(self.d_model?, self.d_ff?, self.glu, num_experts))
+        };
+        let shapes: Vec<LayerSpec> = self.named.iter().copied().chain(own()).collect();
+        let mut layers = Vec::new();
+        for shape in shapes {
+            let activation = self.activation.unwrap_or(shape.activation);
+            for &dtype in dtypes {
+                for &router_hidden in &self.router {
+                    let shared = self.shared;
+                    let layer = LayerSpec { activation, dtype, router_hidden, shared, ..shape };
+                    layer.expert_width()?;
+                    layers.push(layer);
+                }
+            }
+        }
+        Ok(layers)
+    }
+}
+
+fn activation(name: &str) -> Result<Activation, String> {
+    serde_json::from_value(name.into()).map_err(|error| error.to_string())
+}
+
+pub fn tokens(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&tokens| tokens > 0).ok_or("expected a positive number".into())
+}
+
+pub fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or("expected a number between 0 and 1".into())
+}
 
 /// `d768-e96`: the layer of models with this d_model, split into so many experts.
 pub fn named(name: &str) -> Result<LayerSpec, String> {
