@@ -32,6 +32,8 @@ __device__ __forceinline__ void activate_hidden(const moefy_activate_params& p, 
     ++expert;
   }
   const bool is_one_expert = experts[0] == experts[kPer - 1];
+  // A block with one token loads before it knows whether it must: either way it waits once.
+  const bool has_one = gridDim.y >= p.num_tokens;
   begin();
   for (uint32_t token = blockIdx.y; token < p.num_tokens; token += gridDim.y) {
     const T* pre = static_cast<const T*>(p.pre) + token * pre_stride;
@@ -40,17 +42,19 @@ __device__ __forceinline__ void activate_hidden(const moefy_activate_params& p, 
       if (which == kNoExpert) return 1.0f;
       return selects(p.mask, n.num_experts, token, which) ? gate_of(p.gates, n.num_experts, token, which) : 0.0f;
     };
+    Eight<T> of_gates, of_ups;
+    const auto load = [&](bool wanted) {
+      of_gates.load_fresh(pre + low, 0, wanted ? 8 : 0);
+      of_ups.load_fresh(pre + high, 0, wanted && n.glu ? 8 : 0);
+    };
+    if constexpr (kPer == 8) load(has_one);
     const float factor = factor_of(experts[0]);
     float gates[kPer], ups[kPer], values[kPer] = {};
     if (!is_one_expert || factor != 0.0f) {
       if constexpr (kPer == 8) {
-        Eight<T> loaded;
-        loaded.load_fresh(pre + low, 0, 8);
-        loaded.to_floats(gates);
-        if (n.glu) {
-          loaded.load_fresh(pre + high, 0, 8);
-          loaded.to_floats(ups);
-        }
+        if (!has_one) load(true);
+        of_gates.to_floats(gates);
+        of_ups.to_floats(ups);
       } else {
         gates[0] = to_float(pre[low]);
         ups[0] = to_float(pre[high]);

@@ -18,6 +18,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr uint32_t kThreads = kWarps * 32;
 constexpr int kTile = 8;  // tokens of one fragment
+constexpr uint32_t kAll = 0xffffffffu;
 
 template <class T>
 constexpr int kVector = kChunkBytes / sizeof(T);
@@ -70,11 +71,15 @@ struct Union {
   uint32_t words[MOEFY_MAX_EXPERTS / 32];
   uint16_t experts[MOEFY_MAX_EXPERTS];
 
+  /// Before the masks are there.
+  __device__ __forceinline__ void clear(const moefy_experts_params& p) {
+    for (uint32_t w = threadIdx.x; w < ceil_div(p.neurons.num_experts, 32); w += kThreads) words[w] = 0;
+    __syncthreads();
+  }
+
   /// Finds them in the masks, with all threads; returns how many there are.
   __device__ __forceinline__ uint32_t find(const moefy_experts_params& p) {
     const uint32_t num_experts = p.neurons.num_experts, row_words = ceil_div(num_experts, 32);
-    for (uint32_t w = threadIdx.x; w < row_words; w += kThreads) words[w] = 0;
-    __syncthreads();
     const uint32_t valid = valid_tokens(p);
     for (uint32_t i = threadIdx.x; i < p.num_tokens * row_words; i += kThreads) {
       const uint32_t w = i % row_words, beyond = (w + 1) * 32 - min((w + 1) * 32, num_experts);
@@ -82,43 +87,64 @@ struct Union {
       if (word != 0 && i < valid * row_words) atomicOr(&words[w], word);
     }
     __syncthreads();
-    uint32_t count = 0, w = 0;
-    for (uint32_t expert = threadIdx.x; expert < num_experts; expert += kThreads) {
-      for (; w < expert / 32; ++w) count += __popc(words[w]);
-      const uint32_t bit = 1u << expert % 32;
-      if (words[w] & bit) experts[count + __popc(words[w] & (bit - 1))] = expert;
+    // A warp for each word; of 32 words a lane has one.
+    const uint32_t lane = threadIdx.x % 32;
+    uint32_t count = 0;
+    for (uint32_t first = 0; first < row_words; first += 32) {
+      const uint32_t own = first + lane < row_words ? words[first + lane] : 0;
+      for (uint32_t w = threadIdx.x / 32; w < min(32u, row_words - first); w += kWarps) {
+        const uint32_t before = count + __reduce_add_sync(kAll, lane < w ? __popc(own) : 0);
+        const uint32_t word = __shfl_sync(kAll, own, w);
+        const uint32_t bit = 1u << lane;
+        if (word & bit) experts[before + __popc(word & (bit - 1))] = (first + w) * 32 + lane;
+      }
+      count += __reduce_add_sync(kAll, __popc(own));
     }
-    for (; w < row_words; ++w) count += __popc(words[w]);
     __syncthreads();
     return count;
   }
 };
 
 /// The executed neurons, which are the columns of h: those of the union's experts, then the shared and the linear ones.
+/// Where rows are must be known soon: a division takes longer than what else is done here.
 struct Executed {
   const moefy_neurons& n;
   const Union& united;
-  uint32_t routed;
-  uint32_t all;
+  const float inverse_width;
+  uint32_t routed = 0;
+  uint32_t all = 0;
 
+  /// Before the masks are there.
   __device__ Executed(const moefy_experts_params& p, Union& memory)
-      : n(p.neurons), united(memory), routed(memory.find(p) * n.expert_width), all(routed + n.shared + n.rank) {}
+      : n(p.neurons), united(memory), inverse_width(1.0f / static_cast<float>(max(p.neurons.expert_width, 1u))) {
+    memory.clear(p);
+  }
+
+  __device__ void find(const moefy_experts_params& p, Union& memory) {
+    routed = memory.find(p) * n.expert_width;
+    all = routed + n.shared + n.rank;
+  }
 
   /// Expert and neuron of a column; a column beyond the last gets a neuron whose weights can be read.
   __device__ uint32_t find(uint32_t column, uint32_t& expert) const {
     expert = kNoExpert;
     if (column < routed) {
-      expert = united.experts[column / n.expert_width];
-      return expert * n.expert_width + column % n.expert_width;
+      // One too much or too little at most.
+      uint32_t rank = static_cast<uint32_t>((static_cast<float>(column) + 0.5f) * inverse_width);
+      if (rank * n.expert_width > column) --rank;
+      if (column - rank * n.expert_width >= n.expert_width) ++rank;
+      expert = united.experts[rank];
+      return expert * n.expert_width + column - rank * n.expert_width;
     }
     return column < all ? routed_neurons(n) + column - routed : 0;
   }
-
-  /// Where the share of a block begins, if so many share the columns evenly.
-  __device__ uint32_t share(uint32_t block, uint32_t num_blocks) const {
-    return static_cast<uint64_t>(all) * block / num_blocks;
-  }
 };
+
+/// Where a share of `all` begins, if `count` share it evenly and `share` of them come before.
+__device__ __forceinline__ uint32_t begin_of_share(uint32_t all, uint32_t share, uint32_t count) {
+  const uint32_t each = all / count;
+  return share * each + min(share, all - each * count);
+}
 
 /// The blocks share the neurons evenly. One takes 16 rows of w_in at a time (16 neurons, or 8 of a GLU with gate and up
 /// rows together), and less at the end of its share; its warps split d_model.
@@ -139,11 +165,13 @@ __device__ __forceinline__ void few_hidden(const moefy_experts_params& p) {
   const uint32_t num_batches = ceil_div(n.d_model, kBatch);
   const T* w_in = static_cast<const T*>(n.w_in);
   const T* x = static_cast<const T*>(p.x) + static_cast<uint64_t>(token0 + g) * n.d_model;
+  Executed executed(p, united);
   wait_for_dependencies();
   // Not earlier: the next kernel reads masks before it waits for this one.
   launch_dependents();
-  const Executed executed(p, united);
-  const uint32_t begin = executed.share(blockIdx.x, gridDim.x), end = executed.share(blockIdx.x + 1, gridDim.x);
+  executed.find(p, united);
+  const uint32_t begin = begin_of_share(executed.all, blockIdx.x, gridDim.x);
+  const uint32_t end = begin_of_share(executed.all, blockIdx.x + 1, gridDim.x);
   // Columns come in fours; the last ones may be nobody's.
   const uint32_t end_of_columns = blockIdx.x + 1 < gridDim.x ? end : ceil_div(end, 4) * 4;
 
@@ -319,11 +347,11 @@ __device__ __forceinline__ void few_output(const moefy_experts_params& p) {
   const T* w_out = static_cast<const T*>(n.w_out) + column0;
   const T* hidden = static_cast<const T*>(p.hidden) + (token0 + g) * p.hidden_stride + 4 * t;
   launch_dependents();
-  const Executed executed(p, united);
+  Executed executed(p, united);
+  executed.find(p, united);
   const uint32_t worker = blockIdx.y * kDown + down, fours = ceil_div(executed.all, 4);
-  const auto share = [&](uint32_t w) { return static_cast<uint32_t>(uint64_t(fours) * w / (kDown * p.num_splits)) * 4; };
-  uint32_t first = share(worker);
-  const uint32_t end = share(worker + 1);
+  uint32_t first = begin_of_share(fours, worker, kDown * p.num_splits) * 4;
+  const uint32_t end = begin_of_share(fours, worker + 1, kDown * p.num_splits) * 4;
 
   uint4 next[kWide][4];
   const auto load = [&] {

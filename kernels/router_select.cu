@@ -82,44 +82,19 @@ __device__ __forceinline__ void first_layer(const moefy_router_select_params& p)
   }
 }
 
-// Selects by a block, from the keys of a row and the largest of them. `selection` is the same row for one warp.
-__device__ __forceinline__ void select_by_block(const moefy_router_select_params& p, uint32_t token, bool valid,
-                                                const RowSelection& selection, uint32_t max_key, uint32_t* count) {
-  const moefy_selection& rule = p.selection;
-  if (const uint32_t least = plain_threshold(rule, p.num_experts, max_key)) {
-    for (uint32_t e = threadIdx.x; e < round_up_32(p.num_experts); e += kSelectThreads) {
-      const uint32_t word = __ballot_sync(kFullWarp, selection.keys[e] >= least);
-      if (lane_id() == 0) {
-        selection.mask[e / 32] = word;
-        atomicAdd(count, __popc(word));
-      }
-    }
-  } else if (threadIdx.x < 32) {
-    const bool selected = selection.run(rule);
-    __syncwarp();
-    uint32_t own = 0;
-    for (uint32_t w = lane_id(); w < round_up_32(p.num_experts) / 32; w += 32) own += __popc(selection.mask[w]);
-    own = __reduce_add_sync(kFullWarp, own);
-    if (lane_id() == 0) {
-      *count = own;
-      if (!selected && valid && p.status != nullptr) atomicOr(p.status, MOEFY_STATUS_ROW_WITHOUT_SCORE);
-    }
-  }
-  if (p.counts == nullptr) return;
-  __syncthreads();
-  if (threadIdx.x == 0) p.counts[token] = *count;
-}
-
-// The rest, a block for each token; hidden % 8 == 0.
+// The rest, a block for each token, or for several where there are more than multiprocessors; hidden % 8 == 0.
 template <class T>
 __device__ __forceinline__ void select_from_first(const moefy_router_select_params& p) {
   extern __shared__ __align__(16) float shared[];
   __shared__ uint32_t max_key, count;
   const uint32_t width = first_width(p), row = round_up_32(p.num_experts);
+  const uint32_t tokens_each = (p.num_tokens + gridDim.x - 1) / gridDim.x, token0 = blockIdx.x * tokens_each;
+  const uint32_t num_tokens = min(tokens_each, p.num_tokens - min(token0, p.num_tokens));
   float* const in = shared;
-  float* const scores = p.w2 == nullptr ? in : in + padded_first(width);
-  uint32_t* const keys = reinterpret_cast<uint32_t*>(in + padded_first(width) + row);
-  const uint32_t token = blockIdx.x;
+  float* const after_in = in + tokens_each * padded_first(width);
+  float* const scores = p.w2 == nullptr ? in : after_in;
+  const uint32_t score_stride = p.w2 == nullptr ? padded_first(width) : p.num_experts;
+  uint32_t* const keys = reinterpret_cast<uint32_t*>(after_in + tokens_each * row);
 
   launch_dependents();
   const T* w2 = static_cast<const T*>(p.w2);
@@ -137,31 +112,39 @@ __device__ __forceinline__ void select_from_first(const moefy_router_select_para
     constexpr uint32_t kLine = 128 / sizeof(T);
     for (uint32_t k = threadIdx.x * kLine; k < p.num_experts * p.hidden; k += kSelectThreads * kLine) prefetch(w2 + k);
   }
-  const float* imposed = p.imposed == nullptr ? nullptr : p.imposed + static_cast<uint64_t>(token) * p.num_experts;
-  if (imposed != nullptr && threadIdx.x * 32 < p.num_experts) prefetch(imposed + threadIdx.x * 32);
-  if (threadIdx.x == 0) max_key = count = 0;
+  // A thread has one expert at most.
+  const auto imposed_of = [&](uint32_t token) {
+    if (p.imposed == nullptr || threadIdx.x >= p.num_experts || token >= p.num_tokens) return 0.0f;
+    return __ldcg(p.imposed + static_cast<uint64_t>(token) * p.num_experts + threadIdx.x);
+  };
   wait_for_dependencies();
-  load_first(p, token, 1, in);
+  float next_imposed = imposed_of(token0);
+  load_first(p, token0, num_tokens, in);
   copy_async_wait<0>();
   __syncthreads();
-  if (p.w2 != nullptr) {
-    second_layer(p, w2, in, 1, scores, p.num_experts);
+  if (p.w2 != nullptr) second_layer(p, w2, p.num_experts, in, num_tokens, scores);
+  const uint32_t num_valid = p.num_valid_tokens == nullptr ? p.num_tokens : __ldcg(p.num_valid_tokens);
+#pragma unroll 1
+  for (uint32_t token = token0; token < token0 + num_tokens; ++token) {
+    if (threadIdx.x == 0) max_key = count = 0;
+    __syncthreads();
+    const bool valid = token < num_valid;
+    const float imposed = next_imposed;
+    next_imposed = imposed_of(token + 1);
+    const uint32_t e = threadIdx.x;
+    if (e < row) {
+      const bool exists = e < p.num_experts && valid;
+      const float score = exists ? scores[(token - token0) * score_stride + e] : 0.0f;
+      if (e < p.num_experts && p.scores != nullptr) p.scores[static_cast<uint64_t>(token) * p.num_experts + e] = score;
+      keys[e] = exists ? score_key(p.imposed == nullptr ? score : imposed) : 0;
+      const uint32_t largest = __reduce_max_sync(kFullWarp, keys[e]);
+      if (lane_id() == 0) atomicMax(&max_key, largest);
+    }
+    __syncthreads();
+    uint32_t* const mask = p.mask + static_cast<uint64_t>(token) * (row / 32);
+    select_by_block(p, token, valid, RowSelection{keys, scratch, p.num_experts, mask}, max_key, &count);
     __syncthreads();
   }
-  const bool valid = p.num_valid_tokens == nullptr || token < __ldcg(p.num_valid_tokens);
-#pragma unroll 1
-  for (uint32_t e = threadIdx.x; e < row; e += kSelectThreads) {
-    const bool exists = e < p.num_experts && valid;
-    const float score = exists ? scores[e] : 0.0f;
-    if (e < p.num_experts && p.scores != nullptr) p.scores[static_cast<uint64_t>(token) * p.num_experts + e] = score;
-    const float selected_by = exists && imposed != nullptr ? imposed[e] : score;
-    keys[e] = exists ? score_key(selected_by) : 0;
-    const uint32_t largest = __reduce_max_sync(kFullWarp, keys[e]);
-    if (lane_id() == 0) atomicMax(&max_key, largest);
-  }
-  __syncthreads();
-  uint32_t* const mask = p.mask + static_cast<uint64_t>(token) * (row / 32);
-  select_by_block(p, token, valid, RowSelection{keys, scratch, p.num_experts, mask}, max_key, &count);
 }
 
 // ---- many tokens ----
@@ -240,8 +223,8 @@ __device__ __forceinline__ void router_layer(const moefy_router_layer_params& p)
       const __grid_constant__ moefy_router_select_params p) {                               \
     moefy::first_layer<type, tokens>(p);                                                    \
   }
-// Dynamic shared memory: the outputs of the first layer up to a multiple of 128, twice num_experts up to a multiple of
-// 32, the next power of two where the rule sorts, and w2 where there is room.
+// Dynamic shared memory: for each token of a block the outputs of the first layer up to a multiple of 128 and num_experts up to
+// a multiple of 32; that once more, the next power of two where the rule sorts, and w2 where there is room.
 #define ROUTER_SELECT(suffix, type)                                                  \
   extern "C" __global__ void __launch_bounds__(512, 1) moefy_router_select_##suffix( \
       const __grid_constant__ moefy_router_select_params p) {                        \

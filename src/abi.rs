@@ -15,6 +15,7 @@ pub const MOEFY_FFN_FEW_THREADS: u32 = 256;
 pub const MOEFY_FFN_FEW_ROUTER_ROWS: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
+pub const MOEFY_ROUTER_SELECT_BLOCKS: u32 = 16;
 pub const MOEFY_TILE_TOKENS: u32 = 128;
 pub const MOEFY_TILE_CHUNK: u32 = 256;
 pub const MOEFY_TILE_MAX_TOKENS: u32 = 8192;
@@ -682,10 +683,12 @@ pub struct moefy_ffn_few_params {
     pub num_stages: u32,
     pub inverse_width: f32,
     pub stage_neurons: u32,
+    pub is_routed: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 264usize];
+    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 272usize];
     ["Alignment of moefy_ffn_few_params"][::std::mem::align_of::<moefy_ffn_few_params>() - 8usize];
     ["Offset of field: moefy_ffn_few_params::neurons"]
         [::std::mem::offset_of!(moefy_ffn_few_params, neurons) - 0usize];
@@ -709,6 +712,10 @@ const _: () = {
         [::std::mem::offset_of!(moefy_ffn_few_params, inverse_width) - 256usize];
     ["Offset of field: moefy_ffn_few_params::stage_neurons"]
         [::std::mem::offset_of!(moefy_ffn_few_params, stage_neurons) - 260usize];
+    ["Offset of field: moefy_ffn_few_params::is_routed"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, is_routed) - 264usize];
+    ["Offset of field: moefy_ffn_few_params::reserved"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, reserved) - 268usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

@@ -3,6 +3,7 @@
 
 #include "bulk_copy.cuh"
 #include "dependency.cuh"
+#include "element.cuh"
 #include "experts.cuh"
 #include "mma.cuh"
 #include "team.cuh"
@@ -88,7 +89,8 @@ struct Slice {
   }
 
   /// Products of rows with this warp's columns of the tokens: rows 0 to 7 begin at `low`, 8 to 15 at `high`. Of each eight
-  /// there are `rows`; nobody looks at the sums of the others.
+  /// there are `rows`; nobody looks at the sums of the others. `kHigh`: whether there is a second eight.
+  template <bool kHigh = true>
   __device__ void multiply(uint32_t low, uint32_t high, uint32_t rows, const X& x, Sums<kTiles>& sums) const {
     constexpr int kChains = 4 / kTiles;  // sums that do not wait for each other
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
@@ -98,7 +100,7 @@ struct Slice {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const uint4 a = load_shared_vector(low + offset + step_offset(i, steps));
-      const uint4 b = load_shared_vector(high + offset + step_offset(i, steps));
+      const uint4 b = kHigh ? load_shared_vector(high + offset + step_offset(i, steps)) : uint4{};
       const uint32_t first[4] = {a.x, b.x, a.y, b.y}, second[4] = {a.z, b.z, a.w, b.w};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -123,6 +125,25 @@ struct Slice {
         *reinterpret_cast<float2*>(&sums[threadIdx.x / 32][tile][g + half * 8][2 * t]) =
             make_float2(c[tile][2 * half], c[tile][2 * half + 1]);
       }
+    }
+  }
+
+  /// Adds up the squares of this warp's columns of each token.
+  __device__ void square(const X& x, float (&squares)[kWarps][kTiles * kTile]) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        Eight<T> values = {{x[step][tile]}};
+        float v[8];
+        values.to_floats(v);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) sum = fmaf(v[k], v[k], sum);
+      }
+      sum += __shfl_xor_sync(kFullWarp, sum, 1);
+      sum += __shfl_xor_sync(kFullWarp, sum, 2);
+      if (lane_id() % 4 == 0) squares[threadIdx.x / 32][tile * kTile + lane_id() / 4] = sum;
     }
   }
 };

@@ -42,6 +42,9 @@
 #define MOEFY_ROUTE_INDEX_CHUNK 8u
 #define MOEFY_ROUTE_INDEX_BLOCKS 128u
 
+/* Blocks of a cluster of Hopper's moefy_router_select. */
+#define MOEFY_ROUTER_SELECT_BLOCKS 16u
+
 /* Tiles of tokens: tokens of a tile, tokens that are sorted by one block, most tokens. */
 #define MOEFY_TILE_TOKENS 128u
 #define MOEFY_TILE_CHUNK 256u
@@ -335,6 +338,8 @@ typedef struct moefy_ffn_few_params {
   uint32_t num_stages; /* of the ring of rows in shared memory */
   float inverse_width;     /* 1 / expert_width */
   uint32_t stage_neurons; /* of a stage: at most what the kernel multiplies at once */
+  uint32_t is_routed;     /* 1: router.mask is there before the launch, 0: it follows from router.first */
+  uint32_t reserved;
 } moefy_ffn_few_params;
 
 /* Scores -> gates of moefy_experts_params. */

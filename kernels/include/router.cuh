@@ -2,7 +2,7 @@
 #pragma once
 
 #include "element.cuh"
-#include "team.cuh"
+#include "select.cuh"
 
 namespace moefy {
 
@@ -69,15 +69,15 @@ __device__ __forceinline__ void load_first(const moefy_router_select_params& p, 
   }
 }
 
-/// scores[t, e] = activation(<w2[e], in[t]>), by a block; w2 may lie in global or in shared memory.
+/// scores[t, e] = activation(<w2[e], in[t]>) of so many experts, by a block; w2 may lie in global or in shared memory.
 template <class T>
-__device__ __forceinline__ void second_layer(const moefy_router_select_params& p, const T* w2, const float* in,
-                                             uint32_t num_tokens, float* scores, uint32_t score_stride) {
+__device__ __forceinline__ void second_layer(const moefy_router_select_params& p, const T* w2, uint32_t num_experts,
+                                             const float* in, uint32_t num_tokens, float* scores) {
   const uint32_t stride = padded_first(p.hidden);
 #pragma unroll 1
   for (uint32_t first = 0; first < p.hidden; first += kSecondDepth) {
 #pragma unroll 1
-    for (uint32_t e = threadIdx.x / 4; e < p.num_experts; e += blockDim.x / 4) {
+    for (uint32_t e = threadIdx.x / 4; e < num_experts; e += blockDim.x / 4) {
       Eight<T> rows[4];
       float w[4][8];
 #pragma unroll
@@ -109,7 +109,7 @@ __device__ __forceinline__ void second_layer(const moefy_router_select_params& p
         sum += __shfl_xor_sync(quad, sum, 1);
         sum += __shfl_xor_sync(quad, sum, 2);
         if (threadIdx.x % 4 == 0) {
-          float* at = scores + token * score_stride + e;
+          float* at = scores + token * num_experts + e;
           if (first > 0) sum += *at;
           const bool is_last = first + kSecondDepth >= p.hidden;
           *at = is_last ? activate(second_activation(p.kind), sum) : sum;
@@ -117,6 +117,34 @@ __device__ __forceinline__ void second_layer(const moefy_router_select_params& p
       }
     }
   }
+}
+
+/// Selects by a block, from the keys of a row and the largest of them. `selection` is the same row for one warp.
+__device__ __forceinline__ void select_by_block(const moefy_router_select_params& p, uint32_t token, bool valid,
+                                                const RowSelection& selection, uint32_t max_key, uint32_t* count) {
+  const moefy_selection& rule = p.selection;
+  if (const uint32_t least = plain_threshold(rule, p.num_experts, max_key)) {
+    for (uint32_t e = threadIdx.x; e < round_up_32(p.num_experts); e += blockDim.x) {
+      const uint32_t word = __ballot_sync(kFullWarp, selection.keys[e] >= least);
+      if (lane_id() == 0) {
+        selection.mask[e / 32] = word;
+        atomicAdd(count, __popc(word));
+      }
+    }
+  } else if (threadIdx.x < 32) {
+    const bool selected = selection.run(rule);
+    __syncwarp();
+    uint32_t own = 0;
+    for (uint32_t w = lane_id(); w < round_up_32(p.num_experts) / 32; w += 32) own += __popc(selection.mask[w]);
+    own = __reduce_add_sync(kFullWarp, own);
+    if (lane_id() == 0) {
+      *count = own;
+      if (!selected && valid && p.status != nullptr) atomicOr(p.status, MOEFY_STATUS_ROW_WITHOUT_SCORE);
+    }
+  }
+  if (p.counts == nullptr) return;
+  __syncthreads();
+  if (threadIdx.x == 0) p.counts[token] = *count;
 }
 
 }  // namespace moefy

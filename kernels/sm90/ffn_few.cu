@@ -1,8 +1,8 @@
 // The op `ffn_few`: a whole layer for few tokens in three launches, each of which begins while the one before it runs.
 //
-// moefy_ffn_few_router computes the first layer of the router.
-// moefy_ffn_few: every block finishes the router and selects by itself, which costs less than to wait for another
-// launch. The executed neurons of the tokens' union are dealt out one by one over the blocks, so that any width of
+// moefy_router_select of Hopper routes, where it can. Elsewhere moefy_ffn_few_router computes the first layer of the router,
+// and every block of moefy_ffn_few finishes it and selects by itself, which costs less than to wait for another launch.
+// moefy_ffn_few: the executed neurons of the tokens' union are dealt out one by one over the blocks, so that any width of
 // expert fills the chip. A block streams whole rows of its neurons through a ring in shared memory, multiplies them with
 // all tokens, and keeps its share of y in registers: a warp owns a slice of d_model in both products.
 // moefy_add_shares adds the shares in their order.
@@ -123,6 +123,17 @@ struct SecondLayer {
   }
 };
 
+/// The masks of another launch.
+template <int kTiles>
+__device__ __forceinline__ void load_masks(const moefy_ffn_few_params& p, Fixed<kTiles>& fixed) {
+  const uint32_t row_words = ceil_div(p.router.num_experts, 32);
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < p.router.num_tokens * row_words; i += kThreads) {
+    fixed.masks[i / row_words][i % row_words] = __ldcg(p.router.mask + i);
+  }
+  __syncthreads();
+}
+
 /// Scores as keys, and the largest of each token. Scores to be read instead are on their way to where the keys go.
 template <int kTiles>
 __device__ __forceinline__ void score(const moefy_ffn_few_params& p, Fixed<kTiles>& fixed, const Sized& shared) {
@@ -221,12 +232,12 @@ template <int kTiles>
 __device__ __forceinline__ uint32_t unite(const moefy_ffn_few_params& p, Fixed<kTiles>& fixed, const Sized& shared) {
   const moefy_router_select_params& r = p.router;
   const uint32_t stride = round_up_32(r.num_experts);
-  const bool plain = is_plain_threshold(p, fixed);
-  if (!plain) select_rows(p, fixed, shared);
+  const bool plain = !p.is_routed && is_plain_threshold(p, fixed);
+  if (!plain && !p.is_routed) select_rows(p, fixed, shared);
   // Lane t has the threshold of token t.
   const float largest = key_score(fixed.max_keys[min(lane_id(), r.num_tokens - 1)]);
   const uint32_t own_least = max(score_key(r.selection.threshold * largest), 1u);
-  const bool writes = blockIdx.x == 0 && r.mask != nullptr;
+  const bool writes = !p.is_routed && blockIdx.x == 0 && r.mask != nullptr;
   uint32_t size = 0;
 #pragma unroll 1
   for (uint32_t first = 0; first < r.num_experts; first += kThreads) {
@@ -471,7 +482,11 @@ struct Stream {
     if (p.router.imposed != nullptr) ask_for_scores();
     typename Slice<T, kTiles, kSteps>::X x;
     slice.load(p.router.x, p.router.num_tokens, x);
-    score(p, fixed, shared);
+    if (p.is_routed) {
+      load_masks(p, fixed);
+    } else {
+      score(p, fixed, shared);
+    }
     union_neurons = unite(p, fixed, shared) * n.expert_width;
     const uint32_t all = union_neurons + n.shared + n.rank;
     my_neurons = all > blockIdx.x ? (all - blockIdx.x - 1) / gridDim.x + 1 : 0;

@@ -9,11 +9,6 @@ namespace {
 
 constexpr uint32_t kRows = MOEFY_FFN_FEW_ROUTER_ROWS;
 
-__device__ __forceinline__ float warp_quad_sum(float v) {
-  v += __shfl_xor_sync(kFullWarp, v, 1);
-  return v + __shfl_xor_sync(kFullWarp, v, 2);
-}
-
 template <class T, int kTiles, int kSteps>
 __device__ __forceinline__ void first_layer(const moefy_ffn_few_params& p, unsigned char* rows) {
   __shared__ uint64_t barrier;
@@ -54,23 +49,8 @@ __device__ __forceinline__ void first_layer(const moefy_ffn_few_params& p, unsig
   typename Slice<T, kTiles, kSteps>::X x;
   slice.load(static_cast<const T*>(r.x) + static_cast<uint64_t>(token0) * r.d_model, num_tokens, x);
   barrier_wait(shared_address(&barrier), 0);
-  slice.multiply(shared_address(rows), shared_address(rows), kRows, x, sums);
-  if (has_unit_norm(r.kind)) {
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      float square = 0.0f;
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        Eight<T> values = {{x[step][i]}};
-        float v[8];
-        values.to_floats(v);
-#pragma unroll
-        for (int k = 0; k < 8; ++k) square = fmaf(v[k], v[k], square);
-      }
-      square = warp_quad_sum(square);
-      if (lane_id() % 4 == 0) squares[threadIdx.x / 32][i * kTile + lane_id() / 4] = square;
-    }
-  }
+  slice.template multiply<false>(shared_address(rows), 0, kRows, x, sums);
+  if (has_unit_norm(r.kind)) slice.square(x, squares);
   __syncthreads();
   if (!writes) return;
   float sum = 0.0f, square = 0.0f;

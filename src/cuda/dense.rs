@@ -260,10 +260,36 @@ impl Dense {
         stream: RawStream,
         run: &DenseRun,
     ) -> Result<()> {
-        let [input, output] = self.operands(run);
         // SAFETY: the caller's promise.
         unsafe {
-            self.product(0, stream, &input)?;
+            self.begin(stream, run)?;
+            self.finish(device, stream, run)
+        }
+    }
+
+    /// What needs no masks.
+    ///
+    /// # Safety
+    /// As for [`Self::run`].
+    pub(super) unsafe fn begin(&self, stream: RawStream, run: &DenseRun) -> Result<()> {
+        let [input, _] = self.operands(run);
+        // SAFETY: the caller's promise.
+        unsafe { self.product(0, stream, &input) }
+    }
+
+    /// The rest of a run.
+    ///
+    /// # Safety
+    /// As for [`Self::run`], after [`Self::begin`].
+    pub(super) unsafe fn finish(
+        &self,
+        device: &Device,
+        stream: RawStream,
+        run: &DenseRun,
+    ) -> Result<()> {
+        let [_, output] = self.operands(run);
+        // SAFETY: the caller's promise.
+        unsafe {
             self.activate(device, stream, run)?;
             self.product(1, stream, &output)
         }

@@ -1,7 +1,7 @@
 //! All that is asked of the CUDA driver, through cudarc.
 
 use std::ffi::{CStr, CString, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::Pod;
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DriverError, result, sys};
@@ -53,6 +53,99 @@ impl Stream {
         launched?;
         Ok(graph?.map(Graph))
     }
+}
+
+/// A second stream, for what can run beside what its caller launches meanwhile.
+pub(super) struct Branch {
+    side: sys::CUstream,
+    forked: sys::CUevent,
+    joined: sys::CUevent,
+    /// One fork at a time: an event means what it was recorded for last.
+    used: Mutex<()>,
+}
+
+// SAFETY: handles that the driver lets every thread use.
+unsafe impl Send for Branch {}
+unsafe impl Sync for Branch {}
+
+impl Branch {
+    pub(super) fn new(context: &Context) -> Result<Self> {
+        context.bind()?;
+        let doing = "create a stream";
+        // What it does is short, and something waits for it.
+        let (_, greatest) = result::stream::get_priority_range().map_err(cannot(doing))?;
+        let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        Ok(Self {
+            side: result::stream::create_with_priority(
+                result::stream::StreamKind::NonBlocking,
+                greatest,
+            )
+            .map_err(cannot(doing))?,
+            forked: event().map_err(cannot(doing))?,
+            joined: event().map_err(cannot(doing))?,
+            used: Mutex::new(()),
+        })
+    }
+
+    /// Runs `beside` on the second stream after all that `stream` has, and `meanwhile` on `stream`; what comes on `stream` later
+    /// waits for both. One after the other where the second stream is part of another capture.
+    pub(super) fn run(
+        &self,
+        stream: RawStream,
+        beside: impl FnOnce(RawStream) -> Result<()>,
+        meanwhile: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let _guard = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let main: sys::CUstream = stream.0.cast();
+        let of_side = capture_of(self.side)?;
+        if of_side != 0 && of_side != capture_of(main)? {
+            beside(stream)?;
+            return meanwhile();
+        }
+        // SAFETY: the handles exist as long as `self`.
+        let follow = |event, from, to| unsafe {
+            result::event::record(event, from)
+                .and_then(|()| {
+                    result::stream::wait_event(
+                        to,
+                        event,
+                        sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT,
+                    )
+                })
+                .map_err(cannot("make a stream wait for another"))
+        };
+        follow(self.forked, main, self.side)?;
+        let launched = beside(RawStream(self.side.cast())).and_then(|()| meanwhile());
+        // Also where a launch failed: a capture must not end with a stream astray.
+        follow(self.joined, self.side, main)?;
+        launched
+    }
+}
+
+impl Drop for Branch {
+    fn drop(&mut self) {
+        // Failures leave nothing to do. What was launched still runs.
+        unsafe {
+            let _ = result::stream::destroy(self.side);
+            let _ = result::event::destroy(self.forked);
+            let _ = result::event::destroy(self.joined);
+        }
+    }
+}
+
+/// Which capture a stream is part of; 0 for none.
+fn capture_of(stream: sys::CUstream) -> Result<u64> {
+    use sys::CUstreamCaptureStatus as Status;
+    let (mut status, mut id) = (Status::CU_STREAM_CAPTURE_STATUS_NONE, 0);
+    // SAFETY: both are written, or an error comes back.
+    let (graph, nodes, edges, count) =
+        (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
+    unsafe {
+        sys::cuStreamGetCaptureInfo_v3(stream, &mut status, &mut id, graph, nodes, edges, count)
+    }
+    .result()
+    .map_err(cannot("ask whether a stream is captured"))?;
+    Ok(if status == Status::CU_STREAM_CAPTURE_STATUS_NONE { 0 } else { id })
 }
 
 /// Launches that were recorded, to be repeated on the stream that they were recorded from.
@@ -242,6 +335,20 @@ impl Module {
         unsafe { result::function::set_function_attribute(raw, attribute, shared) }
             .map_err(preparing(name))?;
         Ok(Function { raw, name, overlaps: self.overlaps })
+    }
+
+    /// The same of an entry point for clusters of more than eight blocks, which not every device need have.
+    pub(super) fn function_of_large_clusters(
+        &self,
+        name: &'static str,
+        shared_bytes: usize,
+    ) -> Result<Function> {
+        use sys::CUfunction_attribute as Attribute;
+        let function = self.function(name, shared_bytes)?;
+        let attribute = Attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+        unsafe { result::function::set_function_attribute(function.raw, attribute, 1) }
+            .map_err(preparing(name))?;
+        Ok(function)
     }
 
     /// The same with as much dynamic shared memory as the entry point leaves of what a block can have,

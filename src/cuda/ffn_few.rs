@@ -110,7 +110,7 @@ fn variant(num_tokens: usize, d_model: usize) -> Option<usize> {
 }
 
 /// Bytes from one row of w_in to the next in shared memory, as in the kernels.
-fn in_stride(row_bytes: usize) -> usize {
+pub(super) fn in_row_stride(row_bytes: usize) -> usize {
     (row_bytes + 63) / 128 * 128 + 64
 }
 
@@ -142,7 +142,7 @@ impl FirstLayer {
         Some(Self {
             kernel: kernels.router[variant(most, d_model)?],
             blocks: [width.div_ceil(rows) as u32, num_tokens.div_ceil(most) as u32],
-            shared_bytes: rows * in_stride(d_model * dtype.bytes()),
+            shared_bytes: rows * in_row_stride(d_model * dtype.bytes()),
         })
     }
 
@@ -219,7 +219,8 @@ impl Shape {
         let first_layer = FirstLayer::new(device, dtype, num_tokens, d_model, width)?;
         let round_up = |bytes: usize| bytes.next_multiple_of(128);
         let parts = 3 * num_tokens;
-        let of_parts = if hidden == 0 { 0 } else { parts.checked_mul(in_stride(2 * hidden))? };
+        let of_parts =
+            if hidden == 0 { 0 } else { parts.checked_mul(in_row_stride(2 * hidden))? };
         let fixed =
             round_up(4 * num_tokens * num_experts.next_multiple_of(32)) + round_up(of_parts);
         let num_blocks = device.properties().multiprocessors;
@@ -236,7 +237,7 @@ impl Shape {
         let sizes = if neurons.glu { &STAGES[1..] } else { &STAGES[..] };
         let ring = |&(which, stage_neurons): &(usize, usize), enough: usize| {
             let (function, available) = kernels.stream[size][which];
-            let in_bytes = neurons.halves() * in_stride(row_bytes);
+            let in_bytes = neurons.halves() * in_row_stride(row_bytes);
             let stage_bytes = stage_neurons * (in_bytes + out_stride);
             let left = available.checked_sub(fixed)?.checked_sub(SLACK_BYTES)?;
             // No more than a block has neurons for.
@@ -296,7 +297,9 @@ impl Shape {
         };
         // SAFETY: the caller's promise.
         unsafe {
-            self.first_layer.launch(stream, &params)?;
+            if params.is_routed == 0 {
+                self.first_layer.launch(stream, &params)?;
+            }
             let (grid, threads) = ([params.num_blocks, 1, 1], MOEFY_FFN_FEW_THREADS);
             self.stream_kernel.launch(stream, grid, threads, self.shared_bytes, &params)?;
             device.add_shares.launch(stream, self.dtype, &shares)

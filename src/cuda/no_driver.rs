@@ -92,6 +92,23 @@ impl Stream {
     }
 }
 
+pub(super) struct Branch(Infallible);
+
+impl Branch {
+    pub(super) fn new(context: &Context) -> Result<Self> {
+        match context.0 {}
+    }
+
+    pub(super) fn run(
+        &self,
+        _: RawStream,
+        _: impl FnOnce(RawStream) -> Result<()>,
+        _: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        match self.0 {}
+    }
+}
+
 pub(super) struct Graph(Infallible);
 
 impl Graph {
@@ -104,6 +121,10 @@ pub(super) struct Module(Infallible);
 
 impl Module {
     pub(super) fn function(&self, _: &'static str, _: usize) -> Result<Function> {
+        match self.0 {}
+    }
+
+    pub(super) fn function_of_large_clusters(&self, _: &'static str, _: usize) -> Result<Function> {
         match self.0 {}
     }
 

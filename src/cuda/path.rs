@@ -19,6 +19,15 @@ pub(super) const MIN_MANY_TOKENS: usize = 512;
 /// One for each number of tokens, from 0.
 pub(super) type FewPaths = [Path; ffn_few::MAX_TOKENS + 1];
 
+/// Elements of tokens up to which the router of a masked dense layer runs beside its first product: with more, either of them
+/// fills the chip.
+const MAX_BESIDE: usize = 256 * 1024;
+
+/// Whether the router of a masked dense layer runs beside its first product.
+pub(super) fn routes_beside(num_tokens: usize, d_model: usize) -> bool {
+    num_tokens.saturating_mul(d_model) <= MAX_BESIDE
+}
+
 /// A way to compute the layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -214,9 +223,11 @@ impl MoeFfn {
                 let shares = 132.0 * 8.0 * tokens * d_model / 4e6;
                 7.5 + 0.0008 * d_model + union_us + shares + 0.6 * (tokens - 8.0).max(0.0)
             }
-            Path::Few => 11.0 + 0.96 * union_us + 0.4 * tokens,
+            Path::Few => 9.7 + 0.96 * union_us + 0.4 * tokens,
             Path::DenseExact => dense_us,
             Path::DenseMasked => {
+                let router_us =
+                    if routes_beside(num_tokens, neurons.d_model()) { 4.0 } else { router_us };
                 dense_us + router_us + tokens * (rows_in + rows_out) * element / 2e6
             }
             Path::TokenTile => f64::INFINITY,
@@ -262,6 +273,11 @@ impl MoeFfn {
         let sorts = self.selection().sorts();
         let (device, neurons) = (self.device(), self.neurons());
         ffn_few::Shape::new(device, neurons, &router, sorts, self.dtype(), num_tokens)
+    }
+
+    /// Whether a plan may take [`Path::DenseMasked`].
+    pub(super) fn may_be_masked(&self, options: &PlanOptions) -> bool {
+        options.path.map_or(options.fallback == Fallback::Masked, |path| path == Path::DenseMasked)
     }
 
     /// Whether tiles of tokens can do this layer.

@@ -35,6 +35,8 @@ pub(super) struct Places {
     pub(super) expert_masks: u64,
     pub(super) union_ids: u64,
     pub(super) num_union: u64,
+    /// Of a router that runs beside the first dense product.
+    pub(super) beside: u64,
     /// Whether tokens go in tiles.
     pub(super) tiled: bool,
     pub(super) tile_counts: u64,
@@ -77,6 +79,7 @@ impl MoeFfn {
             expert_masks: 0,
             union_ids: 0,
             num_union: 0,
+            beside: 0,
             tiled,
             tile_counts: 0,
             tile_experts: 0,
@@ -105,6 +108,10 @@ impl MoeFfn {
                 places.tile_counts = place(tiles)?;
                 places.tile_experts = place(tiles.checked_mul(num_experts)?)?;
                 places.tile_masks = place(tiles.checked_mul(num_experts * TILE_WORDS)?)?;
+            }
+            if self.may_be_masked(options) {
+                let bytes = router_select_workspace_bytes(chunk, &self.router().view());
+                places.beside = place(bytes.div_ceil(4))?;
             }
             places.op = place(op?.div_ceil(4))?;
             Some(())

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::dense::{Dense, DenseLayer, DenseRun};
-use super::driver::RawStream;
-use super::path::FewPaths;
+use super::driver::{Branch, RawStream};
+use super::path::{FewPaths, routes_beside};
 use super::places::Places;
 use super::router_select::{check_router, router_select_by};
 use super::statistics::Counters;
@@ -15,10 +15,14 @@ use super::{
     route_index, token_tiles,
 };
 use crate::abi::{
-    moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_split_valid_params,
+    moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_router_select_params,
+    moefy_split_valid_params,
 };
 use crate::error::Result;
 use crate::ffn::Gate;
+
+/// Experts from which on a path that can route by itself is faster after a router's launch.
+const MIN_ROUTED_EXPERTS: u32 = 64;
 
 /// What a sparse run does, in turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +41,8 @@ pub struct FfnPlan {
     few: FewPaths,
     dense: Option<Dense>,
     counters: Option<Counters>,
+    /// For the router of a masked dense layer.
+    branch: Option<Arc<Branch>>,
 }
 
 impl MoeFfn {
@@ -87,7 +93,11 @@ impl MoeFfn {
             places,
             dense: None,
             counters: None,
+            branch: None,
         };
+        if self.may_be_masked(&options) && max_tokens > 0 {
+            plan.branch = Some(Arc::new(Branch::new(&self.device().context)?));
+        }
         if options.statistics {
             plan.counters = Some(Counters::new(self.device(), self.neurons().num_experts)?);
         }
@@ -118,7 +128,8 @@ impl FfnPlan {
             None => None,
         };
         let few = ffn.few_paths(&self.options, self.places.many);
-        Ok(Self { ffn: ffn.clone(), few, dense, counters, ..*self })
+        let branch = self.branch.clone();
+        Ok(Self { ffn: ffn.clone(), few, dense, counters, branch, ..*self })
     }
 
     /// Bytes of workspace that a run needs.
@@ -262,18 +273,17 @@ impl FfnPlan {
         // SAFETY: the caller's promise.
         unsafe {
             if path == Path::DenseExact {
-                return self.run_dense(stream, y, inputs, [0, 0], op);
+                return self.run_dense(stream, y, inputs, op);
+            }
+            if path == Path::DenseMasked && last == Stage::Experts {
+                return self.run_masked(stream, y, inputs, base, op);
             }
             if path == Path::FewFused && last == Stage::Experts {
                 return self.run_few_fused(stream, y, inputs, base, op);
             }
             let (mask, gates) = self.route(stream, inputs, base, op)?;
-            if last == Stage::Route || path == Path::FewFused {
+            if last == Stage::Route {
                 return Ok(());
-            }
-            if path == Path::DenseMasked {
-                let gates = gates.map_or(0, |gates| gates.address);
-                return self.run_dense(stream, y, inputs, [mask.address, gates], op);
             }
             let (valid, device) = (inputs.num_valid_tokens, ffn.device());
             let mut inputs_of_experts = ExpertsInputs {
@@ -387,7 +397,7 @@ impl FfnPlan {
         if self.counters.is_some() || inputs.mask.is_some() {
             router.mask = mask;
         }
-        let params = moefy_ffn_few_params {
+        let mut params = moefy_ffn_few_params {
             neurons,
             router,
             w2: ffn.few_w2,
@@ -402,8 +412,19 @@ impl FfnPlan {
             },
             ..bytemuck::Zeroable::zeroed()
         };
+        let routes_before = ffn.gate() == Gate::One && neurons.num_experts >= MIN_ROUTED_EXPERTS;
+        let routing = routes_before
+            .then(|| device.router_select.cluster(inputs.x, &router, ffn.dtype()))
+            .flatten();
         // SAFETY: the caller's promise.
         unsafe {
+            if let Some(kernel) = routing {
+                kernel.launch(stream, &moefy_router_select_params { mask, ..router })?;
+                params.is_routed = 1;
+                params.w2 = 0;
+                params.router.mask = mask;
+                params.router.imposed = 0;
+            }
             shape.launch(device, stream, &params, op.address)?;
             if let Some(counters) = &self.counters {
                 let valid = valid.map_or(0, |valid| valid.address);
@@ -418,34 +439,83 @@ impl FfnPlan {
         stream: RawStream,
         y: View,
         inputs: &FfnInputs,
-        [mask, gates]: [u64; 2],
         op: Workspace,
     ) -> Result<()> {
-        let [num_tokens, d_model] = y.shape;
-        let dense = self.dense.as_ref().expect("a plan that takes a dense path has tuned it");
-        let run = DenseRun {
-            x: inputs.x.address,
-            y: y.address,
-            mask,
-            gates,
-            num_tokens,
-            workspace: op.address,
-        };
-        let device = self.ffn.device();
+        let run = self.dense_run(y, inputs, op);
         // SAFETY: the caller's promise.
         unsafe {
-            dense.run(device, stream, &run)?;
-            if let Some(valid) = inputs.num_valid_tokens {
-                let params = moefy_clear_invalid_params {
-                    y: y.address,
-                    num_valid_tokens: valid.address,
-                    row_bytes: (d_model * y.format.bytes()) as u64,
-                    num_tokens: num_tokens as u64,
-                };
-                padding::clear_invalid(device, stream, &params)?;
-            }
+            self.dense().run(self.ffn.device(), stream, &run)?;
+            self.clear_invalid(stream, y, inputs)
         }
-        Ok(())
+    }
+
+    /// The router runs beside the first product, which does not need it.
+    unsafe fn run_masked(
+        &self,
+        stream: RawStream,
+        y: View,
+        inputs: &FfnInputs,
+        base: u64,
+        op: Workspace,
+    ) -> Result<()> {
+        let (dense, device) = (self.dense(), self.ffn.device());
+        let first = self.dense_run(y, inputs, op);
+        let mut run = first;
+        let beside = Workspace {
+            address: base + self.places.beside,
+            bytes: (self.places.op - self.places.beside) as usize,
+        };
+        let mut route = |stream| {
+            // SAFETY: the caller's promise.
+            let (mask, gates) = unsafe { self.route(stream, inputs, base, beside)? };
+            run.mask = mask.address;
+            run.gates = gates.map_or(0, |gates| gates.address);
+            Ok(())
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            let [num_tokens, d_model] = inputs.x.shape;
+            if routes_beside(num_tokens, d_model)
+                && let Some(branch) = &self.branch
+            {
+                branch.run(stream, route, || dense.begin(stream, &first))?;
+            } else {
+                route(stream)?;
+                dense.begin(stream, &first)?;
+            }
+            dense.finish(device, stream, &run)?;
+            self.clear_invalid(stream, y, inputs)
+        }
+    }
+
+    fn dense(&self) -> &Dense {
+        self.dense.as_ref().expect("a plan that takes a dense path has tuned it")
+    }
+
+    /// A run without masks.
+    fn dense_run(&self, y: View, inputs: &FfnInputs, op: Workspace) -> DenseRun {
+        DenseRun {
+            x: inputs.x.address,
+            y: y.address,
+            mask: 0,
+            gates: 0,
+            num_tokens: y.shape[0],
+            workspace: op.address,
+        }
+    }
+
+    /// Makes zeros of the rows that are padding.
+    unsafe fn clear_invalid(&self, stream: RawStream, y: View, inputs: &FfnInputs) -> Result<()> {
+        let Some(valid) = inputs.num_valid_tokens else { return Ok(()) };
+        let [num_tokens, d_model] = y.shape;
+        let params = moefy_clear_invalid_params {
+            y: y.address,
+            num_valid_tokens: valid.address,
+            row_bytes: (d_model * y.format.bytes()) as u64,
+            num_tokens: num_tokens as u64,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { padding::clear_invalid(self.ffn.device(), stream, &params) }
     }
 
     /// Times dense products for full batches alone.

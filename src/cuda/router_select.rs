@@ -1,7 +1,7 @@
 //! Scores and selection of a router.
 
 use super::driver::{Function, RawStream};
-use super::ffn_few::FirstLayer;
+use super::ffn_few::{FirstLayer, in_row_stride};
 use super::kernels::{Modules, PerDType};
 use super::select::{
     SelectOutputs, abi_selection, check_num_experts, launch_select, selection_words,
@@ -9,8 +9,9 @@ use super::select::{
 use super::view::{Arguments, Format, View, Workspace};
 use super::{Buffer, Device, router_many};
 use crate::abi::{
-    MOEFY_ROUTER_TILE, moefy_ffn_few_params, moefy_router_activation, moefy_router_kind,
-    moefy_router_layer_params, moefy_router_select_params, moefy_select_params, moefy_selection,
+    MOEFY_FFN_FEW_THREADS, MOEFY_FFN_FEW_TILE, MOEFY_ROUTER_SELECT_BLOCKS, MOEFY_ROUTER_TILE,
+    moefy_ffn_few_params, moefy_router_activation, moefy_router_kind, moefy_router_layer_params,
+    moefy_router_select_params, moefy_select_params, moefy_selection,
 };
 use crate::dtype::DType;
 use crate::error::Result;
@@ -36,6 +37,12 @@ const MIN_WIDE_TOKENS: u32 = 4096;
 const PRODUCT_STAGES: u32 = 4;
 /// Bytes of a row of a stage.
 const PRODUCT_ROW_BYTES: u32 = 128;
+/// Hopper's kernel: most tokens, which is one cluster (with more, two launches are faster), steps of 32 columns that a warp can
+/// own, of the variants, rows of the first layer that a block can have, and most shared memory.
+const CLUSTER_TOKENS: usize = MOEFY_FFN_FEW_TILE as usize;
+const CLUSTER_STEPS: [usize; 2] = [4, 16];
+const MAX_CLUSTER_ROWS: usize = 16;
+const MAX_CLUSTER_SHARED_BYTES: usize = 208 << 10;
 
 pub(super) struct Kernels {
     first: [PerDType; 2],
@@ -46,6 +53,30 @@ pub(super) struct Kernels {
     hidden_bf16: Function,
     /// Of f16, then of bf16.
     product: [[Function; 2]; 2],
+    /// The same, where the device is a Hopper.
+    cluster: Option<[[Function; 2]; 2]>,
+}
+
+/// How Hopper's kernel for few tokens is launched.
+#[derive(Clone, Copy)]
+pub(super) struct Cluster {
+    kernel: Function,
+    shared_bytes: usize,
+}
+
+impl Cluster {
+    /// # Safety
+    /// The addresses must lead to what the parameters say, of at least one token, and the context must be
+    /// bound.
+    pub(super) unsafe fn launch(
+        &self,
+        stream: RawStream,
+        params: &moefy_router_select_params,
+    ) -> Result<()> {
+        let (grid, threads) = ([MOEFY_ROUTER_SELECT_BLOCKS, 1, 1], MOEFY_FFN_FEW_THREADS);
+        // SAFETY: the caller's promise.
+        unsafe { self.kernel.launch(stream, grid, threads, self.shared_bytes, params) }
+    }
 }
 
 impl Kernels {
@@ -68,6 +99,7 @@ impl Kernels {
             layer: load(layer, 0)?,
             hidden_f16: modules.function(module, "moefy_router_layer_hidden_f16", 0)?,
             hidden_bf16: modules.function(module, "moefy_router_layer_hidden_bf16", 0)?,
+            cluster: load_cluster(modules)?,
             product: [
                 ["moefy_router_product_f16_32", "moefy_router_product_f16_128"],
                 ["moefy_router_product_bf16_32", "moefy_router_product_bf16_128"],
@@ -78,6 +110,44 @@ impl Kernels {
             .try_into()
             .unwrap_or_else(|_| unreachable!("two types")),
         })
+    }
+
+    /// Hopper's kernel, where it does these sizes.
+    pub(super) fn cluster(
+        &self,
+        x: View,
+        params: &moefy_router_select_params,
+        dtype: DType,
+    ) -> Option<Cluster> {
+        let kernels = match dtype {
+            DType::F32 => return None,
+            DType::F16 => &self.cluster.as_ref()?[0],
+            DType::BF16 => &self.cluster.as_ref()?[1],
+        };
+        let blocks = MOEFY_ROUTER_SELECT_BLOCKS as usize;
+        let [num_tokens, d_model] = x.shape;
+        let [hidden, num_experts] = [params.hidden, params.num_experts].map(|n| n as usize);
+        let rows = hidden.div_ceil(4 * blocks) * 4;
+        let own_experts = num_experts.div_ceil(blocks);
+        let steps = d_model.div_ceil(32).div_ceil(MOEFY_FFN_FEW_THREADS as usize / 32);
+        let which = CLUSTER_STEPS.iter().position(|&most| steps <= most)?;
+        let fits = params.w2 != 0
+            && x.row_stride == d_model
+            && d_model.is_multiple_of(8)
+            && hidden.is_multiple_of(8)
+            && rows <= MAX_CLUSTER_ROWS
+            && num_tokens <= CLUSTER_TOKENS
+            && num_experts <= MAX_FEW_EXPERTS;
+        // As in the kernel.
+        let words = CLUSTER_TOKENS * (hidden + 4)
+            + num_experts.next_multiple_of(32)
+            + selection_words(&params.selection, num_experts);
+        let row_bytes = d_model * dtype.bytes();
+        let shared_bytes = rows.next_multiple_of(8) * in_row_stride(row_bytes)
+            + own_experts * hidden * dtype.bytes()
+            + 4 * words;
+        (fits && shared_bytes <= MAX_CLUSTER_SHARED_BYTES)
+            .then_some(Cluster { kernel: kernels[which], shared_bytes })
     }
 
     /// The first layer of at least so many tokens on tensor cores, if its types and sizes allow it.
@@ -101,6 +171,15 @@ impl Kernels {
             DType::BF16 => &self.hidden_bf16,
         }
     }
+}
+
+fn load_cluster(modules: &Modules) -> Result<Option<[[Function; 2]; 2]>> {
+    let Some(module) = modules.module("sm90_router_select") else { return Ok(None) };
+    let load = |name| module.function_of_large_clusters(name, MAX_CLUSTER_SHARED_BYTES);
+    Ok(Some([
+        [load("moefy_router_select_f16_4")?, load("moefy_router_select_f16_16")?],
+        [load("moefy_router_select_bf16_4")?, load("moefy_router_select_bf16_16")?],
+    ]))
 }
 
 fn product(modules: &Modules, names: [&'static str; 2]) -> Result<[Function; 2]> {
@@ -242,7 +321,7 @@ pub fn router_select_workspace_bytes(num_tokens: usize, router: &RouterView) -> 
 /// Shared memory of the second kernel for few tokens, without and with its weights, if they are few and
 /// their rows aligned.
 fn few_shared_bytes(
-    num_tokens: usize,
+    [num_tokens, tokens_each]: [usize; 2],
     d_model: usize,
     dtype: DType,
     router: &RouterView,
@@ -253,8 +332,7 @@ fn few_shared_bytes(
         return None;
     }
     let bytes = 4
-        * (first_row_words(router)?
-            + num_experts.next_multiple_of(32)
+        * (tokens_each * (first_row_words(router)? + num_experts.next_multiple_of(32))
             + selection_words(selection, num_experts));
     let weights = num_experts.checked_mul(hidden)?.checked_mul(dtype.bytes())?;
     let is_aligned = d_model.is_multiple_of(8) && hidden.is_multiple_of(8);
@@ -375,7 +453,13 @@ pub(super) unsafe fn router_select_by(
     }
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe {
-        match few_shared_bytes(num_tokens, x.shape[1], dtype, router, &params.selection) {
+        if let Some(kernel) = device.router_select.cluster(x, &params, dtype) {
+            return kernel.launch(stream, &params);
+        }
+        // One block fits a multiprocessor.
+        let tokens_each = num_tokens.div_ceil(device.properties().multiprocessors);
+        let counts = [num_tokens, tokens_each];
+        match few_shared_bytes(counts, x.shape[1], dtype, router, &params.selection) {
             Some([without, with]) => {
                 let kernels = &device.router_select;
                 launch_first(device, stream, &params, dtype)?;
@@ -385,7 +469,8 @@ pub(super) unsafe fn router_select_by(
                     w2_in_shared: (has_room && params.w2 != 0).into(),
                     ..params
                 };
-                let (kernel, grid) = (kernels.select.get(dtype), [params.num_tokens, 1, 1]);
+                let grid = [num_tokens.div_ceil(tokens_each) as u32, 1, 1];
+                let kernel = kernels.select.get(dtype);
                 kernel.launch(stream, grid, SELECT_THREADS, shared_bytes, &params)
             }
             None => launch_many(device, stream, &params, dtype),

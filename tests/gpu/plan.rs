@@ -28,6 +28,7 @@ pub fn tests() -> crate::Tests {
         ("dense::automatic", automatic),
         ("dense::follows_a_tuning", follows_a_tuning),
         ("dense::replays_with_other_inputs", dense_replays),
+        ("dense::streams_in_turn", streams_in_turn),
     ]
 }
 
@@ -395,6 +396,36 @@ fn replays_with_other_inputs(gpu: &Gpu) {
 
 fn dense_replays(gpu: &Gpu) {
     replays(gpu, &[(Path::DenseExact, 40), (Path::DenseMasked, 40)]);
+}
+
+/// A plan with a second stream of its own: on two streams one after the other, and on one of them while the other is
+/// captured.
+fn streams_in_turn(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let layer = random_layer(rng, PLAIN, DType::F16);
+    let mut case = Case::new(gpu, &layer, PLAIN, 40, forced(Path::DenseMasked));
+    case.write(&tokens(rng, 40, PLAIN.d_model, DType::F16), &routing(rng, 40, 48, 0.2));
+    let other = gpu.device.cudarc_context().new_stream().expect("a stream");
+    let run = |stream: moefy::cuda::RawStream| case.launch(stream, 40, false);
+    let results = std::cell::RefCell::new(Vec::new());
+    let note = || results.borrow_mut().push(case.read(40));
+    for stream in [gpu.raw_stream(), other.as_ref().into(), gpu.raw_stream()] {
+        run(stream).expect("a run");
+        gpu.device.cudarc_context().synchronize().expect("no failure");
+        note();
+    }
+    let graph = gpu.capture(|stream| {
+        run(stream)?;
+        run(other.as_ref().into())?;
+        run(stream)
+    });
+    other.synchronize().expect("no failure");
+    note();
+    graph.expect("kernels").launch().expect("a launch");
+    gpu.stream.synchronize().expect("no failure");
+    note();
+    let results = results.into_inner();
+    assert!(results.iter().all(|y| *y == results[0]), "a stream differs");
 }
 
 fn replays(gpu: &Gpu, cases: &[(Path, usize)]) {
