@@ -40,7 +40,8 @@ impl Set {
 /// Every sparse path but those for many tokens.
 fn few_paths() -> impl Iterator<Item = Path> {
     let other = |path: &Path| {
-        matches!(path, Path::DenseExact | Path::DenseMasked) || MANY_PATHS.contains(path)
+        matches!(path, Path::DenseExact | Path::DenseMasked | Path::TokenTile)
+            || MANY_PATHS.contains(path)
     };
     Path::ALL.into_iter().filter(move |path| !other(path))
 }
@@ -142,6 +143,10 @@ impl Rows {
                 self.masked(layer, tokens, routings);
             }
         }
+        // Tokens that are alike, side by side.
+        for routing in traces.iter().chain(&random(&[0.1])) {
+            self.add(shape(TRACE_SHAPE), run(8192, routing, Some(Path::TokenTile)));
+        }
         // The plan expects little and gets much.
         for name in SHAPES {
             for routing in random(&[0.6, 1.0]) {
@@ -197,7 +202,8 @@ mod tests {
             assert_eq!(count(Set::Few, forced), 5 * 3 + 2, "{}", path.name());
         }
         assert!(few_paths().any(|path| path == Path::Few));
-        assert!(!few_paths().any(|path| path == Path::ExpertMajor));
+        let is_many = |path| matches!(path, Path::ExpertMajor | Path::TokenTile);
+        assert!(!few_paths().any(is_many));
         let masked = |case: &Case| case.run.fallback == Fallback::Masked;
         assert_eq!(count(Set::Few, masked), 5 * 5 * 3);
     }
@@ -206,5 +212,6 @@ mod tests {
     fn many_begins_where_few_tokens_end() {
         assert_eq!(count(Set::Many, |case| case.run.tokens < 512), 0);
         assert_eq!(count(Set::Many, |case| case.run.calibrated_density.is_some()), 8);
+        assert_eq!(count(Set::Many, |case| case.run.path == Some(Path::TokenTile)), 3);
     }
 }
