@@ -216,7 +216,7 @@ impl MoeFfn {
         let union_us = union * all_us;
         let of_products = tokens * (rows_in + rows_out) * d_model / 3.6e8;
         let dense_us = 9.2 + (0.965 * all_us).max(of_products);
-        let router_us = 10.0 + 3e-6 * tokens * d_model;
+        let router_us = 11.0 + 0.8e-6 * tokens * d_model;
         match path {
             // Launches and routing; each multiprocessor's share of y; tokens beyond a tile.
             Path::FewFused => {
