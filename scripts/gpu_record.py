@@ -42,7 +42,8 @@ RESULTS = {"ok": "passed", "failed": "failed", "ignored": "skipped"}
 SETS = ("b4", "few", "many")
 # What reads the device's free memory has the device to itself; the other tests run in these parts beside each other.
 ALONE = "memory_stays_flat"
-MODULES = ("body::", "experts::", "ffn_few::", "layers::", "plan::", "dense::", "transformer::")
+MODULES = ("body::", "experts::", "ffn_few::", "layers::", "plan::", "dense::", "transformer::", "router_select::",
+           "token_tiles::")
 PARTS = [[module, "--skip", ALONE] for module in MODULES]
 PARTS.append([argument for name in (ALONE, *MODULES) for argument in ("--skip", name)])
 # Only this project's kernels: those of cuBLASLt take most of the time. Of them, memcheck sees which addresses they get.
@@ -52,7 +53,7 @@ SANITIZER_ARGUMENTS = {tool: [] if tool == "memcheck" else ["--kernel-name", "kn
 # initcheck does not see what kernels write that it is told to leave out, and a model's memory begins empty.
 LEFT_OUT = {"racecheck": ("dense::", "transformer::"), "initcheck": ("transformer::",)}
 # Seconds that each run may take, and all together.
-TESTS_LIMIT, SANITIZERS_LIMIT, SET_LIMIT, MODEL_LIMIT, LIMIT = 120, 200, 150, 90, 570
+TESTS_LIMIT, SANITIZERS_LIMIT, SET_LIMIT, MODEL_LIMIT, LIMIT = 200, 280, 150, 90, 590
 
 
 class Machine:
