@@ -49,15 +49,9 @@ __device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t 
   return there;
 }
 
-/// Tells the cluster that this thread has come here, and makes what it wrote visible to who waits for all of them.
-__device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-
 /// Waits for all threads of the cluster.
 __device__ __forceinline__ void sync_cluster() {
-  arrive_in_cluster();
-  wait_for_cluster();
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 /// Loads from the shared memory of any block of the cluster. Not moved across its barriers, which are volatile too.

@@ -389,7 +389,6 @@ __device__ __forceinline__ void second_layer(const Place& place, const Fixed& fi
   const uint32_t group = threadIdx.x / kGroup - 1, num_pieces = place.num_pieces(group);
   const uint32_t depths = place.hidden_depths(), warp = threadIdx.x % kGroup / 32;
   const bool leaves = !rows_are_imposed(place.p.router);
-  bool has_waited = false;
 #pragma unroll 1
   for (uint32_t piece = 0; piece < num_pieces;) {
     // Products with the first parts, and with the others: small sums lose nothing to large ones.
@@ -417,9 +416,6 @@ __device__ __forceinline__ void second_layer(const Place& place, const Fixed& fi
       }
     }
     wgmma_wait<0>();
-    // Rows lie where other blocks read sums.
-    if (!has_waited) wait_for_cluster();
-    has_waited = true;
     if (!leaves) continue;
     const uint32_t expert = (group + (piece / depths - 1) * 2) * kPieceExperts + warp * 16 + lane_id() / 4;
     float* const to = rows + expert + lane_id() % 4 * 2 * place.row_words();
@@ -432,7 +428,6 @@ __device__ __forceinline__ void second_layer(const Place& place, const Fixed& fi
       }
     }
   }
-  if (!has_waited) wait_for_cluster();
 }
 
 /// Rows become scores, which go to memory if anyone wants them, then keys, by which experts are selected. A warp takes two
@@ -591,19 +586,16 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
 
   add_up<T, Place, kOutputs>(place, fixed);
   fence_for_copies();
-  arrive_in_cluster();
-  __syncthreads();
+  // Rows will lie where other blocks read sums.
+  sync_cluster();
   float* const rows = reinterpret_cast<float*>(memory) + place.first_row();
   if (r.w2 != nullptr && multiplies) {
     second_layer<T, Place, kColumns>(place, fixed, rows);
-  } else {
-    wait_for_cluster();
-    if (r.w2 != nullptr && rows_are_imposed(r)) {
+  } else if (r.w2 != nullptr && rows_are_imposed(r)) {
 #pragma unroll 1
-      for (uint32_t token = warp; token < place.num_tokens; token += kGroup / 32) {
-        copy_imposed(r, min(place.first_token + token, r.num_tokens - 1),
-                     shared_address(rows + token * place.row_words()), lane_id(), 32);
-      }
+    for (uint32_t token = warp; token < place.num_tokens; token += kGroup / 32) {
+      copy_imposed(r, min(place.first_token + token, r.num_tokens - 1),
+                   shared_address(rows + token * place.row_words()), lane_id(), 32);
     }
   }
   copy_async_wait<0>();
