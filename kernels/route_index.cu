@@ -34,11 +34,15 @@ __device__ __forceinline__ uint32_t num_valid_tokens(const moefy_route_index_par
   return p.num_valid_tokens == nullptr ? p.num_tokens : min(*p.num_valid_tokens, p.num_tokens);
 }
 
-// Writes a word's tokens, ascending, from `position` on.
+// Writes the tokens of each lane's word, ascending, from the lane's `position` on. The warp takes word by word, so that it
+// writes side by side; word by word of its own a lane would touch a line for every token.
 __device__ __forceinline__ void write_ids(const moefy_route_index_params& p, uint32_t tokens, uint32_t word,
                                           uint64_t position) {
-  for (; word != 0 && position < p.capacity; word &= word - 1) {
-    p.token_ids[position++] = tokens * 32 + __ffs(word) - 1;
+  for (uint32_t lanes = __ballot_sync(kFullWarp, word != 0); lanes != 0; lanes &= lanes - 1) {
+    const int lane = __ffs(lanes) - 1;
+    const uint32_t bits = __shfl_sync(kFullWarp, word, lane), first = __shfl_sync(kFullWarp, tokens, lane) * 32;
+    const uint64_t at = __shfl_sync(kFullWarp, position, lane) + __popc(bits & ((1u << lane_id()) - 1));
+    if ((bits >> lane_id() & 1) != 0 && at < p.capacity) p.token_ids[at] = first + lane_id();
   }
 }
 
@@ -104,13 +108,12 @@ extern "C" __global__ void __launch_bounds__(MOEFY_ROUTE_INDEX_SMALL)
   }
   __syncthreads();
 
-  if (threadIdx.x < p.num_experts * num_blocks) {
-    const uint32_t mine = threadIdx.x / num_blocks, tokens = threadIdx.x % num_blocks;
-    const uint32_t* words = p.expert_masks + mine * num_blocks;
-    uint64_t position = offsets[mine];
-    for (uint32_t before = 0; before < tokens; ++before) position += __popc(words[before]);
-    write_ids(p, tokens, words[tokens], position);
-  }
+  const bool exists = threadIdx.x < p.num_experts * num_blocks;
+  const uint32_t mine = exists ? threadIdx.x / num_blocks : 0, tokens = exists ? threadIdx.x % num_blocks : 0;
+  const uint32_t* words = p.expert_masks + mine * num_blocks;
+  uint64_t position = offsets[mine];
+  for (uint32_t before = 0; before < tokens; ++before) position += __popc(words[before]);
+  write_ids(p, tokens, exists ? words[tokens] : 0, position);
 }
 
 // The transpose, one block per 32 experts and chunk of tokens, and each expert's tokens in the chunk.
