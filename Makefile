@@ -8,8 +8,6 @@ CARGO_FLAGS := --release --locked --features $(FEATURES)
 # How long the parsers are fuzzed, all together.
 export MOEFY_FUZZ_SECONDS ?= 60
 export PYTHONDONTWRITEBYTECODE := 1
-# The version of CUDA that cudarc speaks, whatever is installed here.
-export CUDARC_CUDA_VERSION ?= 13000
 # Compiles the kernels; `make toolchain` installs it.
 ifndef WITHOUT_NVCC
 INSTALLED_NVCC := $(wildcard $(CURDIR)/.toolchain/nvidia/cu13/bin/nvcc)

@@ -422,6 +422,7 @@ fn wrong_tunings_are_refused() {
     refuses("--model missing", &["missing"]);
     refuses("--model dense", &["dense", "converted"]);
     refuses("--named d768-e96 --out text", &["text", "moefy tune"]);
+    refuses("--named d768-e96 --out nowhere/tuning.json", &["nowhere", "make it first"]);
     assert!(fs::read_to_string(scene.path("text")).unwrap().lines().count() == 400);
 }
 

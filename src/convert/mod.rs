@@ -89,6 +89,7 @@ pub fn convert_ffn(
     let mut mask = ExpertMask::none(num_tokens, moe.num_experts());
     cpu::select(&moe.selection(), &scores, &mut mask);
     let statistics = routing_statistics(moe.partition(), &mask);
+    let moe = moe.with_calibrated_density(statistics.density);
     Ok((moe, LayerReport { router_training, statistics }))
 }
 

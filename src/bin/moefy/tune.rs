@@ -78,6 +78,12 @@ impl Tune {
     pub fn run(self, common: &Common) -> Result<()> {
         // What is wrong with the arguments is said before a GPU is looked for.
         let layers = self.layers()?;
+        if let Some(out) = &self.out
+            && let Some(folder) = out.parent().filter(|folder| !folder.as_os_str().is_empty())
+            && !folder.is_dir()
+        {
+            return Err(Error::file(out, "expected a folder that exists: make it first"));
+        }
         let old = self.out.as_deref().map(existing).transpose()?.flatten();
         let device = Arc::new(Device::open(self.device_index)?);
         let name = &device.properties().name;
@@ -102,10 +108,11 @@ impl Tune {
             let mut bench = layer.bench(&device, *limits)?;
             let tuned = self.measure(&mut bench, &bar)?;
             tuning.insert(tuned.clone());
+            // Now, so that nothing is lost should a later layer fail.
+            tuning.save(&out)?;
             changes.extend(changes_of(&bench, &tuning, &tuned));
         }
         drop(bar);
-        tuning.save(&out)?;
         if common.json {
             output::json(&json!({ "out": out, "device": name, "changes": changes }));
         } else {
