@@ -62,6 +62,7 @@ pub(super) struct Branch {
     joined: sys::CUevent,
     /// One fork at a time: an event means what it was recorded for last.
     used: Mutex<()>,
+    context: Context,
 }
 
 // SAFETY: handles that the driver lets every thread use.
@@ -84,6 +85,7 @@ impl Branch {
             forked: event().map_err(cannot(doing))?,
             joined: event().map_err(cannot(doing))?,
             used: Mutex::new(()),
+            context: context.clone(),
         })
     }
 
@@ -125,6 +127,7 @@ impl Branch {
 impl Drop for Branch {
     fn drop(&mut self) {
         // Failures leave nothing to do. What was launched still runs.
+        let _ = self.context.bind();
         unsafe {
             let _ = result::stream::destroy(self.side);
             let _ = result::event::destroy(self.forked);

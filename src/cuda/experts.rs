@@ -260,6 +260,10 @@ pub unsafe fn experts(
         return Ok(());
     }
     check.address("x", params.x, VECTOR_BYTES)?;
+    check.address("y", params.y, VECTOR_BYTES)?;
+    if let Some(tiled) = &tiled {
+        check.address("masks of tiles", tiled.tile_masks, VECTOR_BYTES)?;
+    }
     device.context.bind()?;
     let kernels = &device.experts;
     // SAFETY: the arguments were checked, the rest is the caller's promise.

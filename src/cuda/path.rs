@@ -194,12 +194,20 @@ impl MoeFfn {
         fused.into_iter().chain(few).chain(many)
     }
 
-    /// The density that a choice goes by.
+    /// The density that a choice goes by: executed neurons of all, the shared ones included.
     fn density(&self, options: &PlanOptions) -> f64 {
-        let num_experts = self.neurons().num_experts;
-        let most = self.selection().most_experts(num_experts) as f64;
+        let neurons = self.neurons();
+        let most = self.selection().most_experts(neurons.num_experts) * neurons.expert_width;
         let known = options.density.or(self.calibrated_density());
-        known.unwrap_or(most / num_experts as f64)
+        known.unwrap_or((most + neurons.shared) as f64 / neurons.d_ff() as f64)
+    }
+
+    /// Of the neurons that experts have, those that a token executes.
+    fn routed_density(&self, options: &PlanOptions) -> f64 {
+        let neurons = self.neurons();
+        let executed = self.density(options) * neurons.d_ff() as f64 - neurons.shared as f64;
+        let routed = (neurons.num_experts * neurons.expert_width) as f64;
+        (executed / routed).clamp(0.0, 1.0)
     }
 
     /// Microseconds that a path takes, from measurements on an H100 (kernels/NOTES.md): good enough to
@@ -210,10 +218,11 @@ impl MoeFfn {
         let (tokens, d_model) = (num_tokens as f64, neurons.d_model() as f64);
         let [rows_in, rows_out] = [&neurons.w_in, &neurons.w_out].map(|w| w.shape[0] as f64);
         let all_us = (rows_in + rows_out) * d_model * element / 2.8e6;
-        let density = self.density(options);
+        let density = self.routed_density(options);
         // If tokens route independently.
         let union = 1.0 - (1.0 - density).powi(num_tokens.min(1 << 20) as i32);
-        let union_us = union * all_us;
+        let shared = neurons.shared as f64 / neurons.d_ff() as f64;
+        let union_us = (shared + (1.0 - shared) * union) * all_us;
         let of_products = tokens * (rows_in + rows_out) * d_model / 3.6e8;
         let dense_us = 9.2 + (0.965 * all_us).max(of_products);
         let router_us = 11.0 + 0.8e-6 * tokens * d_model;

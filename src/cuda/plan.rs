@@ -112,9 +112,10 @@ impl FfnPlan {
     /// The same plan for another layer with the same sizes, without timing anything again.
     ///
     /// # Errors
-    /// When the layer differs in size, type, activation, biases, selection or gate.
+    /// When the layer differs in size, type, activation, biases, selection or gate, or its density lets it take other paths.
     pub fn with_ffn(&self, ffn: &Arc<MoeFfn>) -> Result<Self> {
-        if !self.ffn.is_like(ffn) {
+        let many = ffn.places(self.max_tokens, &self.options)?.many;
+        if !self.ffn.is_like(ffn) || many != self.places.many {
             let check = Arguments { device: self.ffn.device(), op: "plan" };
             return Err(check.error("ffn", "of the sizes and rules of the plan's", "another"));
         }
@@ -158,6 +159,10 @@ impl FfnPlan {
     }
 
     /// y \[num_tokens, d_model\] of `inputs`. Every element of y is written.
+    ///
+    /// Nothing is allocated, waited for or read by the host, so that a run can be captured into a graph, on any
+    /// stream, from one thread or several. With [`Fallback::Masked`](super::Fallback) a second stream of the plan's
+    /// own takes part: let the plan live as long as what was captured or still runs.
     ///
     /// # Errors
     /// On any argument that does not fit, and for more than the plan's tokens; nothing was launched
@@ -213,6 +218,7 @@ impl FfnPlan {
             return Err(check.error("selection", expected, format!("{selection:?}")));
         }
         let num_valid = check.optional_words("num_valid_tokens", inputs.num_valid_tokens, 1)?;
+        check.optional_words("status", inputs.status, 1)?;
         let base = check.workspace(workspace, self.workspace_bytes())?;
         if num_tokens == 0 {
             return Ok(());

@@ -118,7 +118,7 @@ impl Tuning {
     pub fn load(file: &FilePath) -> Result<Self> {
         let text = fs::read_to_string(file).map_err(Error::io("read", file))?;
         let wrong = |problem: String| {
-            Error::file(file, format!("{problem}; remove it, or run `moefy tune` again"))
+            Error::file(file, format!("{problem}; remove it and run `moefy tune` again"))
         };
         let tuning = Self::parse(&text).map_err(wrong)?;
         tuning.check().map_err(wrong)?;
