@@ -606,6 +606,7 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
       }
     }
   }
+  copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
   uint32_t* const scratch = reinterpret_cast<uint32_t*>(memory + p.parts_offset) + warp * scratch_words(r);
