@@ -598,6 +598,7 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
                    shared_address(rows + token * place.row_words()), lane_id(), 32);
     }
   }
+  copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
   uint32_t* const scratch = reinterpret_cast<uint32_t*>(memory + p.parts_offset) + warp * scratch_words(r);
