@@ -188,26 +188,6 @@ __device__ __forceinline__ void many_output(const moefy_experts_params& p) {
   }
 }
 
-/// Row of a pair, or at least max_pairs where the lists ended before it.
-__device__ __forceinline__ uint32_t row_of_pair(const moefy_experts_params& p, uint32_t token, uint32_t expert) {
-  const uint32_t num_experts = p.neurons.num_experts;
-  if (__ldcg(p.expert_offsets + num_experts) <= p.max_pairs) {
-    return __ldcg(p.pair_rows + static_cast<uint64_t>(token) * num_experts + expert);
-  }
-  uint32_t low = min(__ldcg(p.expert_offsets + expert), p.max_pairs);
-  uint32_t high = min(__ldcg(p.expert_offsets + expert + 1), p.max_pairs);
-  const uint32_t end = high;
-  while (low < high) {
-    const uint32_t middle = (low + high) / 2;
-    if (__ldcg(p.token_ids + middle) < token) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low < end && __ldcg(p.token_ids + low) == token ? low : p.max_pairs;
-}
-
 /// y of the slab's columns of a token, a warp each: b_out and the outputs of its experts, in ascending order, then the
 /// shared and the linear neurons'. blockIdx.y covers the columns.
 template <class T>

@@ -53,6 +53,15 @@ __device__ __forceinline__ uint32_t num_pairs(const moefy_experts_params& p) {
   return min(__ldcg(p.expert_offsets + p.neurons.num_experts), p.max_pairs);
 }
 
+/// Row of a pair that is selected, or max_pairs where the lists ended before it. Then nobody wrote its entry of pair_rows, so
+/// where they are full an entry counts if the lists say the same.
+__device__ __forceinline__ uint32_t row_of_pair(const moefy_experts_params& p, uint32_t token, uint32_t expert) {
+  const uint32_t row = __ldcg(p.pair_rows + static_cast<uint64_t>(token) * p.neurons.num_experts + expert);
+  if (num_pairs(p) < p.max_pairs) return row;
+  const bool is_of_expert = row >= __ldcg(p.expert_offsets + expert) && row < __ldcg(p.expert_offsets + expert + 1);
+  return is_of_expert && row < p.max_pairs && __ldcg(p.token_ids + row) == token ? row : p.max_pairs;
+}
+
 /// Whether so many pairs exist that the second product goes by tiles of tokens.
 __device__ __forceinline__ bool by_tokens(const moefy_experts_params& p) { return num_pairs(p) >= p.min_token_pairs; }
 

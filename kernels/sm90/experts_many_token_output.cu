@@ -98,10 +98,7 @@ __device__ __forceinline__ void list_tokens(const moefy_experts_params& p, const
     for (int word = kWords - 1; word >= 0; --word) {
       if (words[word] != 0) first = word * 32 + __ffs(words[word]) - 1;
     }
-    // Pairs that the lists have no room for have no row.
-    const uint64_t token = token0 + first;
-    const uint32_t row = first == kTokens ? p.max_pairs : __ldcg(p.pair_rows + token * num_experts + expert);
-    lists.first_row[expert] = row < p.max_pairs && __ldcg(p.token_ids + row) == token ? row : p.max_pairs;
+    lists.first_row[expert] = first == kTokens ? p.max_pairs : row_of_pair(p, token0 + first, expert);
   }
   const uint32_t num_stages = ceil_div(num_neurons(p.neurons), kDepth);
   for (uint32_t first = warp * 32; first < num_stages; first += kCopiers) {
@@ -175,6 +172,7 @@ class Places {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const uint32_t word = words[i / 2], bit = 1u << (row0 + i % 2 * 16);
+        // Lists that are full end within an expert, and with them its rows.
         const uint32_t row = before + __popc(word & (bit - 1));
         rows_[i] = (word & bit) != 0 && row < p.max_pairs ? row * stride : kNowhere;
         if (i % 2 == 1) before += __popc(word);

@@ -24,6 +24,7 @@ pub fn tests() -> crate::Tests {
         ("experts::many_tokens", many_tokens),
         ("experts::tiles_of_tokens", tiles_of_tokens),
         ("experts::skewed_routing", skewed_routing),
+        ("experts::short_lists", short_lists),
         ("experts::gates", every_gate),
         ("experts::padding", padding),
     ]
@@ -136,6 +137,8 @@ struct Case {
     scores: Option<Vec<f32>>,
     expected: Vec<f64>,
     bar: f64,
+    /// Pairs that the lists have room for.
+    capacity: usize,
 }
 
 impl Case {
@@ -156,7 +159,8 @@ impl Case {
             dtype => tolerance(&layer, dtype),
         };
         let bar = bar.min(emulation::bar(relative_error(&emulated, &expected)));
-        Self { which, layer, x, mask, scores, expected, bar }
+        let capacity = mask.num_tokens() * layer.num_experts();
+        Self { which, layer, x, mask, scores, expected, bar, capacity }
     }
 }
 
@@ -178,7 +182,7 @@ fn check(gpu: &Gpu, case: &Case) {
     let scores_view = scores_device
         .as_ref()
         .map(|scores| View::matrix(scores.address(), Format::F32, [num_tokens, num_experts]));
-    let lists = Lists::new(gpu, num_tokens, num_experts, num_tokens * num_experts);
+    let lists = Lists::new(gpu, num_tokens, num_experts, case.capacity);
     let views = lists.views(None);
     let expert_lists = (*which == Which::Many)
         .then_some(ExpertLists { offsets: views.offsets, token_ids: views.token_ids });
@@ -309,6 +313,30 @@ fn skewed_routing(gpu: &Gpu) {
             let x = tokens(rng, num_tokens, shape.d_model, dtype);
             check(gpu, &Case::new(which, layer, x, mask, None));
         }
+    }
+}
+
+/// Pairs that the lists have no room for do not run.
+fn short_lists(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let num_tokens = 150;
+    for (dtype, expert_width, num_experts) in
+        [(DType::F32, 8, 12), (DType::F16, 6, 12), (DType::BF16, 8, 12), (DType::BF16, 128, 64)]
+    {
+        let shape =
+            Shape { d_model: 64, num_experts, expert_width, shared: 0, rank: 0, glu: false };
+        let layer = random_layer(rng, shape, dtype);
+        let x = tokens(rng, num_tokens, shape.d_model, dtype);
+        let mask = random_mask(rng, num_tokens, num_experts, 0.5);
+        let pairs = (0..num_experts)
+            .flat_map(|expert| (0..num_tokens).map(move |token| (token, expert)))
+            .filter(|&(token, expert)| mask.contains(token, expert));
+        let capacity = pairs.clone().count() / 2;
+        let mut listed = ExpertMask::none(num_tokens, num_experts);
+        pairs.take(capacity).for_each(|(token, expert)| listed.insert(token, expert));
+        let expected = expected(&layer, &x, &listed, None);
+        let case = Case::new(Which::Many, layer, x, mask, None);
+        check(gpu, &Case { expected, capacity, ..case });
     }
 }
 
