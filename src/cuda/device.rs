@@ -6,7 +6,7 @@ use super::kernels::{Modules, build_info};
 use super::read_bandwidth;
 use super::{
     Tuning, abi_probe, add_shares, body, dense, experts, ffn_few, gates, padding, route_index,
-    router_many, router_select, select, statistics, token_tiles,
+    router_few, router_many, router_select, select, statistics, token_tiles,
 };
 use crate::error::{Error, Result};
 
@@ -45,6 +45,7 @@ pub struct Device {
     #[cfg(feature = "cuda")]
     pub(super) read_bandwidth: read_bandwidth::Kernels,
     pub(super) route_index: route_index::Kernels,
+    pub(super) router_few: Option<router_few::Kernels>,
     pub(super) router_many: Option<router_many::Kernels>,
     pub(super) router_select: router_select::Kernels,
     pub(super) select: select::Kernels,
@@ -77,6 +78,7 @@ impl Device {
             #[cfg(feature = "cuda")]
             read_bandwidth: read_bandwidth::Kernels::load(&modules)?,
             route_index: route_index::Kernels::load(&modules)?,
+            router_few: router_few::Kernels::load(&modules)?,
             router_many: router_many::Kernels::load(&modules, &properties)?,
             router_select: router_select::Kernels::load(&modules, properties.max_shared_bytes)?,
             select: select::Kernels::load(&modules)?,

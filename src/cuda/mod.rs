@@ -50,6 +50,8 @@ mod plan;
 #[cfg(feature = "cuda")]
 mod read_bandwidth;
 mod route_index;
+mod router;
+mod router_few;
 mod router_many;
 mod router_select;
 mod select;
@@ -78,9 +80,9 @@ pub use neurons::Neurons;
 pub use path::{Fallback, FfnInputs, Path, PlanOptions};
 pub use plan::FfnPlan;
 pub use route_index::{RouteIndexOutputs, route_index, route_index_workspace_bytes};
+pub use router::{DeviceRouter, RouterView};
 pub use router_select::{
-    DeviceRouter, RouterSelectOutputs, RouterView, router_select, router_select_is_one_launch,
-    router_select_workspace_bytes,
+    RouterSelectOutputs, router_select, router_select_is_one_launch, router_select_workspace_bytes,
 };
 pub use select::{SelectOutputs, select, select_workspace_bytes};
 pub use statistics::RoutingCounts;

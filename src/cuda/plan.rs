@@ -12,7 +12,7 @@ use super::view::{Arguments, Format, View, Workspace};
 use super::{
     Buffer, ExpertsInputs, FfnInputs, MoeFfn, Path, PlanOptions, RouteIndexOutputs,
     RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, ffn_few, gates, padding,
-    route_index, token_tiles,
+    route_index, router_few, token_tiles,
 };
 use crate::abi::{
     moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_router_select_params,
@@ -420,12 +420,12 @@ impl FfnPlan {
         };
         let routes_before = ffn.gate() == Gate::One && neurons.num_experts >= MIN_ROUTED_EXPERTS;
         let routing = routes_before
-            .then(|| device.router_select.cluster(inputs.x, &router, ffn.dtype()))
+            .then(|| router_few::launch_of(device, inputs.x, &router, ffn.dtype()))
             .flatten();
         // SAFETY: the caller's promise.
         unsafe {
             if let Some(kernel) = routing {
-                kernel.launch(stream, &moefy_router_select_params { mask, ..router })?;
+                kernel.run(stream, &moefy_router_select_params { mask, ..router })?;
                 params.is_routed = 1;
                 params.w2 = 0;
                 params.router.mask = mask;

@@ -1,26 +1,25 @@
 //! Scores and selection of a router.
 
 use super::driver::{Function, RawStream};
-use super::ffn_few::{FirstLayer, in_row_stride};
+use super::ffn_few::FirstLayer;
 use super::kernels::{Modules, PerDType};
 use super::select::{
     SelectOutputs, abi_selection, check_num_experts, launch_select, selection_words,
 };
 use super::view::{Arguments, Format, View, Workspace};
-use super::{Buffer, Device, router_many};
+use super::{Device, RouterView, router_few, router_many};
 use crate::abi::{
-    MOEFY_FFN_FEW_THREADS, MOEFY_FFN_FEW_TILE, MOEFY_ROUTER_SELECT_BLOCKS, MOEFY_ROUTER_TILE,
-    moefy_ffn_few_params, moefy_router_activation, moefy_router_kind, moefy_router_layer_params,
-    moefy_router_select_params, moefy_select_params, moefy_selection,
+    MOEFY_ROUTER_TILE, moefy_ffn_few_params, moefy_router_activation, moefy_router_kind,
+    moefy_router_layer_params, moefy_router_select_params, moefy_select_params, moefy_selection,
 };
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ffn::{MlpKind, Router, Selection};
+use crate::ffn::{MlpKind, Selection};
 
 /// Up to here the rows of the first layer are dealt out, and each is read once for eight tokens: beyond,
 /// tiles read the weights less often.
 const MAX_FEW_TOKENS: usize = 1024;
-const MAX_FEW_EXPERTS: usize = 512;
+pub(super) const MAX_FEW_EXPERTS: usize = 512;
 /// What every supported device gives to a block without being asked.
 const MAX_FEW_SHARED_BYTES: usize = 48 << 10;
 /// Rows of a block of the first layer.
@@ -37,13 +36,6 @@ const MIN_WIDE_TOKENS: u32 = 4096;
 const PRODUCT_STAGES: u32 = 4;
 /// Bytes of a row of a stage.
 const PRODUCT_ROW_BYTES: u32 = 128;
-/// Hopper's kernel: most tokens, which is one cluster (with more, two launches are faster), steps of 32 columns that a warp can
-/// own, of the variants, rows of the first layer that a block can have, and most shared memory.
-const CLUSTER_TOKENS: usize = MOEFY_FFN_FEW_TILE as usize;
-const CLUSTER_STEPS: [usize; 2] = [4, 16];
-const MAX_CLUSTER_ROWS: usize = 16;
-const MAX_CLUSTER_SHARED_BYTES: usize = 208 << 10;
-
 pub(super) struct Kernels {
     first: [PerDType; 2],
     select: PerDType,
@@ -53,30 +45,6 @@ pub(super) struct Kernels {
     hidden_bf16: Function,
     /// Of f16, then of bf16.
     product: [[Function; 2]; 2],
-    /// The same, where the device is a Hopper.
-    cluster: Option<[[Function; 2]; 2]>,
-}
-
-/// How Hopper's kernel for few tokens is launched.
-#[derive(Clone, Copy)]
-pub(super) struct Cluster {
-    kernel: Function,
-    shared_bytes: usize,
-}
-
-impl Cluster {
-    /// # Safety
-    /// The addresses must lead to what the parameters say, of at least one token, and the context must be
-    /// bound.
-    pub(super) unsafe fn launch(
-        &self,
-        stream: RawStream,
-        params: &moefy_router_select_params,
-    ) -> Result<()> {
-        let (grid, threads) = ([MOEFY_ROUTER_SELECT_BLOCKS, 1, 1], MOEFY_FFN_FEW_THREADS);
-        // SAFETY: the caller's promise.
-        unsafe { self.kernel.launch(stream, grid, threads, self.shared_bytes, params) }
-    }
 }
 
 impl Kernels {
@@ -99,7 +67,6 @@ impl Kernels {
             layer: load(layer, 0)?,
             hidden_f16: modules.function(module, "moefy_router_layer_hidden_f16", 0)?,
             hidden_bf16: modules.function(module, "moefy_router_layer_hidden_bf16", 0)?,
-            cluster: load_cluster(modules)?,
             product: [
                 ["moefy_router_product_f16_32", "moefy_router_product_f16_128"],
                 ["moefy_router_product_bf16_32", "moefy_router_product_bf16_128"],
@@ -110,44 +77,6 @@ impl Kernels {
             .try_into()
             .unwrap_or_else(|_| unreachable!("two types")),
         })
-    }
-
-    /// Hopper's kernel, where it does these sizes.
-    pub(super) fn cluster(
-        &self,
-        x: View,
-        params: &moefy_router_select_params,
-        dtype: DType,
-    ) -> Option<Cluster> {
-        let kernels = match dtype {
-            DType::F32 => return None,
-            DType::F16 => &self.cluster.as_ref()?[0],
-            DType::BF16 => &self.cluster.as_ref()?[1],
-        };
-        let blocks = MOEFY_ROUTER_SELECT_BLOCKS as usize;
-        let [num_tokens, d_model] = x.shape;
-        let [hidden, num_experts] = [params.hidden, params.num_experts].map(|n| n as usize);
-        let rows = hidden.div_ceil(4 * blocks) * 4;
-        let own_experts = num_experts.div_ceil(blocks);
-        let steps = d_model.div_ceil(32).div_ceil(MOEFY_FFN_FEW_THREADS as usize / 32);
-        let which = CLUSTER_STEPS.iter().position(|&most| steps <= most)?;
-        let fits = params.w2 != 0
-            && x.row_stride == d_model
-            && d_model.is_multiple_of(8)
-            && hidden.is_multiple_of(8)
-            && rows <= MAX_CLUSTER_ROWS
-            && num_tokens <= CLUSTER_TOKENS
-            && num_experts <= MAX_FEW_EXPERTS;
-        // As in the kernel.
-        let words = CLUSTER_TOKENS * (hidden + 4)
-            + num_experts.next_multiple_of(32)
-            + selection_words(&params.selection, num_experts);
-        let row_bytes = d_model * dtype.bytes();
-        let shared_bytes = rows.next_multiple_of(8) * in_row_stride(row_bytes)
-            + own_experts * hidden * dtype.bytes()
-            + 4 * words;
-        (fits && shared_bytes <= MAX_CLUSTER_SHARED_BYTES)
-            .then_some(Cluster { kernel: kernels[which], shared_bytes })
     }
 
     /// The first layer of at least so many tokens on tensor cores, if its types and sizes allow it.
@@ -173,15 +102,6 @@ impl Kernels {
     }
 }
 
-fn load_cluster(modules: &Modules) -> Result<Option<[[Function; 2]; 2]>> {
-    let Some(module) = modules.module("sm90_router_select") else { return Ok(None) };
-    let load = |name| module.function_of_large_clusters(name, MAX_CLUSTER_SHARED_BYTES);
-    Ok(Some([
-        [load("moefy_router_select_f16_4")?, load("moefy_router_select_f16_16")?],
-        [load("moefy_router_select_bf16_4")?, load("moefy_router_select_bf16_16")?],
-    ]))
-}
-
 fn product(modules: &Modules, names: [&'static str; 2]) -> Result<[Function; 2]> {
     let load = |which: usize| {
         let shared_bytes = product_shared_bytes(PRODUCT_OUTPUTS[which]);
@@ -192,114 +112,6 @@ fn product(modules: &Modules, names: [&'static str; 2]) -> Result<[Function; 2]>
 
 fn product_shared_bytes(outputs: u32) -> usize {
     (PRODUCT_STAGES * (MOEFY_ROUTER_TILE + outputs) * PRODUCT_ROW_BYTES) as usize
-}
-
-/// The weights of a router on a device, without gaps, in the format of the tokens.
-#[derive(Clone, Copy, Debug)]
-pub enum RouterView {
-    /// r = |W x|, W \[E, d_model\].
-    Linear {
-        /// W.
-        w: View,
-    },
-    /// Two layers.
-    Mlp {
-        /// Which activations.
-        kind: MlpKind,
-        /// W1 \[hidden, d_model\].
-        w1: View,
-        /// W2 \[E, hidden\].
-        w2: View,
-    },
-    /// r = max(0, cos(x, c_e)).
-    Centroid {
-        /// c \[E, d_model\].
-        centroids: View,
-        /// 1/‖c_e‖, or 0 where c_e is zero, f32 \[1, E\].
-        inverse_norms: View,
-    },
-}
-
-impl RouterView {
-    /// E.
-    pub fn num_experts(&self) -> usize {
-        match self {
-            Self::Linear { w } | Self::Mlp { w2: w, .. } | Self::Centroid { centroids: w, .. } => {
-                w.shape[0]
-            }
-        }
-    }
-
-    /// Width of a token.
-    pub fn d_model(&self) -> usize {
-        self.first().shape[1]
-    }
-
-    /// Weights of the first layer.
-    fn first(&self) -> View {
-        match *self {
-            Self::Linear { w } | Self::Mlp { w1: w, .. } | Self::Centroid { centroids: w, .. } => w,
-        }
-    }
-
-    /// Width of the hidden layer; 0 where there is none.
-    pub fn hidden(&self) -> usize {
-        match self {
-            Self::Mlp { w1, .. } => w1.shape[0],
-            _ => 0,
-        }
-    }
-}
-
-/// The weights of a router, on a device.
-pub struct DeviceRouter {
-    view: RouterView,
-    /// What `view` leads to.
-    _buffers: Vec<Buffer>,
-}
-
-impl DeviceRouter {
-    /// Copies a router to the device, its weights rounded to `dtype`, the format of the tokens.
-    ///
-    /// # Errors
-    /// When the device has too little memory.
-    pub fn new(device: &Device, router: &Router, dtype: DType) -> Result<Self> {
-        let mut buffers = Vec::new();
-        let mut upload = |tensor: &crate::Tensor, dtype| {
-            let buffer = Buffer::from_slice(device, tensor.to_dtype(dtype).as_bytes())?;
-            let view = View::matrix(buffer.address(), Format::Float(dtype), tensor.shape());
-            buffers.push(buffer);
-            Ok(view)
-        };
-        let view = match router {
-            Router::Linear { w } => RouterView::Linear { w: upload(w, dtype)? },
-            Router::Mlp { kind, w1, w2 } => {
-                RouterView::Mlp { kind: *kind, w1: upload(w1, dtype)?, w2: upload(w2, dtype)? }
-            }
-            Router::Centroid { centroids } => {
-                let rounded = centroids.to_dtype(dtype).to_f64();
-                let inverse_norm = |row: &[f64]| {
-                    let norm = row.iter().map(|v| v * v).sum::<f64>().sqrt();
-                    if norm > 0.0 { (1.0 / norm) as f32 } else { 0.0 }
-                };
-                let width = centroids.shape()[1].max(1);
-                let inverse_norms = rounded.chunks_exact(width).map(inverse_norm).collect();
-                RouterView::Centroid {
-                    centroids: upload(centroids, dtype)?,
-                    inverse_norms: upload(
-                        &crate::Tensor::vector::<f32>(inverse_norms),
-                        DType::F32,
-                    )?,
-                }
-            }
-        };
-        Ok(Self { view, _buffers: buffers })
-    }
-
-    /// The weights, valid as long as `self`.
-    pub fn view(&self) -> RouterView {
-        self.view
-    }
 }
 
 /// What [`router_select`] writes.
@@ -453,8 +265,8 @@ pub(super) unsafe fn router_select_by(
     }
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe {
-        if let Some(kernel) = device.router_select.cluster(x, &params, dtype) {
-            return kernel.launch(stream, &params);
+        if let Some(kernel) = router_few::launch_of(device, x, &params, dtype) {
+            return kernel.run(stream, &params);
         }
         // One block fits a multiprocessor.
         let tokens_each = num_tokens.div_ceil(device.properties().multiprocessors);

@@ -19,7 +19,7 @@ use crate::{Common, dtype, output, tuning};
 /// Every number of tokens at which another kernel begins, and enough between them. From 33 to 511 there is
 /// nothing to choose.
 const TOKENS: [usize; 13] = [1, 2, 4, 8, 9, 16, 17, 32, 512, 1024, 2048, 4096, 8192];
-/// So close that straight lines between them are within 2 % of the time.
+/// So close that, as the estimates go, straight lines between them are within 2 % of the time.
 const DENSITIES: [f64; 8] = [0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0];
 const QUICK_TOKENS: [usize; 5] = [1, 8, 32, 512, 8192];
 const QUICK_DENSITIES: [f64; 3] = [0.05, 0.2, 1.0];

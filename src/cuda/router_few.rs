@@ -1,0 +1,97 @@
+//! Scores and selection of a router in one launch of one cluster, for few tokens on Hopper.
+
+use super::Device;
+use super::driver::{Function, RawStream};
+use super::ffn_few::in_row_stride;
+use super::kernels::Modules;
+use super::router_select::MAX_FEW_EXPERTS;
+use super::select::selection_words;
+use super::view::View;
+use crate::abi::{
+    MOEFY_FFN_FEW_THREADS, MOEFY_FFN_FEW_TILE, MOEFY_ROUTER_SELECT_BLOCKS,
+    moefy_router_select_params,
+};
+use crate::dtype::DType;
+use crate::error::Result;
+
+/// Most tokens, which is one cluster (with more, two launches are faster), steps of 32 columns that a warp can
+/// own, of the variants, rows of the first layer that a block can have, and most shared memory.
+const CLUSTER_TOKENS: usize = MOEFY_FFN_FEW_TILE as usize;
+const CLUSTER_STEPS: [usize; 2] = [4, 16];
+const MAX_CLUSTER_ROWS: usize = 16;
+const MAX_CLUSTER_SHARED_BYTES: usize = 208 << 10;
+
+/// Of f16, then of bf16.
+pub(super) struct Kernels([[Function; 2]; 2]);
+
+impl Kernels {
+    pub(super) fn load(modules: &Modules) -> Result<Option<Self>> {
+        let Some(module) = modules.module("sm90_router_select") else { return Ok(None) };
+        let load = |name| module.function_of_large_clusters(name, MAX_CLUSTER_SHARED_BYTES);
+        Ok(Some(Self([
+            [load("moefy_router_select_f16_4")?, load("moefy_router_select_f16_16")?],
+            [load("moefy_router_select_bf16_4")?, load("moefy_router_select_bf16_16")?],
+        ])))
+    }
+}
+
+/// A kernel with its sizes.
+#[derive(Clone, Copy)]
+pub(super) struct Launch {
+    kernel: Function,
+    shared_bytes: usize,
+}
+
+impl Launch {
+    /// # Safety
+    /// The addresses must lead to what the parameters say, of at least one token, and the context must be
+    /// bound.
+    pub(super) unsafe fn run(
+        &self,
+        stream: RawStream,
+        params: &moefy_router_select_params,
+    ) -> Result<()> {
+        let (grid, threads) = ([MOEFY_ROUTER_SELECT_BLOCKS, 1, 1], MOEFY_FFN_FEW_THREADS);
+        // SAFETY: the caller's promise.
+        unsafe { self.kernel.launch(stream, grid, threads, self.shared_bytes, params) }
+    }
+}
+
+/// Hopper's kernel, where the device has it and it does these sizes.
+pub(super) fn launch_of(
+    device: &Device,
+    x: View,
+    params: &moefy_router_select_params,
+    dtype: DType,
+) -> Option<Launch> {
+    let Kernels([f16, bf16]) = device.router_few.as_ref()?;
+    let kernels = match dtype {
+        DType::F32 => return None,
+        DType::F16 => f16,
+        DType::BF16 => bf16,
+    };
+    let blocks = MOEFY_ROUTER_SELECT_BLOCKS as usize;
+    let [num_tokens, d_model] = x.shape;
+    let [hidden, num_experts] = [params.hidden, params.num_experts].map(|n| n as usize);
+    let rows = hidden.div_ceil(4 * blocks) * 4;
+    let own_experts = num_experts.div_ceil(blocks);
+    let steps = d_model.div_ceil(32).div_ceil(MOEFY_FFN_FEW_THREADS as usize / 32);
+    let which = CLUSTER_STEPS.iter().position(|&most| steps <= most)?;
+    let fits = params.w2 != 0
+        && x.row_stride == d_model
+        && d_model.is_multiple_of(8)
+        && hidden.is_multiple_of(8)
+        && rows <= MAX_CLUSTER_ROWS
+        && num_tokens <= CLUSTER_TOKENS
+        && num_experts <= MAX_FEW_EXPERTS;
+    // As in the kernel.
+    let words = CLUSTER_TOKENS * (hidden + 4)
+        + num_experts.next_multiple_of(32)
+        + selection_words(&params.selection, num_experts);
+    let row_bytes = d_model * dtype.bytes();
+    let shared_bytes = rows.next_multiple_of(8) * in_row_stride(row_bytes)
+        + own_experts * hidden * dtype.bytes()
+        + 4 * words;
+    (fits && shared_bytes <= MAX_CLUSTER_SHARED_BYTES)
+        .then_some(Launch { kernel: kernels[which], shared_bytes })
+}
