@@ -30,7 +30,7 @@ extern "C" __global__ void moefy_abi_probe(const __grid_constant__ moefy_abi_pro
       LAYOUT(moefy_attention_params, is_causal),
       LAYOUT(moefy_rotary_params, reserved),
       LAYOUT(moefy_pool_params, d_model),
-      LAYOUT(moefy_activate_params, reserved),
+      LAYOUT(moefy_activate_params, element_bytes),
       LAYOUT(moefy_clear_invalid_params, num_tokens),
       LAYOUT(moefy_split_valid_params, num_chunks),
       LAYOUT(moefy_statistics_params, num_experts),

@@ -74,8 +74,38 @@ __device__ __forceinline__ void activate_hidden(const moefy_activate_params& p, 
   }
 }
 
+/// Zeros in h, 16 bytes at a time, where a token does not run the expert, whatever was there. blockIdx.y covers tokens.
+__device__ __forceinline__ void mask_hidden(const moefy_activate_params& p) {
+  constexpr uint32_t kBatch = 4;
+  const moefy_neurons& n = p.neurons;
+  const uint32_t chunk = blockIdx.x * kThreads + threadIdx.x;
+  const uint32_t expert = chunk / (n.expert_width * p.element_bytes / kChunkBytes);
+  if (expert >= n.num_experts) return;
+  const uint64_t row_bytes = static_cast<uint64_t>(num_neurons(n)) * p.element_bytes;
+  char* const hidden = static_cast<char*>(p.hidden) + static_cast<uint64_t>(chunk) * kChunkBytes;
+  begin();
+#pragma unroll 1
+  for (uint32_t first = blockIdx.y; first < p.num_tokens; first += kBatch * gridDim.y) {
+    bool runs[kBatch];
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch; ++i) {
+      runs[i] = selects(p.mask, n.num_experts, min(first + i * gridDim.y, p.num_tokens - 1), expert);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch; ++i) {
+      const uint32_t token = first + i * gridDim.y;
+      if (token < p.num_tokens && !runs[i]) *reinterpret_cast<uint4*>(hidden + token * row_bytes) = uint4{};
+    }
+  }
+}
+
 }  // namespace
 }  // namespace moefy
+
+extern "C" __global__ void __launch_bounds__(moefy::kThreads)
+    moefy_dense_mask(const __grid_constant__ moefy_activate_params p) {
+  moefy::mask_hidden(p);
+}
 
 #define MOEFY_DENSE_ACTIVATE(name, type, per)                                               \
   extern "C" __global__ void __launch_bounds__(moefy::kThreads)                                        \

@@ -269,7 +269,8 @@ pub struct moefy_router_many_params {
     pub num_pieces: u32,
     pub parts_offset: u32,
     pub pieces_offset: u32,
-    pub reserved: [u32; 9usize],
+    pub rows_offset: u32,
+    pub reserved: [u32; 8usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -295,8 +296,10 @@ const _: () = {
         [::std::mem::offset_of!(moefy_router_many_params, parts_offset) - 532usize];
     ["Offset of field: moefy_router_many_params::pieces_offset"]
         [::std::mem::offset_of!(moefy_router_many_params, pieces_offset) - 536usize];
+    ["Offset of field: moefy_router_many_params::rows_offset"]
+        [::std::mem::offset_of!(moefy_router_many_params, rows_offset) - 540usize];
     ["Offset of field: moefy_router_many_params::reserved"]
-        [::std::mem::offset_of!(moefy_router_many_params, reserved) - 540usize];
+        [::std::mem::offset_of!(moefy_router_many_params, reserved) - 544usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -924,7 +927,7 @@ pub struct moefy_activate_params {
     pub mask: u64,
     pub gates: u64,
     pub num_tokens: u32,
-    pub reserved: u32,
+    pub element_bytes: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -943,8 +946,8 @@ const _: () = {
         [::std::mem::offset_of!(moefy_activate_params, gates) - 104usize];
     ["Offset of field: moefy_activate_params::num_tokens"]
         [::std::mem::offset_of!(moefy_activate_params, num_tokens) - 112usize];
-    ["Offset of field: moefy_activate_params::reserved"]
-        [::std::mem::offset_of!(moefy_activate_params, reserved) - 116usize];
+    ["Offset of field: moefy_activate_params::element_bytes"]
+        [::std::mem::offset_of!(moefy_activate_params, element_bytes) - 116usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

@@ -58,7 +58,7 @@
 #define MOEFY_ROUTER_MANY_STAGES 8u
 #define MOEFY_ROUTER_MANY_PIECES 4u
 
-/* Threads of a block of moefy_dense_activate. */
+/* Threads of a block of moefy_dense_activate, and of moefy_dense_mask. */
 #define MOEFY_ACTIVATE_THREADS 128u
 
 typedef enum moefy_rule {
@@ -166,7 +166,8 @@ typedef struct moefy_router_many_params {
   uint32_t num_pieces;    /* of w2 that each of two warpgroups has in shared memory */
   uint32_t parts_offset;  /* in shared memory: parts of the hidden units, later what selection sorts */
   uint32_t pieces_offset; /* there: pieces of w2 */
-  uint32_t reserved[9];   /* to a multiple of the alignment */
+  uint32_t rows_offset;   /* there: scores of the second layer; 0: where the sums of the first one were */
+  uint32_t reserved[8];   /* to a multiple of the alignment */
 } moefy_router_many_params;
 
 /* Masks -> lists. */
@@ -421,7 +422,7 @@ typedef struct moefy_activate_params {
   MOEFY_PTR(const uint32_t) mask; /* [num_tokens, ceil(num_experts/32)] or null: all experts */
   MOEFY_PTR(const float) gates;   /* [num_tokens, num_experts] or null: all 1 */
   uint32_t num_tokens;
-  uint32_t reserved;
+  uint32_t element_bytes; /* of h */
 } moefy_activate_params;
 
 /* Writes zeros to the rows of y at and beyond num_valid_tokens. */

@@ -110,7 +110,9 @@ struct Place {
     return (ceil_div(p.router.num_experts, kPieceExperts) + 1 - group) / 2 * hidden_depths();
   }
   /// Where a row of scores, then keys, is for each token: with one layer, where its sums are.
-  __device__ uint32_t first_row() const { return p.router.w2 == nullptr ? rank * num_tokens * kSumWords : 0; }
+  __device__ uint32_t first_row() const {
+    return p.router.w2 == nullptr ? rank * num_tokens * kSumWords : p.rows_offset / 4;
+  }
   __device__ uint32_t row_words() const {
     return p.router.w2 == nullptr ? kSumWords : ceil_div(p.router.num_experts, kPieceExperts) * kPieceExperts + 4;
   }
@@ -586,8 +588,12 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
 
   add_up<T, Place, kOutputs>(place, fixed);
   fence_for_copies();
-  // Rows will lie where other blocks read sums.
-  sync_cluster();
+  if (r.w2 != nullptr && p.rows_offset == 0) {
+    // Rows will lie where other blocks read sums.
+    sync_cluster();
+  } else {
+    __syncthreads();
+  }
   float* const rows = reinterpret_cast<float*>(memory) + place.first_row();
   if (r.w2 != nullptr && multiplies) {
     second_layer<T, Place, kColumns>(place, fixed, rows);
@@ -600,7 +606,8 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
   }
   copy_async_commit();
   copy_async_wait<0>();
-  __syncthreads();
+  // Not only the block's: others may still read its sums. And racecheck sees no other barrier in a cluster.
+  sync_cluster();
   uint32_t* const scratch = reinterpret_cast<uint32_t*>(memory + p.parts_offset) + warp * scratch_words(r);
 #pragma unroll 1
   for (uint32_t token = warp; token < place.num_tokens; token += 2 * kWarps) {

@@ -48,7 +48,7 @@ pub fn host_abi() -> Vec<u32> {
         moefy_attention_params.is_causal,
         moefy_rotary_params.reserved,
         moefy_pool_params.d_model,
-        moefy_activate_params.reserved,
+        moefy_activate_params.element_bytes,
         moefy_clear_invalid_params.num_tokens,
         moefy_split_valid_params.num_chunks,
         moefy_statistics_params.num_experts,

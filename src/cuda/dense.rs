@@ -6,7 +6,7 @@ use super::Device;
 use super::cublaslt::{
     CublasLt, Epilogue, Operands, Product, ProductShape, Timer, WORKSPACE_BYTES,
 };
-use super::driver::RawStream;
+use super::driver::{Function, RawStream};
 use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
 use crate::abi::{MOEFY_ACTIVATE_THREADS, moefy_activate_params, moefy_neurons};
@@ -19,9 +19,13 @@ use crate::ffn::Activation;
 const THREADS: u32 = MOEFY_ACTIVATE_THREADS;
 const BLOCKS_PER_MULTIPROCESSOR: u32 = 16;
 
+/// Bytes that a thread of the kernel that masks writes at once.
+const CHUNK_BYTES: u32 = 16;
+
 pub(super) struct Kernels {
     /// A neuron a thread, and eight.
     activate: [PerDType; 2],
+    mask: Function,
 }
 
 impl Kernels {
@@ -37,8 +41,18 @@ impl Kernels {
             "moefy_dense_activate_bf16_8",
         ];
         let load = |names| modules.per_dtype("dense", names, 0);
-        Ok(Self { activate: [load(one)?, load(eight)?] })
+        let mask = modules.function("dense", "moefy_dense_mask", 0)?;
+        Ok(Self { activate: [load(one)?, load(eight)?], mask })
     }
+}
+
+/// What comes between the products of all experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Masked {
+    /// Masks.
+    Plain,
+    /// Masks and gates.
+    Gated,
 }
 
 /// A dense function: the original FFN, or that of all experts under masks.
@@ -50,8 +64,8 @@ pub(super) struct DenseLayer {
     /// b1 and b2 of the weights' element type, or null.
     pub(super) bias_in: u64,
     pub(super) bias_out: u64,
-    /// Whether masks and gates come in between.
-    pub(super) masked: bool,
+    /// Of the function of all experts.
+    pub(super) masked: Option<Masked>,
 }
 
 impl DenseLayer {
@@ -64,10 +78,20 @@ impl DenseLayer {
         self.neurons.d_ff as usize + self.neurons.rank as usize
     }
 
-    /// What the first product can do at once, if that is everything.
+    /// Whether zeros can be written over h afterwards, in whole chunks.
+    fn can_be_masked_later(&self) -> bool {
+        let chunks =
+            |neurons: u32| (neurons * self.dtype.bytes() as u32).is_multiple_of(CHUNK_BYTES);
+        self.masked == Some(Masked::Plain)
+            && chunks(self.neurons.expert_width)
+            && chunks(self.neurons.d_ff)
+    }
+
+    /// What the first product can do at once, if that is everything but plain masks.
     pub(super) fn fused_activation(&self) -> Option<Epilogue> {
         let n = &self.neurons;
-        if self.masked || n.glu == 1 || n.mean != 0 || n.rank != 0 {
+        let is_more = self.masked.is_some() && !self.can_be_masked_later();
+        if is_more || n.glu == 1 || n.mean != 0 || n.rank != 0 {
             return None;
         }
         // cuBLASLt approximates tanh: an error of 3e-6 in f32, three times what a product of this type leaves.
@@ -234,7 +258,8 @@ impl Dense {
     /// # Safety
     /// As for [`Self::run`].
     unsafe fn activate(&self, device: &Device, stream: RawStream, run: &DenseRun) -> Result<()> {
-        if self.layer.fused_activation().is_some() {
+        let is_fused = self.layer.fused_activation().is_some();
+        if is_fused && run.mask == 0 {
             return Ok(());
         }
         let [input, output] = self.operands(run);
@@ -245,10 +270,16 @@ impl Dense {
             mask: run.mask,
             gates: run.gates,
             num_tokens: run.num_tokens as u32,
-            reserved: 0,
+            element_bytes: self.layer.dtype.bytes() as u32,
         };
         // SAFETY: the caller's promise.
-        unsafe { launch_activate(device, stream, self.layer.dtype, &params) }
+        unsafe {
+            if is_fused {
+                launch_mask(device, stream, &params)
+            } else {
+                launch_activate(device, stream, self.layer.dtype, &params)
+            }
+        }
     }
 
     /// # Safety
@@ -309,9 +340,29 @@ pub(super) unsafe fn launch_activate(
     let [d_ff, rank] = [params.neurons.d_ff, params.neurons.rank];
     let by_eight = d_ff % 8 == 0 && rank % 8 == 0;
     let across = (d_ff + rank).div_ceil(if by_eight { THREADS * 8 } else { THREADS });
-    let blocks = device.properties().multiprocessors as u32 * BLOCKS_PER_MULTIPROCESSOR;
-    let grid = [across, params.num_tokens.min(blocks.div_ceil(across)), 1];
     let kernel = device.dense.activate[usize::from(by_eight)].get(dtype);
     // SAFETY: the caller's promise.
-    unsafe { kernel.launch(stream, grid, THREADS, 0, params) }
+    unsafe { kernel.launch(stream, grid(device, across, params), THREADS, 0, params) }
+}
+
+/// h → h with zeros where a token does not run the expert.
+///
+/// # Safety
+/// As for [`launch_activate`]; masks must be there, and an expert of whole chunks.
+unsafe fn launch_mask(
+    device: &Device,
+    stream: RawStream,
+    params: &moefy_activate_params,
+) -> Result<()> {
+    let n = &params.neurons;
+    let chunks = n.num_experts * (n.expert_width * params.element_bytes / CHUNK_BYTES);
+    let grid = grid(device, chunks.div_ceil(THREADS), params);
+    // SAFETY: the caller's promise.
+    unsafe { device.dense.mask.launch(stream, grid, THREADS, 0, params) }
+}
+
+/// Blocks for all tokens, of which `across` share one.
+fn grid(device: &Device, across: u32, params: &moefy_activate_params) -> [u32; 3] {
+    let blocks = device.properties().multiprocessors as u32 * BLOCKS_PER_MULTIPROCESSOR;
+    [across, params.num_tokens.min(blocks.div_ceil(across)), 1]
 }

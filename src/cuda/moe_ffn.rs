@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::dense::DenseLayer;
+use super::dense::{DenseLayer, Masked};
 use super::neurons::Neurons;
 use super::view::{Arguments, Format, View};
 use super::{Buffer, Device, DeviceRouter, LayerShape, RouterView, ffn_few};
@@ -231,6 +231,8 @@ impl MoeFfn {
     fn dense_layer(&self, neurons: &Neurons, bias_out: u64, masked: bool) -> Result<DenseLayer> {
         let check = Arguments { device: &self.device, op: "moe_ffn" };
         let (neurons, dtype) = neurons.check(&check)?;
+        let masked =
+            masked.then(|| if self.gate() == Gate::One { Masked::Plain } else { Masked::Gated });
         let activation = self.neurons.activation;
         Ok(DenseLayer { neurons, dtype, activation, bias_in: self.biases[0], bias_out, masked })
     }

@@ -16,17 +16,38 @@ pub(super) const MAX_FEW_TOKENS: usize = 8;
 /// Fewest tokens for which a choice goes expert by expert: with fewer, tiles are mostly empty.
 pub(super) const MIN_MANY_TOKENS: usize = 512;
 
-/// One for each number of tokens, from 0.
-pub(super) type FewPaths = [Path; ffn_few::MAX_TOKENS + 1];
+/// Paths with the most tokens that take them, ascending: to choose one takes too long to do it in every run.
+#[derive(Clone, Debug)]
+pub(super) struct Paths(Vec<(usize, Path)>);
 
-/// Elements of tokens up to which the router of a masked dense layer runs beside its first product: with more, either of them
-/// fills the chip.
-const MAX_BESIDE: usize = 256 * 1024;
+impl Paths {
+    /// Numbers of tokens that are looked at one by one; from then on, so many at a time.
+    const STEP: usize = 64;
 
-/// Whether the router of a masked dense layer runs beside its first product.
-pub(super) fn routes_beside(num_tokens: usize, d_model: usize) -> bool {
-    num_tokens.saturating_mul(d_model) <= MAX_BESIDE
+    pub(super) fn new(path_of: impl Fn(usize) -> Path) -> Self {
+        let mut paths: Vec<(usize, Path)> = Vec::new();
+        let steps = (1..=MAX_CHUNK / Self::STEP).map(|step| step * Self::STEP);
+        for num_tokens in (0..Self::STEP).chain(steps) {
+            let path = path_of(num_tokens);
+            match paths.last_mut() {
+                Some(last) if last.1 == path => last.0 = num_tokens,
+                _ => paths.push((num_tokens, path)),
+            }
+        }
+        Self(paths)
+    }
+
+    /// More tokens than a chunk go in chunks.
+    pub(super) fn get(&self, num_tokens: usize) -> Path {
+        let Self(paths) = self;
+        let place = paths.partition_point(|&(most, _)| most < num_tokens);
+        paths[place.min(paths.len() - 1)].1
+    }
 }
+
+/// Pre-activations up to which the router of a masked dense layer runs beside its first product: with more, either of them
+/// fills the chip.
+const MAX_BESIDE: usize = 4 << 20;
 
 /// A way to compute the layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -158,9 +179,9 @@ impl MoeFfn {
         options.path.unwrap_or_else(|| self.choose(tuning, num_tokens, options, many))
     }
 
-    /// The same for every number of tokens so small that choosing would count beside the run.
-    pub(super) fn few_paths(&self, options: &PlanOptions, many: bool) -> FewPaths {
-        std::array::from_fn(|num_tokens| self.path(num_tokens, options, many))
+    /// The same for every number of tokens.
+    pub(super) fn paths(&self, options: &PlanOptions, many: bool) -> Paths {
+        Paths::new(|num_tokens| self.path(num_tokens, options, many))
     }
 
     /// The path where none is forced, by a tuning where it has every time that matters: what was measured is
@@ -236,8 +257,16 @@ impl MoeFfn {
             Path::DenseExact => dense_us,
             Path::DenseMasked => {
                 let router_us =
-                    if routes_beside(num_tokens, neurons.d_model()) { 4.0 } else { router_us };
-                dense_us + router_us + tokens * (rows_in + rows_out) * element / 2e6
+                    if self.routes_beside(num_tokens) { 3.0 + 0.005 * tokens } else { router_us };
+                // Either zeros are written over what a token does not run, or all of h is gone through.
+                let masks_later =
+                    self.masked().is_ok_and(|layer| layer.fused_activation().is_some());
+                let mask_us = if masks_later {
+                    3.5 + (1.0 - density) * tokens * rows_out * element / 3.7e6
+                } else {
+                    tokens * (rows_in + rows_out) * element / 2e6
+                };
+                dense_us + router_us + mask_us
             }
             Path::TokenTile => f64::INFINITY,
             Path::ExpertMajor => {
@@ -284,6 +313,11 @@ impl MoeFfn {
         ffn_few::Shape::new(device, neurons, &router, sorts, self.dtype(), num_tokens)
     }
 
+    /// Whether the router of a masked dense layer runs beside its first product.
+    pub(super) fn routes_beside(&self, num_tokens: usize) -> bool {
+        num_tokens.saturating_mul(self.neurons().w_in.shape[0]) <= MAX_BESIDE
+    }
+
     /// Whether a plan may take [`Path::DenseMasked`].
     pub(super) fn may_be_masked(&self, options: &PlanOptions) -> bool {
         options.path.map_or(options.fallback == Fallback::Masked, |path| path == Path::DenseMasked)
@@ -326,4 +360,23 @@ fn faster(
         }
     }
     Some(best.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_those_of_every_number_of_tokens() {
+        let path_of = |num_tokens: usize| match num_tokens {
+            0..=4 => Path::FewFused,
+            5..=8 => Path::Few,
+            9..=1024 => Path::DenseExact,
+            _ => Path::ExpertMajor,
+        };
+        let paths = Paths::new(path_of);
+        for num_tokens in (0..3000).chain([MAX_CHUNK - 1, MAX_CHUNK, MAX_CHUNK + 1, 1 << 20]) {
+            assert_eq!(paths.get(num_tokens), path_of(num_tokens), "{num_tokens}");
+        }
+    }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::dense::{Dense, DenseLayer, DenseRun};
 use super::driver::{Branch, RawStream};
-use super::path::{FewPaths, routes_beside};
+use super::path::Paths;
 use super::places::Places;
 use super::router_select::{check_router, router_select_by};
 use super::statistics::Counters;
@@ -38,7 +38,7 @@ pub struct FfnPlan {
     max_tokens: usize,
     options: PlanOptions,
     places: Places,
-    few: FewPaths,
+    paths: Paths,
     dense: Option<Dense>,
     counters: Option<Counters>,
     /// For the router of a masked dense layer.
@@ -89,7 +89,7 @@ impl MoeFfn {
             ffn: self.clone(),
             max_tokens,
             options,
-            few: self.few_paths(&options, places.many),
+            paths: self.paths(&options, places.many),
             places,
             dense: None,
             counters: None,
@@ -128,9 +128,9 @@ impl FfnPlan {
             Some(_) => Some(Counters::new(ffn.device(), ffn.neurons().num_experts)?),
             None => None,
         };
-        let few = ffn.few_paths(&self.options, self.places.many);
+        let paths = ffn.paths(&self.options, self.places.many);
         let branch = self.branch.clone();
-        Ok(Self { ffn: ffn.clone(), few, dense, counters, branch, ..*self })
+        Ok(Self { ffn: ffn.clone(), paths, dense, counters, branch, ..*self })
     }
 
     /// Bytes of workspace that a run needs.
@@ -140,8 +140,7 @@ impl FfnPlan {
 
     /// The path that a run of so many tokens takes.
     pub fn path(&self, num_tokens: usize) -> Path {
-        let chosen = self.few.get(num_tokens).copied();
-        chosen.unwrap_or_else(|| self.ffn.path(num_tokens, &self.options, self.places.many))
+        self.paths.get(num_tokens)
     }
 
     /// The layer.
@@ -480,8 +479,7 @@ impl FfnPlan {
         };
         // SAFETY: the caller's promise.
         unsafe {
-            let [num_tokens, d_model] = inputs.x.shape;
-            if routes_beside(num_tokens, d_model)
+            if self.ffn.routes_beside(inputs.x.shape[0])
                 && let Some(branch) = &self.branch
             {
                 branch.run(stream, route, || dense.begin(stream, &first))?;

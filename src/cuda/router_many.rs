@@ -122,6 +122,7 @@ pub(super) struct Shape {
     num_pieces: u32,
     parts_offset: u32,
     pieces_offset: u32,
+    rows_offset: u32,
     shared_bytes: usize,
 }
 
@@ -172,11 +173,11 @@ impl Shape {
         // Sums, in whose place the rows of scores will be; then parts of the hidden units, in whose place selection sorts.
         let sums = size.tokens * (size.outputs + 8) * 4;
         let depths = router.hidden.div_ceil(PIECE);
+        let row = router.num_experts.next_multiple_of(PIECE) + 4;
+        let rows = if router.w2 == 0 { 0 } else { size.tokens / num_blocks * row * 4 };
         let (first, second) = if router.w2 == 0 {
             (sums, WARPS * sorted * 4)
         } else {
-            let row = router.num_experts.next_multiple_of(PIECE) + 4;
-            let rows = size.tokens / num_blocks * row * 4;
             let parts = if dtype == DType::F16 { 2 } else { 3 };
             let of_parts = parts * depths * size.columns * ROW_BYTES;
             (sums.max(rows), of_parts.max(WARPS * sorted * 4))
@@ -194,6 +195,8 @@ impl Shape {
         let room = (available - num_pieces * of_pieces) / stage;
         let num_stages = room.min(MOEFY_ROUTER_MANY_STAGES).min(useful);
         let pieces_offset = least.max(num_stages * stage);
+        // Where stages leave more room, rows lie apart, and no block waits until the others have read its sums.
+        let rows_offset = if rows > 0 && least + rows <= pieces_offset { least } else { 0 };
         (num_stages >= useful.min(2) && num_pieces >= wanted.min(1)).then_some(Self {
             kernel,
             size,
@@ -202,6 +205,7 @@ impl Shape {
             num_pieces,
             parts_offset,
             pieces_offset,
+            rows_offset,
             shared_bytes: (pieces_offset + num_pieces * of_pieces) as usize,
         })
     }
@@ -233,7 +237,8 @@ impl Shape {
             num_pieces: self.num_pieces,
             parts_offset: self.parts_offset,
             pieces_offset: self.pieces_offset,
-            reserved: [0; 9],
+            rows_offset: self.rows_offset,
+            reserved: [0; 8],
         };
         let grid = [r.num_tokens.div_ceil(tokens) * self.num_blocks, 1, 1];
         let threads = MOEFY_ROUTER_MANY_THREADS;

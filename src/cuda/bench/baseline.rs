@@ -241,7 +241,7 @@ impl Batch<'_> {
                 mask: 0,
                 gates: 0,
                 num_tokens: self.tokens as u32,
-                reserved: 0,
+                element_bytes: layer.dtype.bytes() as u32,
             };
             launch_activate(self.device, stream, layer.dtype, &params)
         }

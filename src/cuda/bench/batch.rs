@@ -63,7 +63,7 @@ impl Batch {
     /// A plan for these tokens. Dense products are timed when the first plan needs them.
     pub(super) fn plan(&self, set: &Arc<MoeFfn>, options: PlanOptions) -> Result<FfnPlan> {
         set.plan_with(self.tokens, options, |plan, layer| {
-            let timed = if layer.masked { &self.masked } else { &self.exact };
+            let timed = if layer.masked.is_some() { &self.masked } else { &self.exact };
             if timed.get().is_none() {
                 // Whoever was first would do as well as this one.
                 let _ = timed.set(plan.tune_full(layer)?);
