@@ -202,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(moefy::kUnionThreads)
     if (looks && (those >> lane & 1)) {
       const uint32_t earlier = warp == 0 ? 0 : __popc(nonempty[0]);
       const uint64_t at = static_cast<uint64_t>(tile) * p.num_experts + before + earlier + __popc(those & ((1u << lane) - 1));
-      p.tile_experts[at] = expert;
+      p.tile_expert_ids[at] = expert;
 #pragma unroll
       for (uint32_t i = 0; i < kVectors; ++i) reinterpret_cast<uint4*>(p.tile_masks)[at * kVectors + i] = tokens[i];
     }

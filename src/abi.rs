@@ -517,7 +517,7 @@ pub struct moefy_token_tiles_params {
     pub sorted: u64,
     pub token_ids: u64,
     pub tile_counts: u64,
-    pub tile_experts: u64,
+    pub tile_expert_ids: u64,
     pub tile_masks: u64,
     pub num_chunks: u32,
     pub num_tokens: u32,
@@ -542,8 +542,8 @@ const _: () = {
         [::std::mem::offset_of!(moefy_token_tiles_params, token_ids) - 32usize];
     ["Offset of field: moefy_token_tiles_params::tile_counts"]
         [::std::mem::offset_of!(moefy_token_tiles_params, tile_counts) - 40usize];
-    ["Offset of field: moefy_token_tiles_params::tile_experts"]
-        [::std::mem::offset_of!(moefy_token_tiles_params, tile_experts) - 48usize];
+    ["Offset of field: moefy_token_tiles_params::tile_expert_ids"]
+        [::std::mem::offset_of!(moefy_token_tiles_params, tile_expert_ids) - 48usize];
     ["Offset of field: moefy_token_tiles_params::tile_masks"]
         [::std::mem::offset_of!(moefy_token_tiles_params, tile_masks) - 56usize];
     ["Offset of field: moefy_token_tiles_params::num_chunks"]
@@ -565,7 +565,7 @@ pub struct moefy_experts_tiled_params {
     pub num_valid_tokens: u64,
     pub token_ids: u64,
     pub tile_counts: u64,
-    pub tile_experts: u64,
+    pub tile_expert_ids: u64,
     pub tile_masks: u64,
     pub hidden: u64,
     pub hidden_stride: u64,
@@ -592,8 +592,8 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_tiled_params, token_ids) - 112usize];
     ["Offset of field: moefy_experts_tiled_params::tile_counts"]
         [::std::mem::offset_of!(moefy_experts_tiled_params, tile_counts) - 120usize];
-    ["Offset of field: moefy_experts_tiled_params::tile_experts"]
-        [::std::mem::offset_of!(moefy_experts_tiled_params, tile_experts) - 128usize];
+    ["Offset of field: moefy_experts_tiled_params::tile_expert_ids"]
+        [::std::mem::offset_of!(moefy_experts_tiled_params, tile_expert_ids) - 128usize];
     ["Offset of field: moefy_experts_tiled_params::tile_masks"]
         [::std::mem::offset_of!(moefy_experts_tiled_params, tile_masks) - 136usize];
     ["Offset of field: moefy_experts_tiled_params::hidden"]

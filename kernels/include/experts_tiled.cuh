@@ -59,7 +59,7 @@ __device__ __forceinline__ TileNeuron find_neuron(const moefy_experts_tiled_para
   if (slot * width > place) --slot;
   if ((slot + 1) * width <= place) ++slot;
   const uint64_t at = static_cast<uint64_t>(tile.index) * p.neurons.num_experts + slot;
-  return {p.tile_experts[at] * width + place - slot * width, slot};
+  return {p.tile_expert_ids[at] * width + place - slot * width, slot};
 }
 
 /// What a launch does, in shared memory: the tiles, those with the most neurons first, and their items.

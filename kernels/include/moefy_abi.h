@@ -268,7 +268,7 @@ typedef struct moefy_token_tiles_params {
   MOEFY_PTR(uint32_t) sorted;       /* [ceil(num_tokens/MOEFY_TILE_CHUNK), MOEFY_TILE_CHUNK]: keys, ascending in each */
   MOEFY_PTR(uint32_t) token_ids;    /* [num_tokens]: in their order; padding comes last */
   MOEFY_PTR(uint32_t) tile_counts;  /* [num_tiles]: experts that any token of the tile selects */
-  MOEFY_PTR(uint32_t) tile_experts; /* [num_tiles, num_experts]: those, ascending */
+  MOEFY_PTR(uint32_t) tile_expert_ids; /* [num_tiles, num_experts]: those, ascending */
   MOEFY_PTR(uint32_t) tile_masks;   /* [num_tiles, num_experts, MOEFY_TILE_TOKENS/32]: of each of those its tokens */
   uint32_t num_chunks;
   uint32_t num_tokens;
@@ -285,7 +285,7 @@ typedef struct moefy_experts_tiled_params {
   MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
   MOEFY_PTR(const uint32_t) token_ids;        /* these four: of moefy_token_tiles_params */
   MOEFY_PTR(const uint32_t) tile_counts;
-  MOEFY_PTR(const uint32_t) tile_experts;
+  MOEFY_PTR(const uint32_t) tile_expert_ids;
   MOEFY_PTR(const uint32_t) tile_masks;
   /* [num_tiles * MOEFY_TILE_TOKENS, hidden_stride], in the order of token_ids: what a tile runs comes first, its experts in
    * their order, then the shared neurons, then the linear ones; zeros up to the next multiple of 64. */

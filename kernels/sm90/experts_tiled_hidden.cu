@@ -121,7 +121,7 @@ __device__ __forceinline__ void find_places(const moefy_experts_tiled_params& p,
       expert = found.neuron < p.neurons.d_ff ? kNoExpert : kLinear;
     } else {
       const uint64_t at = static_cast<uint64_t>(tile.index) * p.neurons.num_experts + found.slot;
-      expert = p.tile_experts[at];
+      expert = p.tile_expert_ids[at];
       selected_by = *reinterpret_cast<const uint4*>(p.tile_masks + at * kTileWords);
     }
   }

@@ -340,18 +340,38 @@ impl Module {
         Ok(Function { raw, name, overlaps: self.overlaps })
     }
 
-    /// The same of an entry point for clusters of more than eight blocks, which not every device need have.
+    /// The same of an entry point for clusters of so many blocks, more than eight; `None` where the device has no room for one,
+    /// as a part of a Hopper may have none.
     pub(super) fn function_of_large_clusters(
         &self,
         name: &'static str,
         shared_bytes: usize,
-    ) -> Result<Function> {
+        cluster: u32,
+        block: u32,
+    ) -> Result<Option<Function>> {
         use sys::CUfunction_attribute as Attribute;
         let function = self.function(name, shared_bytes)?;
         let attribute = Attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
         unsafe { result::function::set_function_attribute(function.raw, attribute, 1) }
             .map_err(preparing(name))?;
-        Ok(function)
+        let mut attributes = [cluster_attribute(cluster)];
+        let config = sys::CUlaunchConfig {
+            gridDimX: cluster,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: u32::try_from(shared_bytes).unwrap_or(u32::MAX),
+            hStream: std::ptr::null_mut(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: 1,
+        };
+        let mut resident = 0;
+        let asked = unsafe {
+            sys::cuOccupancyMaxActiveClusters(&mut resident, function.raw, &config).result()
+        };
+        Ok((asked.is_ok() && resident > 0).then_some(function))
     }
 
     /// The same with as much dynamic shared memory as the entry point leaves of what a block can have,
@@ -419,15 +439,15 @@ impl Function {
         shared_bytes: usize,
         params: &P,
     ) -> Result<()> {
-        use sys::{CUlaunchAttributeID as Id, CUlaunchAttributeValue as Value};
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
-        let overlaps = Value { programmaticStreamSerializationAllowed: self.overlaps.into() };
-        let size = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: cluster, y: 1, z: 1 };
-        let mut attributes = [
-            attribute(Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, overlaps),
-            attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, Value { clusterDim: size }),
-        ];
+        let overlaps = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: self.overlaps.into(),
+            },
+        };
+        let mut attributes = [overlaps, cluster_attribute(cluster)];
         // Kernels that know the size of their clusters are launched without it, and old devices know neither.
         let count = if cluster > 1 { 2 } else { u32::from(self.overlaps) };
         let config = sys::CUlaunchConfig {
@@ -447,6 +467,15 @@ impl Function {
         unsafe { sys::cuLaunchKernelEx(&config, self.raw, arguments.as_mut_ptr(), extra) }
             .result()
             .map_err(cannot(format!("launch {}", self.name)))
+    }
+}
+
+fn cluster_attribute(blocks: u32) -> sys::CUlaunchAttribute {
+    let size = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { clusterDim: size },
     }
 }
 

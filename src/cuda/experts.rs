@@ -319,7 +319,7 @@ fn tiled_params(
         num_valid_tokens: params.num_valid_tokens,
         token_ids: words("token_ids of tiles", tiles.token_ids, [1, num_tokens])?,
         tile_counts: words("counts of tiles", tiles.counts, [1, num_tiles])?,
-        tile_experts: words("experts of tiles", tiles.experts, [num_tiles, num_experts])?,
+        tile_expert_ids: words("expert_ids of tiles", tiles.expert_ids, [num_tiles, num_experts])?,
         tile_masks: words("masks of tiles", tiles.masks, [num_tiles, num_experts * TILE_WORDS])?,
         num_tokens: params.num_tokens,
         ..bytemuck::Zeroable::zeroed()

@@ -124,7 +124,13 @@ impl Module {
         match self.0 {}
     }
 
-    pub(super) fn function_of_large_clusters(&self, _: &'static str, _: usize) -> Result<Function> {
+    pub(super) fn function_of_large_clusters(
+        &self,
+        _: &'static str,
+        _: usize,
+        _: u32,
+        _: u32,
+    ) -> Result<Option<Function>> {
         match self.0 {}
     }
 

@@ -16,12 +16,12 @@ pub(super) const MAX_FEW_TOKENS: usize = 8;
 /// Fewest tokens for which a choice goes expert by expert: with fewer, tiles are mostly empty.
 pub(super) const MIN_MANY_TOKENS: usize = 512;
 
-/// Paths with the most tokens that take them, ascending: to choose one takes too long to do it in every run.
+/// Paths with the fewest tokens that take them, ascending from 0: to choose one takes too long to do it in every run.
 #[derive(Clone, Debug)]
 pub(super) struct Paths(Vec<(usize, Path)>);
 
 impl Paths {
-    /// Numbers of tokens that are looked at one by one; from then on, so many at a time.
+    /// Numbers of tokens that are looked at one by one; from then on, as many go as the first of them.
     const STEP: usize = 64;
 
     pub(super) fn new(path_of: impl Fn(usize) -> Path) -> Self {
@@ -29,9 +29,8 @@ impl Paths {
         let steps = (1..=MAX_CHUNK / Self::STEP).map(|step| step * Self::STEP);
         for num_tokens in (0..Self::STEP).chain(steps) {
             let path = path_of(num_tokens);
-            match paths.last_mut() {
-                Some(last) if last.1 == path => last.0 = num_tokens,
-                _ => paths.push((num_tokens, path)),
+            if paths.last().is_none_or(|last| last.1 != path) {
+                paths.push((num_tokens, path));
             }
         }
         Self(paths)
@@ -40,8 +39,7 @@ impl Paths {
     /// More tokens than a chunk go in chunks.
     pub(super) fn get(&self, num_tokens: usize) -> Path {
         let Self(paths) = self;
-        let place = paths.partition_point(|&(most, _)| most < num_tokens);
-        paths[place.min(paths.len() - 1)].1
+        paths[paths.partition_point(|&(fewest, _)| fewest <= num_tokens) - 1].1
     }
 }
 
@@ -371,7 +369,7 @@ mod tests {
         let path_of = |num_tokens: usize| match num_tokens {
             0..=4 => Path::FewFused,
             5..=8 => Path::Few,
-            9..=1024 => Path::DenseExact,
+            9..1024 => Path::DenseExact,
             _ => Path::ExpertMajor,
         };
         let paths = Paths::new(path_of);

@@ -40,7 +40,7 @@ pub(super) struct Places {
     /// Whether tokens go in tiles.
     pub(super) tiled: bool,
     pub(super) tile_counts: u64,
-    pub(super) tile_experts: u64,
+    pub(super) tile_expert_ids: u64,
     pub(super) tile_masks: u64,
     /// Of whatever runs: one after another.
     pub(super) op: u64,
@@ -82,7 +82,7 @@ impl MoeFfn {
             beside: 0,
             tiled,
             tile_counts: 0,
-            tile_experts: 0,
+            tile_expert_ids: 0,
             tile_masks: 0,
             op: 0,
             bytes: 0,
@@ -106,7 +106,7 @@ impl MoeFfn {
                 let tiles = chunk.div_ceil(TILE_TOKENS);
                 places.token_ids = place(chunk)?;
                 places.tile_counts = place(tiles)?;
-                places.tile_experts = place(tiles.checked_mul(num_experts)?)?;
+                places.tile_expert_ids = place(tiles.checked_mul(num_experts)?)?;
                 places.tile_masks = place(tiles.checked_mul(num_experts * TILE_WORDS)?)?;
             }
             if self.may_be_masked(options) {
@@ -185,7 +185,7 @@ impl Places {
         TokenTiles {
             token_ids: View::words(base + self.token_ids, tokens),
             counts: View::words(base + self.tile_counts, num_tiles),
-            experts: rows(self.tile_experts, num_experts),
+            expert_ids: rows(self.tile_expert_ids, num_experts),
             masks: rows(self.tile_masks, num_experts * TILE_WORDS),
         }
     }

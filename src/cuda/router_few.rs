@@ -25,13 +25,23 @@ const MAX_CLUSTER_SHARED_BYTES: usize = 208 << 10;
 pub(super) struct Kernels([[Function; 2]; 2]);
 
 impl Kernels {
+    /// `None` where the device is no Hopper, or has no room for a cluster.
     pub(super) fn load(modules: &Modules) -> Result<Option<Self>> {
         let Some(module) = modules.module("sm90_router_select") else { return Ok(None) };
-        let load = |name| module.function_of_large_clusters(name, MAX_CLUSTER_SHARED_BYTES);
-        Ok(Some(Self([
-            [load("moefy_router_select_f16_4")?, load("moefy_router_select_f16_16")?],
-            [load("moefy_router_select_bf16_4")?, load("moefy_router_select_bf16_16")?],
-        ])))
+        let mut kernels = Vec::with_capacity(4);
+        for name in [
+            "moefy_router_select_f16_4",
+            "moefy_router_select_f16_16",
+            "moefy_router_select_bf16_4",
+            "moefy_router_select_bf16_16",
+        ] {
+            let (shared, blocks) = (MAX_CLUSTER_SHARED_BYTES, MOEFY_ROUTER_SELECT_BLOCKS);
+            let kernel =
+                module.function_of_large_clusters(name, shared, blocks, MOEFY_FFN_FEW_THREADS)?;
+            let Some(kernel) = kernel else { return Ok(None) };
+            kernels.push(kernel);
+        }
+        Ok(Some(Self([[kernels[0], kernels[1]], [kernels[2], kernels[3]]])))
     }
 }
 

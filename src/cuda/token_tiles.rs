@@ -58,7 +58,7 @@ pub struct TokenTiles {
     /// Experts that any token of a tile selects, \[1, ⌈T/128⌉\].
     pub counts: View,
     /// Those of each tile, ascending, \[⌈T/128⌉, E\].
-    pub experts: View,
+    pub expert_ids: View,
     /// Of each of those the tokens of the tile that select it, least significant bit first,
     /// \[⌈T/128⌉, 4 E\].
     pub masks: View,
@@ -142,7 +142,7 @@ pub unsafe fn token_tiles(
         sorted: base + shape.sorted,
         token_ids: words("token_ids", outputs.token_ids, [1, num_tokens])?,
         tile_counts: words("counts", outputs.counts, [1, num_tiles])?,
-        tile_experts: words("experts", outputs.experts, [num_tiles, num_experts])?,
+        tile_expert_ids: words("expert_ids", outputs.expert_ids, [num_tiles, num_experts])?,
         tile_masks: words("masks", outputs.masks, [num_tiles, num_experts * TILE_WORDS])?,
         num_chunks: counted.num_chunks,
         num_tokens: counted.num_tokens,

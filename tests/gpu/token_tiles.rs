@@ -24,7 +24,7 @@ const WORDS: usize = TILE / 32;
 pub struct Tiles {
     token_ids: Output,
     counts: Output,
-    experts: Output,
+    expert_ids: Output,
     masks: Output,
     num_experts: usize,
 }
@@ -35,7 +35,7 @@ impl Tiles {
         Self {
             token_ids: Output::words(gpu, num_tokens),
             counts: Output::words(gpu, num_tiles),
-            experts: Output::words(gpu, num_tiles * num_experts),
+            expert_ids: Output::words(gpu, num_tiles * num_experts),
             masks: Output::words(gpu, num_tiles * num_experts * WORDS),
             num_experts,
         }
@@ -49,19 +49,19 @@ impl Tiles {
         TokenTiles {
             token_ids: self.token_ids.view(),
             counts: self.counts.view(),
-            experts: rows(&self.experts, self.num_experts),
+            expert_ids: rows(&self.expert_ids, self.num_experts),
             masks: rows(&self.masks, self.num_experts * WORDS),
         }
     }
 
     fn all(&mut self) -> [&mut Output; 4] {
-        [&mut self.token_ids, &mut self.counts, &mut self.experts, &mut self.masks]
+        [&mut self.token_ids, &mut self.counts, &mut self.expert_ids, &mut self.masks]
     }
 
     /// What lies beyond a tile's experts is still poison.
     fn check(&self, expected: &reference::TokenTiles, case: &str) {
         assert_eq!(self.token_ids.read::<u32>(), expected.token_ids, "{case}");
-        let (experts, masks) = (self.experts.read::<u32>(), self.masks.read::<u32>());
+        let (experts, masks) = (self.expert_ids.read::<u32>(), self.masks.read::<u32>());
         for (tile, count) in self.counts.read::<u32>().into_iter().enumerate() {
             let of_tile = tile * self.num_experts..(tile + 1) * self.num_experts;
             let (there, rest) = experts[of_tile.clone()].split_at(count as usize);
