@@ -188,84 +188,90 @@ __device__ __forceinline__ void many_output(const moefy_experts_params& p) {
   }
 }
 
-/// y of the slab's columns of a token, a warp each: b_out and the outputs of its experts, in ascending order, then the
-/// shared and the linear neurons'. blockIdx.y covers the columns.
+constexpr uint32_t kSumColumns = MOEFY_EXPERTS_MANY_SUM_COLUMNS;
+
+/// y of so many of the slab's columns of a token, for a warp: b_out and the outputs of its experts, in ascending order, then
+/// the shared and the linear neurons'.
 template <class T>
-__device__ __forceinline__ void sum_of_token(const moefy_experts_params& p, const Slab& slab, uint32_t token) {
+__device__ __forceinline__ void sum_of_token(const moefy_experts_params& p, const Slab& slab, uint32_t token,
+                                             uint32_t first) {
   constexpr unsigned kAll = 0xffffffffu;
-  constexpr uint32_t kPending = 4;  // rows that are under way
-  constexpr uint32_t kWide = 2;     // pieces of a row
+  constexpr uint32_t kPending = 3;  // rows that are under way
   constexpr uint32_t kPiece = 32 * 8;
+  constexpr uint32_t kWide = kSumColumns / kPiece;
   const moefy_neurons& n = p.neurons;
   const uint32_t lane = threadIdx.x % 32, row_words = ceil_div(n.num_experts, 32);
   const bool valid = token < valid_tokens(p);
-  for (uint32_t first = blockIdx.y * kWide * kPiece; slab.first + first < slab.end; first += gridDim.y * kWide * kPiece) {
-    const uint32_t in_slab = first + lane * 8;
-    const T* rows = static_cast<const T*>(p.rows) + in_slab;
-    const auto exists = [&](uint32_t piece) { return slab.first + in_slab + piece * kPiece < slab.end; };
-    float sum[kWide][8] = {};
+  const uint32_t in_slab = first + lane * 8;
+  const T* rows = static_cast<const T*>(p.rows) + in_slab;
+  const auto exists = [&](uint32_t piece) { return slab.first + in_slab + piece * kPiece < slab.end; };
+  float sum[kWide][8] = {};
 #pragma unroll
-    for (uint32_t piece = 0; piece < kWide; ++piece) {
-      if (!valid || n.b_out == nullptr || !exists(piece)) continue;
+  for (uint32_t piece = 0; piece < kWide; ++piece) {
+    if (!valid || n.b_out == nullptr || !exists(piece)) continue;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[piece][i] = n.b_out[slab.first + in_slab + piece * kPiece + i];
+    for (int i = 0; i < 8; ++i) sum[piece][i] = n.b_out[slab.first + in_slab + piece * kPiece + i];
+  }
+  Eight<T> pending[kPending][kWide];
+  uint32_t count = 0;
+  const auto add = [&] {
+#pragma unroll
+    for (uint32_t i = 0; i < kPending; ++i) {
+      if (i >= count) break;
+#pragma unroll
+      for (uint32_t piece = 0; piece < kWide; ++piece) {
+        float v[8];
+        pending[i][piece].to_floats(v);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) sum[piece][k] += v[k];
+      }
     }
-    Eight<T> pending[kPending][kWide];
-    uint32_t count = 0;
-    const auto add = [&] {
+    count = 0;
+  };
+  const auto ask = [&](uint64_t row) {
 #pragma unroll
-      for (uint32_t i = 0; i < kPending; ++i) {
-        if (i >= count) break;
+    for (uint32_t i = 0; i < kPending; ++i) {
+      if (i != count) continue;
 #pragma unroll
-        for (uint32_t piece = 0; piece < kWide; ++piece) {
-          float v[8];
-          pending[i][piece].to_floats(v);
-#pragma unroll
-          for (int k = 0; k < 8; ++k) sum[piece][k] += v[k];
-        }
+      for (uint32_t piece = 0; piece < kWide; ++piece) {
+        pending[i][piece].load_fresh(rows + row * slab.width + piece * kPiece, 0, exists(piece) ? 8 : 0);
       }
-      count = 0;
-    };
-    const auto ask = [&](uint64_t row) {
-#pragma unroll
-      for (uint32_t i = 0; i < kPending; ++i) {
-        if (i != count) continue;
-#pragma unroll
-        for (uint32_t piece = 0; piece < kWide; ++piece) {
-          pending[i][piece].load_fresh(rows + row * slab.width + piece * kPiece, 0, exists(piece) ? 8 : 0);
-        }
-      }
-      if (++count == kPending) add();
-    };
+    }
+    if (++count == kPending) add();
+  };
+  const uint32_t* const mask = p.mask + static_cast<uint64_t>(token) * row_words;
+  for (uint32_t first_word = 0; valid && first_word < row_words; first_word += 32) {
+    const uint32_t words = first_word + lane < row_words ? __ldcg(mask + first_word + lane) : 0;
     // Lane l finds the row of the l-th expert of a word.
-    for (uint32_t w = 0; valid && w < row_words; ++w) {
-      const uint32_t expert = w * 32 + lane;
-      const uint32_t word = __ldcg(p.mask + static_cast<uint64_t>(token) * row_words + w);
+    for (uint32_t w = 0; w < min(32u, row_words - first_word); ++w) {
+      const uint32_t expert = (first_word + w) * 32 + lane, word = __shfl_sync(kAll, words, w);
       const bool runs = expert < n.num_experts && (word >> lane & 1);
       const uint32_t own = runs ? row_of_pair(p, token, expert) : p.max_pairs;
       for (uint32_t bits = __ballot_sync(kAll, own < p.max_pairs); bits != 0; bits &= bits - 1) {
         ask(__shfl_sync(kAll, own, __ffs(bits) - 1));
       }
     }
-    if (valid && n.shared > 0) ask(place_of_rows(p, find_group(p, n.num_experts)) + token);
-    if (valid && n.rank > 0) ask(place_of_rows(p, find_group(p, n.num_experts + 1)) + token);
-    add();
-    T* y = static_cast<T*>(p.y) + static_cast<uint64_t>(token) * n.d_model + slab.first + in_slab;
+  }
+  if (valid && n.shared > 0) ask(place_of_rows(p, find_group(p, n.num_experts)) + token);
+  if (valid && n.rank > 0) ask(place_of_rows(p, find_group(p, n.num_experts + 1)) + token);
+  add();
+  T* y = static_cast<T*>(p.y) + static_cast<uint64_t>(token) * n.d_model + slab.first + in_slab;
 #pragma unroll
-    for (uint32_t piece = 0; piece < kWide; ++piece) {
-      if (exists(piece)) store_eight(y + piece * kPiece, sum[piece]);
-    }
+  for (uint32_t piece = 0; piece < kWide; ++piece) {
+    if (exists(piece)) store_eight(y + piece * kPiece, sum[piece]);
   }
 }
 
 template <class T>
 __device__ __forceinline__ void many_sum(const moefy_experts_params& p) {
-  constexpr uint32_t kTokens = kThreads / 32;
+  constexpr uint32_t kWarps = kThreads / 32;
   begin();
   const Slab slab = find_slab<T>(p);
   if (slab.first >= slab.end) return;
-  for (uint32_t token = blockIdx.x * kTokens + threadIdx.x / 32; token < p.num_tokens; token += gridDim.x * kTokens) {
-    sum_of_token<T>(p, slab, token);
+  // Pieces of a token lie side by side, so that its rows are read in one go.
+  const uint32_t pieces = ceil_div(slab.end - slab.first, kSumColumns), all = p.num_tokens * pieces;
+  for (uint32_t i = blockIdx.x * kWarps + threadIdx.x / 32; i < all; i += gridDim.x * kWarps) {
+    sum_of_token<T>(p, slab, i / pieces, i % pieces * kSumColumns);
   }
 }
 
@@ -278,8 +284,9 @@ __device__ __forceinline__ void many_sum(const moefy_experts_params& p) {
       moefy_experts_many_output_##name##_##stages(const __grid_constant__ moefy_experts_params p) { \
     moefy::many_output<type, stages>(p);                                                            \
   }
-#define MOEFY_EXPERTS_MANY_SUM(name, type)                                           \
-  extern "C" __global__ void __launch_bounds__(moefy::kThreads)                      \
+// blocks: of a multiprocessor. More of them read faster than more rows under way.
+#define MOEFY_EXPERTS_MANY_SUM(name, type, blocks)                                   \
+  extern "C" __global__ void __launch_bounds__(moefy::kThreads, blocks)              \
       moefy_experts_many_sum_##name(const __grid_constant__ moefy_experts_params p) { \
     moefy::many_sum<type>(p);                                                        \
   }
@@ -290,6 +297,6 @@ MOEFY_EXPERTS_MANY_OUTPUT(f16, __half, 2)
 MOEFY_EXPERTS_MANY_OUTPUT(f16, __half, 5)
 MOEFY_EXPERTS_MANY_OUTPUT(bf16, __nv_bfloat16, 2)
 MOEFY_EXPERTS_MANY_OUTPUT(bf16, __nv_bfloat16, 5)
-MOEFY_EXPERTS_MANY_SUM(f32, float)
-MOEFY_EXPERTS_MANY_SUM(f16, __half)
-MOEFY_EXPERTS_MANY_SUM(bf16, __nv_bfloat16)
+MOEFY_EXPERTS_MANY_SUM(f32, float, 2)
+MOEFY_EXPERTS_MANY_SUM(f16, __half, 4)
+MOEFY_EXPERTS_MANY_SUM(bf16, __nv_bfloat16, 4)

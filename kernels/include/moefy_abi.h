@@ -28,6 +28,9 @@
 /* Columns of y whose pair outputs are in memory together: a multiple of it, unless they are all. */
 #define MOEFY_EXPERTS_MANY_SLAB 256u
 
+/* Columns that a warp of moefy_experts_many_sum takes at once. */
+#define MOEFY_EXPERTS_MANY_SUM_COLUMNS 512u
+
 /* Columns of y of a block of moefy_add_shares. */
 #define MOEFY_ADD_SHARES_COLUMNS 32u
 

@@ -5,8 +5,8 @@ use super::experts::{Launch, THREADS, Variants, variants};
 use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
 use crate::abi::{
-    MOEFY_EXPERTS_MANY_SLAB, MOEFY_MAX_EXPERTS, moefy_experts_engine_params, moefy_experts_params,
-    moefy_tensor_map,
+    MOEFY_EXPERTS_MANY_SLAB, MOEFY_EXPERTS_MANY_SUM_COLUMNS, MOEFY_MAX_EXPERTS,
+    moefy_experts_engine_params, moefy_experts_params, moefy_tensor_map,
 };
 use crate::dtype::DType;
 use crate::error::Result;
@@ -23,8 +23,7 @@ const OUTPUT_STAGES: [usize; 2] = [5, 2];
 const OUTPUT_STAGE_BYTES: usize = 2 * PAIRS * ROW_BYTES;
 /// Outputs of pairs that wait for their sums are at most so many bytes, whatever the masks select.
 const MAX_ROWS_BYTES: usize = 448 << 20;
-/// Columns that a warp of the kernel that sums takes at once, and blocks that keep a multiprocessor busy.
-const SUM_COLUMNS: usize = 512;
+/// Blocks of the kernel that sums for each multiprocessor.
 const SUM_BLOCKS: usize = 8;
 
 pub(super) struct Kernels {
@@ -58,11 +57,12 @@ const TOKEN_DEPTH: usize = 64;
 const TOKEN_STAGES_BYTES: usize = 192 << 10;
 /// What a block has on every device that has these kernels, less what is the kernel's own.
 const WIDE_SHARED_BYTES: usize = 226 << 10;
-/// What either second product costs on an H100, in microseconds (kernels/NOTES.md): a stage of a round of tiles, and to begin
-/// and end a tile as so many stages; a byte of y of a pair, written, read and added.
-const TOKEN_STAGE_US: f64 = 0.72;
+/// What either second product costs on an H100, in microseconds (kernels/NOTES.md): a stage of a round of tiles, and to find the
+/// rows of an expert in it, and to begin and end a tile as so many stages; a byte of y of a pair, written, read and added.
+const TOKEN_STAGE_US: f64 = 0.6;
+const TOKEN_EXPERT_US: f64 = 0.2;
 const TOKEN_TILE_STAGES: usize = 8;
-const PAIR_BYTE_US: f64 = 1.0 / 0.95e6;
+const PAIR_BYTE_US: f64 = 1.0 / 1.02e6;
 const PAIRS_US: f64 = 15.0;
 
 macro_rules! wide_hidden {
@@ -360,10 +360,9 @@ impl Shape {
             unsafe { kernel.launch(stream, [blocks, 1, 1], threads, shared, params) }
         };
         // Where a block for each token and step would be more than run at a time, a block takes several tokens.
-        let across = self.d_model.div_ceil(SUM_COLUMNS).min(SUM_BLOCKS);
-        let down = self.num_tokens.div_ceil(THREADS as usize / 32);
-        let most = (self.multiprocessors * SUM_BLOCKS).div_ceil(across);
-        let warps = [down.min(most) as u32, across as u32, 1];
+        let pieces = self.d_model.div_ceil(MOEFY_EXPERTS_MANY_SUM_COLUMNS as usize);
+        let sums = (self.num_tokens * pieces).div_ceil(THREADS as usize / 32);
+        let sums = sums.min(self.multiprocessors * SUM_BLOCKS) as u32;
         match kernels.wide(self.dtype) {
             Some(wide) if self.has_engine => {
                 let kernel = &wide.engine_hidden[self.wide_size];
@@ -394,7 +393,9 @@ impl Shape {
             let params = moefy_experts_params { slab: slab as u32, ..params };
             run(output, &params)?;
             // SAFETY: the caller's promise.
-            unsafe { kernels.sum.get(self.dtype).launch(stream, warps, THREADS, 0, &params)? };
+            unsafe {
+                kernels.sum.get(self.dtype).launch(stream, [sums, 1, 1], THREADS, 0, &params)?
+            };
         }
         Ok(())
     }
@@ -450,7 +451,9 @@ fn token_output_us(launch: &Launch) -> Option<f64> {
     let tiles = launch.num_tokens.div_ceil(TOKEN_TILE[0]) * launch.d_model.div_ceil(TOKEN_TILE[1]);
     let stages = tiles.div_ceil(launch.multiprocessors)
         * (neurons.div_ceil(TOKEN_DEPTH) + TOKEN_TILE_STAGES);
-    (launch.is_wide && fits && is_aligned).then_some(stages as f64 * TOKEN_STAGE_US)
+    let experts_of_stage = TOKEN_DEPTH as f64 / launch.expert_width.max(1) as f64;
+    let stage_us = TOKEN_STAGE_US + TOKEN_EXPERT_US * experts_of_stage;
+    (launch.is_wide && fits && is_aligned).then_some(stages as f64 * stage_us)
 }
 
 /// What a pair's output takes: written, read and added.
