@@ -417,7 +417,7 @@ typedef struct moefy_pool_params {
   uint32_t d_model; /* a multiple of 8 */
 } moefy_pool_params;
 
-/* Dense products: pre-activations -> h. */
+/* Dense products: pre-activations -> h. moefy_dense_mask has h already, and reads neither pre nor gates. */
 typedef struct moefy_activate_params {
   moefy_neurons neurons;
   MOEFY_PTR(const void) pre;      /* [num_tokens, G * d_ff + rank] */

@@ -606,6 +606,7 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
   }
   copy_async_commit();
   copy_async_wait<0>();
+  __syncwarp();
   // Not only the block's: others may still read its sums. And racecheck sees no other barrier in a cluster.
   sync_cluster();
   uint32_t* const scratch = reinterpret_cast<uint32_t*>(memory + p.parts_offset) + warp * scratch_words(r);
@@ -618,7 +619,8 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
 }  // namespace
 }  // namespace moefy
 
-// Dynamic shared memory: the stages, and in their place later the sums or keys and then the parts; then pieces of w2.
+// Dynamic shared memory: the stages, and in their place later the sums, in whose place keys are where there is no room for them
+// beyond the parts, then the parts; then pieces of w2.
 #define MOEFY_ROUTER_MANY(name, type, tokens, outputs, columns, blocks)                      \
   extern "C" __global__ void __launch_bounds__(MOEFY_ROUTER_MANY_THREADS, blocks)            \
       moefy_router_many_##name##_##tokens##_##outputs(                                       \

@@ -202,7 +202,7 @@ impl Dense {
             // SAFETY: the caller's promise.
             let products = unsafe {
                 let first = Product::tune(&dense.library, &timer, &first, layer.bias_in, &input)?;
-                // The second product is timed on what it will read.
+                // The second product is timed on what it will read, but for masks.
                 dense.activate(device, default_stream, &run)?;
                 device.context.synchronize()?;
                 [first, Product::tune(&dense.library, &timer, &second, layer.bias_out, &output)?]

@@ -368,10 +368,10 @@ impl Module {
             numAttrs: 1,
         };
         let mut resident = 0;
-        let asked = unsafe {
-            sys::cuOccupancyMaxActiveClusters(&mut resident, function.raw, &config).result()
-        };
-        Ok((asked.is_ok() && resident > 0).then_some(function))
+        unsafe { sys::cuOccupancyMaxActiveClusters(&mut resident, function.raw, &config) }
+            .result()
+            .map_err(preparing(name))?;
+        Ok((resident > 0).then_some(function))
     }
 
     /// The same with as much dynamic shared memory as the entry point leaves of what a block can have,

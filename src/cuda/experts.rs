@@ -212,7 +212,7 @@ pub fn experts_workspace_bytes(
 }
 
 /// `y[t] = b2 + shared(x[t]) + Σ_{e ∈ S(t)} g[t,e] · expert_e(x[t])`, y \[num_tokens, d_model\] of the
-/// weights' element type: what [`reference::experts`](crate::reference::experts) gives, with sums in
+/// weights' element type, aligned to 16 bytes: what [`reference::experts`](crate::reference::experts) gives, with sums in
 /// f32 and two roundings to the element type, of h and of y. Every element of y is written. Sums have
 /// a fixed order: the same inputs give the same bits.
 ///

@@ -359,7 +359,7 @@ impl Shape {
             // SAFETY: the caller's promise.
             unsafe { kernel.launch(stream, [blocks, 1, 1], threads, shared, params) }
         };
-        // Where a block for each token and step would be more than run at a time, a block takes several tokens.
+        // A warp for each piece of a token, or for several where that would be more than run at a time.
         let pieces = self.d_model.div_ceil(MOEFY_EXPERTS_MANY_SUM_COLUMNS as usize);
         let sums = (self.num_tokens * pieces).div_ceil(THREADS as usize / 32);
         let sums = sums.min(self.multiprocessors * SUM_BLOCKS) as u32;

@@ -177,7 +177,7 @@ impl MoeFfn {
         options.path.unwrap_or_else(|| self.choose(tuning, num_tokens, options, many))
     }
 
-    /// The same for every number of tokens.
+    /// The same for all numbers of tokens.
     pub(super) fn paths(&self, options: &PlanOptions, many: bool) -> Paths {
         Paths::new(|num_tokens| self.path(num_tokens, options, many))
     }

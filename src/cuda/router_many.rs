@@ -170,7 +170,8 @@ impl Shape {
             }
             _ => 0,
         };
-        // Sums, in whose place the rows of scores will be; then parts of the hidden units, in whose place selection sorts.
+        // Sums, in whose place the rows of scores are where stages leave no other room; then parts of the hidden units, in whose
+        // place selection sorts.
         let sums = size.tokens * (size.outputs + 8) * 4;
         let depths = router.hidden.div_ceil(PIECE);
         let row = router.num_experts.next_multiple_of(PIECE) + 4;

@@ -45,6 +45,25 @@ pub struct Shape {
 
 /// A layer of this shape with random weights, and everything else drawn as well.
 pub fn random_layer(rng: &mut ChaCha8Rng, shape: Shape, dtype: DType) -> ffn::MoeFfn {
+    let activation = *Activation::ALL.choose(rng).expect("there are some");
+    let biased = rng.random_bool(0.7);
+    let layer = biased_layer(rng, shape, dtype, activation, biased);
+    if shape.rank > 0 || rng.random_bool(0.7) {
+        return layer;
+    }
+    let mean = uniform(rng, layer.d_ff()).into_iter().map(|v| v * 0.2).collect();
+    let mean = Tensor::matrix(mean, [1, layer.d_ff()]).expect("sizes fit").to_dtype(dtype);
+    layer.with_compensation(Compensation::Mean { mean }).expect("shapes fit")
+}
+
+/// A layer without means.
+pub fn biased_layer(
+    rng: &mut ChaCha8Rng,
+    shape: Shape,
+    dtype: DType,
+    activation: Activation,
+    biased: bool,
+) -> ffn::MoeFfn {
     let Shape { d_model, num_experts, expert_width, shared, rank, glu } = shape;
     let d_ff = num_experts * expert_width + shared;
     let inputs = if glu { 2 * d_ff } else { d_ff };
@@ -55,11 +74,8 @@ pub fn random_layer(rng: &mut ChaCha8Rng, shape: Shape, dtype: DType) -> ffn::Mo
     let w_in = draw(inputs, d_model, (3.0 / d_model as f32).sqrt());
     let w_out = draw(d_ff, d_model, (3.0 / d_ff as f32).sqrt());
     let (b_in, b_out) = (draw(1, inputs, 0.5), draw(1, d_model, 0.5));
-    let mean = draw(1, d_ff, 0.2);
     let (u, v, c) = (draw(rank, d_model, 0.1), draw(rank, d_model, 0.1), draw(1, d_model, 0.2));
     let w = draw(num_experts, d_model, 1.0);
-    let biased = rng.random_bool(0.7);
-    let activation = *Activation::ALL.choose(rng).expect("there are some");
     let neurons = DenseFfn::from_neuron_major(
         activation,
         glu,
@@ -78,9 +94,6 @@ pub fn random_layer(rng: &mut ChaCha8Rng, shape: Shape, dtype: DType) -> ffn::Mo
     let layer = layer.expect("sizes fit");
     if rank > 0 {
         return layer.with_compensation(Compensation::Linear { u, v, c }).expect("shapes fit");
-    }
-    if rng.random_bool(0.3) {
-        return layer.with_compensation(Compensation::Mean { mean }).expect("shapes fit");
     }
     layer
 }
