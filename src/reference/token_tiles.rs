@@ -81,8 +81,10 @@ mod tests {
             let selects = |expert: &usize| row[expert / 8] << (expert % 8) & 0x80 != 0;
             (0..48).filter(selects).for_each(|expert| mask.insert(token, expert));
         }
-        let tiles = token_tiles(&mask, 8192, 128);
-        let all: usize = tiles.experts.iter().map(Vec::len).sum();
-        assert_eq!(all, 264, "of 64 tiles with 48 experts: U_128 is 0.086");
+        for (tile_tokens, experts, share) in [(128, 264, 0.0859), (256, 153, 0.0996)] {
+            let tiles = token_tiles(&mask, 8192, tile_tokens);
+            let all: usize = tiles.experts.iter().map(Vec::len).sum();
+            assert_eq!(all, experts, "tiles of {tile_tokens}: the union is {share} of all experts");
+        }
     }
 }
