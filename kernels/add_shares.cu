@@ -3,23 +3,24 @@
 #include "dependency.cuh"
 #include "memory.cuh"
 #include "mma.cuh"
+#include "team.cuh"
 
 namespace moefy {
 namespace {
 
 constexpr uint32_t kThreads = 256;
 constexpr uint32_t kColumns = MOEFY_ADD_SHARES_COLUMNS;
-constexpr uint32_t kGroups = kThreads * 4 / kColumns;
+constexpr uint32_t kFours = kColumns / 4, kGroups = kThreads / kFours, kWarps = kThreads / 32;
 constexpr int kBatch = 5;  // shares of 132 multiprocessors at once
 
 /// y of kColumns columns of one token: groups of threads take turns at the shares, then add up.
 template <class T>
 __device__ __forceinline__ void add_shares(const moefy_add_shares_params& p) {
-  __shared__ __align__(16) float sums[kGroups][kColumns];
+  __shared__ __align__(16) float sums[kWarps][kColumns];
   const uint64_t d_model = p.d_model;
   const uint32_t token = blockIdx.y;
-  const uint32_t group = threadIdx.x / (kColumns / 4);
-  const uint32_t column = threadIdx.x % (kColumns / 4) * 4;
+  const uint32_t group = threadIdx.x / kFours;
+  const uint32_t column = threadIdx.x % kFours * 4;
   const uint32_t column0 = blockIdx.x * kColumns;
   const uint32_t own = column0 + threadIdx.x;
   launch_dependents();
@@ -43,11 +44,18 @@ __device__ __forceinline__ void add_shares(const moefy_add_shares_params& p) {
       v = make_float4(v.x + share.x, v.y + share.y, v.z + share.z, v.w + share.w);
     }
   }
-  *reinterpret_cast<float4*>(&sums[group][column]) = v;
+#pragma unroll
+  for (uint32_t step = kFours; step < 32; step *= 2) {
+    v.x += __shfl_xor_sync(kFullWarp, v.x, step);
+    v.y += __shfl_xor_sync(kFullWarp, v.y, step);
+    v.z += __shfl_xor_sync(kFullWarp, v.z, step);
+    v.w += __shfl_xor_sync(kFullWarp, v.w, step);
+  }
+  if (lane_id() < kFours) *reinterpret_cast<float4*>(&sums[threadIdx.x / 32][column]) = v;
   __syncthreads();
   if (threadIdx.x >= kColumns || own >= d_model) return;
 #pragma unroll
-  for (uint32_t g = 0; g < kGroups; ++g) sum += sums[g][threadIdx.x];
+  for (uint32_t warp = 0; warp < kWarps; ++warp) sum += sums[warp][threadIdx.x];
   const bool valid = p.num_valid_tokens == nullptr || token < *p.num_valid_tokens;
   static_cast<T*>(p.y)[token * d_model + own] = from_float<T>(valid ? sum : 0.0f);
 }

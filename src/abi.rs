@@ -16,6 +16,7 @@ pub const MOEFY_FFN_FEW_THREADS: u32 = 256;
 pub const MOEFY_FFN_FEW_ROUTER_ROWS: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
+pub const MOEFY_FFN_FEW_CLUSTER_STEPS: u32 = 4;
 pub const MOEFY_ROUTER_SELECT_BLOCKS: u32 = 16;
 pub const MOEFY_TILE_TOKENS: u32 = 128;
 pub const MOEFY_TILE_CHUNK: u32 = 256;
@@ -686,8 +687,8 @@ pub struct moefy_ffn_few_params {
     pub num_blocks: u32,
     pub num_stages: u32,
     pub inverse_width: f32,
-    pub stage_neurons: u32,
-    pub is_routed: u32,
+    pub inverse_blocks: f32,
+    pub log_stage_neurons: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -714,10 +715,10 @@ const _: () = {
         [::std::mem::offset_of!(moefy_ffn_few_params, num_stages) - 252usize];
     ["Offset of field: moefy_ffn_few_params::inverse_width"]
         [::std::mem::offset_of!(moefy_ffn_few_params, inverse_width) - 256usize];
-    ["Offset of field: moefy_ffn_few_params::stage_neurons"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, stage_neurons) - 260usize];
-    ["Offset of field: moefy_ffn_few_params::is_routed"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, is_routed) - 264usize];
+    ["Offset of field: moefy_ffn_few_params::inverse_blocks"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, inverse_blocks) - 260usize];
+    ["Offset of field: moefy_ffn_few_params::log_stage_neurons"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, log_stage_neurons) - 264usize];
     ["Offset of field: moefy_ffn_few_params::reserved"]
         [::std::mem::offset_of!(moefy_ffn_few_params, reserved) - 268usize];
 };

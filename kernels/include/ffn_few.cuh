@@ -28,6 +28,16 @@ __device__ __forceinline__ uint32_t out_row_stride(uint32_t row_bytes) { return 
 template <int kTiles>
 using Sums = float[kWarps][kTiles][16][kTile];
 
+/// Over all warps.
+template <int kTiles>
+__device__ __forceinline__ float sum_of_warps(const Sums<kTiles>& sums, uint32_t tile, uint32_t row, uint32_t token) {
+  static_assert(kWarps == 8);
+  float v[kWarps];
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) v[w] = sums[w][tile][row][token];
+  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+
 /// Brings the whole of a kernel's parameters to the constant cache while there is time.
 template <class Params>
 __device__ __forceinline__ void touch(const Params& p) {
@@ -74,19 +84,17 @@ struct Slice {
     }
   }
 
-  /// The number of steps, as if it could have changed: offsets that follow from it are then computed where they are
-  /// needed instead of filling registers.
-  __device__ uint32_t opaque_num_steps() const {
-    uint32_t n = num_steps;
-    asm volatile("" : "+r"(n));
-    return n;
+  /// Bytes from the warp's first column on, before `end`: as if they could have changed, so that what follows from them is
+  /// computed where it is needed instead of filling registers.
+  __device__ uint32_t bytes_before(uint32_t end) const {
+    uint32_t bytes = end - min(first_step * (kStepColumns * uint32_t(sizeof(T))), end);
+    asm volatile("" : "+r"(bytes));
+    return bytes;
   }
 
-  /// First byte of a step in a row. A step that this warp does not have gets one that exists: x is 0 there, and a branch
-  /// would keep the steps from overlapping.
-  __device__ uint32_t step_offset(int i, uint32_t steps) const {
-    return i < steps ? (first_step + i) * (kStepColumns * sizeof(T)) : 0;
-  }
+  /// First byte of a step in a row, from the warp's first on. Beyond the row it is the row's first: x is 0 there, or nobody
+  /// stores the columns, and a branch would keep the steps from overlapping.
+  static __device__ uint32_t within(uint32_t offset, uint32_t bytes) { return offset < bytes ? offset : 0; }
 
   /// Products of rows with this warp's columns of the tokens: rows 0 to 7 begin at `low`, 8 to 15 at `high`. Of each eight
   /// there are `rows`; nobody looks at the sums of the others. `kHigh`: whether there is a second eight.
@@ -94,13 +102,15 @@ struct Slice {
   __device__ void multiply(uint32_t low, uint32_t high, uint32_t rows, const X& x, Sums<kTiles>& sums) const {
     constexpr int kChains = 4 / kTiles;  // sums that do not wait for each other
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
-    const uint32_t offset = min(g, rows - 1) * in_row_stride(row_bytes) + t * 16;
-    const uint32_t steps = opaque_num_steps();
+    const uint32_t bytes = bytes_before((row_bytes + 63) / 64 * 64);
+    const uint32_t offset = min(g, rows - 1) * in_row_stride(row_bytes) +
+                            (bytes > 0 ? first_step * (kStepColumns * uint32_t(sizeof(T))) : 0) + t * 16;
     float chains[kTiles][kChains][4] = {};
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const uint4 a = load_shared_vector(low + offset + step_offset(i, steps));
-      const uint4 b = kHigh ? load_shared_vector(high + offset + step_offset(i, steps)) : uint4{};
+      const uint32_t step = offset + within(i * kStepColumns * sizeof(T), bytes);
+      const uint4 a = load_shared_vector(low + step);
+      const uint4 b = kHigh ? load_shared_vector(high + step) : uint4{};
       const uint32_t first[4] = {a.x, b.x, a.y, b.y}, second[4] = {a.z, b.z, a.w, b.w};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {

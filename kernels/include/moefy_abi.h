@@ -46,6 +46,7 @@
 #define MOEFY_ROUTE_INDEX_BLOCKS 128u
 
 /* Blocks of a cluster of Hopper's moefy_router_select. */
+#define MOEFY_FFN_FEW_CLUSTER_STEPS 4u /* of 32 columns of d_model that a warp can own */
 #define MOEFY_ROUTER_SELECT_BLOCKS 16u
 
 /* Tiles of tokens: tokens of a tile, tokens that are sorted by one block, most tokens. */
@@ -327,9 +328,9 @@ typedef enum moefy_gate {
   MOEFY_GATE_RENORMALISED = 3
 } moefy_gate;
 
-/* A whole layer for few tokens. Of `router`, w2 is not read, and counts and scores are not written; with a second layer,
- * `first` is bf16 [num_tokens, 3, hidden]: three numbers whose sum is the f32 that the first layer gave. Its rows are as
- * far apart as in shared memory, see in_row_stride. */
+/* A whole layer for few tokens. Of `router`, counts and scores are not written. Where clusters route, `first` and w2 below are
+ * not used. Elsewhere router.w2 is not read; with a second layer, `first` is bf16 [num_tokens, 3, hidden]: three numbers
+ * whose sum is the f32 that the first layer gave. Its rows are as far apart as in shared memory, see in_row_stride. */
 typedef struct moefy_ffn_few_params {
   moefy_neurons neurons;
   moefy_router_select_params router;
@@ -341,8 +342,8 @@ typedef struct moefy_ffn_few_params {
   uint32_t num_blocks; /* that share the neurons */
   uint32_t num_stages; /* of the ring of rows in shared memory */
   float inverse_width;     /* 1 / expert_width */
-  uint32_t stage_neurons; /* of a stage: at most what the kernel multiplies at once */
-  uint32_t is_routed;     /* 1: router.mask is there before the launch, 0: it follows from router.first */
+  float inverse_blocks;    /* 1 / num_blocks */
+  uint32_t log_stage_neurons; /* of base two; a stage has at most what the kernel multiplies at once */
   uint32_t reserved;
 } moefy_ffn_few_params;
 

@@ -10,7 +10,7 @@
 namespace moefy {
 
 // Scores as integers of the same order. 0: never selected (NaN and -inf).
-constexpr uint32_t kInfinityKey = 0xff800000u;
+constexpr uint32_t kZeroKey = 0x80000000u, kInfinityKey = 0xff800000u, kNoKey = 0xffffffffu;  // the last of no score
 
 __device__ __forceinline__ uint32_t score_key(float score) {
   if (!(score > -__int_as_float(0x7f800000))) return 0;
@@ -34,8 +34,9 @@ __host__ __device__ constexpr uint32_t next_power_of_two(uint32_t v) {
 // special values. Otherwise 0.
 __device__ __forceinline__ uint32_t plain_threshold(const moefy_selection& rule, uint32_t num_experts, uint32_t max_key) {
   const bool plain = rule.rule == MOEFY_RULE_DYNAMIC_K && rule.threshold > 0 && rule.max_experts >= num_experts &&
-                     max_key < kInfinityKey && key_score(max_key) > 0;
-  return plain ? ::max(score_key(rule.threshold * key_score(max_key)), 1u) : 0;
+                     max_key > kZeroKey && max_key < kInfinityKey;
+  // Numbers that are not negative become keys by their sign alone.
+  return plain ? __float_as_uint(rule.threshold * __uint_as_float(max_key ^ kZeroKey)) | kZeroKey : 0;
 }
 
 struct RowSelection {

@@ -1,12 +1,13 @@
-//! A whole layer for few tokens in three launches, on Hopper: the first layer of the router, then a kernel
-//! that finishes the routing and streams the rows of the executed neurons, then the sum of its shares.
+//! A whole layer for few tokens on Hopper: the first layer of the router, then a kernel that finishes the routing and
+//! streams the rows of the executed neurons, then the sum of its shares. Up to eight tokens of narrow layers, clusters of
+//! blocks do the first two in one launch ([`super::ffn_few_cluster`]).
 //!
 //! The second layer of a router of f16 is kept a second time as two matrices of bf16: 4 · E · hidden bytes.
 
 use super::driver::{Function, RawStream};
 use super::kernels::Modules;
 use super::workspace::Layout;
-use super::{Device, Neurons, RouterView};
+use super::{Device, Neurons, RouterView, ffn_few_cluster};
 use crate::abi::{
     MOEFY_FFN_FEW_EXPERTS, MOEFY_FFN_FEW_ROUTER_ROWS, MOEFY_FFN_FEW_STAGES, MOEFY_FFN_FEW_THREADS,
     MOEFY_FFN_FEW_TILE, moefy_add_shares_params, moefy_ffn_few_params,
@@ -16,22 +17,21 @@ use crate::error::Result;
 
 /// Tiles of tokens and steps of 32 columns that a warp can own, of the variants, the better first.
 const VARIANTS: [(usize, usize); 4] = [(1, 4), (1, 16), (2, 8), (4, 4)];
-/// Neurons of a stage, the better first: index of the kernel that multiplies 8 or 16 at once, and how many.
-const STAGES: [(usize, usize); 3] = [(1, 16), (0, 8), (0, 4)];
+/// Neurons of a stage, the better first: index of the kernel that multiplies 8 or 16 at once, and how many by their
+/// logarithm.
+const STAGES: [(usize, usize); 3] = [(1, 4), (0, 3), (0, 2)];
 /// The most tokens.
 pub(super) const MAX_TOKENS: usize = 4 * MOEFY_FFN_FEW_TILE as usize;
-const WARPS: usize = MOEFY_FFN_FEW_THREADS as usize / 32;
-/// What sorting the scores of a selection takes of the ring, while it is empty.
-const SCRATCH_BYTES: usize = WARPS * MOEFY_FFN_FEW_EXPERTS as usize * 4;
+pub(super) const WARPS: usize = MOEFY_FFN_FEW_THREADS as usize / 32;
 /// How far the last step may read beyond the last row.
-const SLACK_BYTES: usize = 64;
+pub(super) const SLACK_BYTES: usize = 64;
 /// More than its rows of the widest token take.
 const MAX_ROUTER_SHARED_BYTES: usize = 96 << 10;
 /// Indices of neurons are exact in the kernel's arithmetic below this.
 const MAX_NEURONS: usize = 1 << 21;
 
 /// A kernel, and how much dynamic shared memory it can have.
-type Variant = (Function, usize);
+pub(super) type Variant = (Function, usize);
 
 struct OfDType {
     router: [Function; 4],
@@ -114,6 +114,16 @@ pub(super) fn in_row_stride(row_bytes: usize) -> usize {
     (row_bytes + 63) / 128 * 128 + 64
 }
 
+/// Bytes in the ring of a neuron, as in the kernels.
+pub(super) fn neuron_bytes(neurons: &Neurons, row_bytes: usize) -> usize {
+    neurons.halves() * in_row_stride(row_bytes) + (row_bytes + 111) / 128 * 128 + 16
+}
+
+/// What sorting the scores of a selection takes of the ring, while it is empty.
+pub(super) fn scratch_bytes(sorts: bool) -> usize {
+    if sorts { WARPS * MOEFY_FFN_FEW_EXPERTS as usize * 4 } else { 0 }
+}
+
 /// The first layer of a router.
 #[derive(Clone, Copy)]
 pub(super) struct FirstLayer {
@@ -178,96 +188,67 @@ pub(super) fn parts_of_f16(matrix: &[half::f16]) -> Vec<half::bf16> {
     high.chain(low).collect()
 }
 
+/// The launch that streams the rows of the executed neurons.
+#[derive(Clone, Copy)]
+pub(super) struct Stream {
+    pub(super) kernel: Function,
+    pub(super) num_blocks: usize,
+    pub(super) log_stage_neurons: usize,
+    pub(super) num_stages: usize,
+    pub(super) shared_bytes: usize,
+}
+
 /// Sizes of the launches and places in the workspace.
 #[derive(Clone, Copy)]
 pub(super) struct Shape {
-    first_layer: FirstLayer,
-    stream_kernel: Function,
+    /// Where the stream needs one.
+    first_layer: Option<FirstLayer>,
+    stream: Stream,
     dtype: DType,
-    shared_bytes: usize,
-    stage_neurons: usize,
-    num_stages: usize,
-    num_blocks: usize,
     first: u64,
     partials: u64,
     pub(super) bytes: usize,
 }
 
+/// What a shape is for.
+pub(super) struct Sizes<'a> {
+    pub(super) neurons: &'a Neurons,
+    pub(super) router: RouterView,
+    pub(super) dtype: DType,
+    pub(super) num_tokens: usize,
+    /// Whether the selection does.
+    pub(super) sorts: bool,
+    /// That the tokens together probably execute.
+    pub(super) expected_neurons: usize,
+}
+
 impl Shape {
-    /// `None` where these sizes are not for this path, or the device is not. `sorts`: whether the
-    /// selection does.
-    pub(super) fn new(
-        device: &Device,
-        neurons: &Neurons,
-        router: &RouterView,
-        sorts: bool,
-        dtype: DType,
-        num_tokens: usize,
-    ) -> Option<Self> {
-        let kernels = device.ffn_few.as_ref()?.of(dtype)?;
+    /// `None` where these sizes are not for this path, or the device is not.
+    pub(super) fn new(device: &Device, sizes: &Sizes) -> Option<Self> {
+        let &Sizes { neurons, router, dtype, num_tokens, .. } = sizes;
         let (d_model, num_experts, hidden) =
             (neurons.d_model(), neurons.num_experts, router.hidden());
-        let size = variant(num_tokens, d_model)?;
-        let neurons_in_all = neurons.d_ff() + neurons.rank;
         let fits = num_experts <= MOEFY_FFN_FEW_EXPERTS as usize
             && hidden.is_multiple_of(8)
-            && neurons_in_all < MAX_NEURONS;
+            && neurons.d_ff() + neurons.rank < MAX_NEURONS;
         if !fits {
             return None;
         }
-        let width = if hidden == 0 { num_experts } else { hidden };
-        let first_layer = FirstLayer::new(device, dtype, num_tokens, d_model, width)?;
-        let round_up = |bytes: usize| bytes.next_multiple_of(128);
-        let parts = 3 * num_tokens;
-        let of_parts =
-            if hidden == 0 { 0 } else { parts.checked_mul(in_row_stride(2 * hidden))? };
-        let fixed =
-            round_up(4 * num_tokens * num_experts.next_multiple_of(32)) + round_up(of_parts);
-        let num_blocks = device.properties().multiprocessors;
-        let row_bytes = d_model * dtype.bytes();
-        // As in the kernel.
-        let out_stride = (row_bytes + 111) / 128 * 128 + 16;
-        let w2_bytes =
-            num_w2(dtype).checked_mul(num_experts.checked_mul(hidden)?)?.checked_mul(2)?;
-        let products = 4 * num_experts.next_multiple_of(16) * parts.next_multiple_of(8);
-        let of_router = round_up(w2_bytes) + if hidden == 0 { 0 } else { products };
-        let scratch = if sorts { SCRATCH_BYTES } else { 0 };
-        let least_bytes = of_router.max(scratch);
-        // As many neurons a stage as leave two stages; a GLU's take two rows of a fragment each.
-        let sizes = if neurons.glu { &STAGES[1..] } else { &STAGES[..] };
-        let ring = |&(which, stage_neurons): &(usize, usize), enough: usize| {
-            let (function, available) = kernels.stream[size][which];
-            let in_bytes = neurons.halves() * in_row_stride(row_bytes);
-            let stage_bytes = stage_neurons * (in_bytes + out_stride);
-            let left = available.checked_sub(fixed)?.checked_sub(SLACK_BYTES)?;
-            // No more than a block has neurons for.
-            let useful = neurons_in_all.div_ceil(num_blocks * stage_neurons);
-            let most = useful.clamp(1, MOEFY_FFN_FEW_STAGES as usize);
-            let num_stages = (left / stage_bytes).min(most);
-            let ring_bytes = (num_stages * stage_bytes).max(least_bytes);
-            let fits = num_stages >= enough.min(useful) && ring_bytes <= left;
-            fits.then_some((function, stage_neurons, num_stages, ring_bytes + SLACK_BYTES))
-        };
-        let find = |enough| sizes.iter().find_map(|stage| ring(stage, enough));
-        let (stream_kernel, stage_neurons, num_stages, ring_bytes) = find(2).or_else(|| find(1))?;
-
         let mut layout = Layout::default();
-        let first =
-            layout.place(if hidden == 0 { 4 * num_tokens * num_experts } else { of_parts }, 1)?;
-        let rows = num_blocks.checked_mul(num_tokens)?;
+        let (first_layer, stream, first) = match ffn_few_cluster::stream(device, sizes) {
+            Some(stream) => (None, stream, 0),
+            None => {
+                let width = if hidden == 0 { num_experts } else { hidden };
+                let first_layer = FirstLayer::new(device, dtype, num_tokens, d_model, width)?;
+                let stream = stream(device, sizes)?;
+                let scores = num_tokens.checked_mul(4 * num_experts)?;
+                let bytes = if hidden == 0 { scores } else { part_bytes(num_tokens, hidden)? };
+                (Some(first_layer), stream, layout.place(bytes, 1)?)
+            }
+        };
+        let rows = stream.num_blocks.checked_mul(num_tokens)?;
         let partials = layout.place(rows.checked_mul(d_model)?, 4)?;
-        Some(Self {
-            first_layer,
-            stream_kernel,
-            dtype,
-            shared_bytes: fixed + ring_bytes,
-            stage_neurons,
-            num_stages,
-            num_blocks,
-            first,
-            partials,
-            bytes: layout.bytes(),
-        })
+        Some(Self { first_layer, stream, dtype, first, partials, bytes: layout.bytes() })
     }
 
     /// # Safety
@@ -280,12 +261,15 @@ impl Shape {
         params: &moefy_ffn_few_params,
         workspace: u64,
     ) -> Result<()> {
+        let Stream { kernel, num_blocks, log_stage_neurons, num_stages, shared_bytes } =
+            self.stream;
         let mut params = *params;
         params.router.first = workspace + self.first;
         params.partials = workspace + self.partials;
-        params.num_blocks = self.num_blocks as u32;
-        params.num_stages = self.num_stages as u32;
-        params.stage_neurons = self.stage_neurons as u32;
+        params.num_blocks = num_blocks as u32;
+        params.inverse_blocks = 1.0 / num_blocks as f32;
+        params.num_stages = num_stages as u32;
+        params.log_stage_neurons = log_stage_neurons as u32;
         let shares = moefy_add_shares_params {
             shares: params.partials,
             b_out: params.neurons.b_out,
@@ -297,12 +281,51 @@ impl Shape {
         };
         // SAFETY: the caller's promise.
         unsafe {
-            if params.is_routed == 0 {
-                self.first_layer.launch(stream, &params)?;
+            if let Some(first_layer) = &self.first_layer {
+                first_layer.launch(stream, &params)?;
             }
             let (grid, threads) = ([params.num_blocks, 1, 1], MOEFY_FFN_FEW_THREADS);
-            self.stream_kernel.launch(stream, grid, threads, self.shared_bytes, &params)?;
+            kernel.launch(stream, grid, threads, shared_bytes, &params)?;
             device.add_shares.launch(stream, self.dtype, &shares)
         }
     }
+}
+
+/// Of the outputs of a router's first layer as three numbers of bf16 each.
+fn part_bytes(num_tokens: usize, hidden: usize) -> Option<usize> {
+    (3 * num_tokens).checked_mul(in_row_stride(2 * hidden))
+}
+
+/// The launch after that of the first layer.
+fn stream(device: &Device, sizes: &Sizes) -> Option<Stream> {
+    let &Sizes { neurons, router, dtype, num_tokens, sorts, .. } = sizes;
+    let kernels = device.ffn_few.as_ref()?.of(dtype)?;
+    let (num_experts, hidden) = (neurons.num_experts, router.hidden());
+    let size = variant(num_tokens, neurons.d_model())?;
+    let round_up = |bytes: usize| bytes.next_multiple_of(128);
+    let of_parts = if hidden == 0 { 0 } else { part_bytes(num_tokens, hidden)? };
+    let fixed = round_up(4 * num_tokens * num_experts.next_multiple_of(32)) + round_up(of_parts);
+    let num_blocks = device.properties().multiprocessors;
+    let w2_bytes = num_w2(dtype).checked_mul(num_experts.checked_mul(hidden)?)?.checked_mul(2)?;
+    let products = 4 * num_experts.next_multiple_of(16) * (3 * num_tokens).next_multiple_of(8);
+    let of_router = round_up(w2_bytes) + if hidden == 0 { 0 } else { products };
+    let least_bytes = of_router.max(scratch_bytes(sorts));
+    // As many neurons a stage as leave two stages; a GLU's take two rows of a fragment each.
+    let stages = if neurons.glu { &STAGES[1..] } else { &STAGES[..] };
+    let ring = |&(which, log_stage_neurons): &(usize, usize), enough: usize| {
+        let (kernel, available) = kernels.stream[size][which];
+        let stage_bytes =
+            neuron_bytes(neurons, neurons.d_model() * dtype.bytes()) << log_stage_neurons;
+        let left = available.checked_sub(fixed)?.checked_sub(SLACK_BYTES)?;
+        // No more than a block has neurons for.
+        let useful = (neurons.d_ff() + neurons.rank).div_ceil(num_blocks << log_stage_neurons);
+        let most = useful.clamp(1, MOEFY_FFN_FEW_STAGES as usize);
+        let num_stages = (left / stage_bytes).min(most);
+        let ring_bytes = (num_stages * stage_bytes).max(least_bytes);
+        let shared_bytes = fixed + ring_bytes + SLACK_BYTES;
+        let fits = num_stages >= enough.min(useful) && ring_bytes <= left;
+        fits.then_some(Stream { kernel, num_blocks, log_stage_neurons, num_stages, shared_bytes })
+    };
+    let find = |enough| stages.iter().find_map(|stage| ring(stage, enough));
+    find(2).or_else(|| find(1))
 }

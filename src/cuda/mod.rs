@@ -37,6 +37,7 @@ mod experts_few;
 mod experts_many;
 mod experts_tiled;
 mod ffn_few;
+mod ffn_few_cluster;
 mod gates;
 #[cfg(feature = "cuda")]
 pub mod interop;

@@ -192,7 +192,7 @@ impl MoeFfn {
         many: bool,
     ) -> Path {
         let dense = options.fallback.path();
-        let sparse = self.sparse_paths(num_tokens, many);
+        let sparse = self.sparse_paths(num_tokens, options, many);
         let measured = tuning.and_then(|tuning| tuning.layer(self.shape())).and_then(|layer| {
             let density = self.density(options);
             faster(sparse.clone(), dense, |path| layer.us(path, num_tokens, density))
@@ -205,9 +205,10 @@ impl MoeFfn {
     pub(super) fn sparse_paths(
         &self,
         num_tokens: usize,
+        options: &PlanOptions,
         many: bool,
     ) -> impl Iterator<Item = Path> + Clone {
-        let fused = self.few_fused(num_tokens).map(|_| Path::FewFused);
+        let fused = self.few_fused(num_tokens, options).map(|_| Path::FewFused);
         let few = (num_tokens <= MAX_FEW_TOKENS).then_some(Path::Few);
         let many = (many && num_tokens >= MIN_MANY_TOKENS).then_some(Path::ExpertMajor);
         fused.into_iter().chain(few).chain(many)
@@ -238,8 +239,7 @@ impl MoeFfn {
         let [rows_in, rows_out] = [&neurons.w_in, &neurons.w_out].map(|w| w.shape[0] as f64);
         let all_us = (rows_in + rows_out) * d_model * element / 2.8e6;
         let density = self.routed_density(options);
-        // If tokens route independently.
-        let union = 1.0 - (1.0 - density).powi(num_tokens.min(1 << 20) as i32);
+        let union = union_of(density, num_tokens);
         let shared = neurons.shared as f64 / neurons.d_ff() as f64;
         let union_us = (shared + (1.0 - shared) * union) * all_us;
         let of_products = tokens * (rows_in + rows_out) * d_model / 3.6e8;
@@ -304,11 +304,23 @@ impl MoeFfn {
     }
 
     /// The fused path for so many tokens, if it can do them.
-    pub(super) fn few_fused(&self, num_tokens: usize) -> Option<ffn_few::Shape> {
-        let router = self.router().view();
-        let sorts = self.selection().sorts();
-        let (device, neurons) = (self.device(), self.neurons());
-        ffn_few::Shape::new(device, neurons, &router, sorts, self.dtype(), num_tokens)
+    pub(super) fn few_fused(
+        &self,
+        num_tokens: usize,
+        options: &PlanOptions,
+    ) -> Option<ffn_few::Shape> {
+        let neurons = self.neurons();
+        let routed = (neurons.num_experts * neurons.expert_width) as f64;
+        let union = union_of(self.routed_density(options), num_tokens);
+        let sizes = ffn_few::Sizes {
+            neurons,
+            router: self.router().view(),
+            dtype: self.dtype(),
+            num_tokens,
+            sorts: self.selection().sorts(),
+            expected_neurons: (union * routed) as usize + neurons.shared + neurons.rank,
+        };
+        ffn_few::Shape::new(self.device(), &sizes)
     }
 
     /// Whether the router of a masked dense layer runs beside its first product.
@@ -341,6 +353,11 @@ impl MoeFfn {
             (Some(_), _) => Ok(None),
         }
     }
+}
+
+/// What of the experts some tokens together execute, if they route independently.
+fn union_of(density: f64, num_tokens: usize) -> f64 {
+    1.0 - (1.0 - density).powi(num_tokens.min(1 << 20) as i32)
 }
 
 /// The fastest of the sparse paths and the dense one, if the times of all of them are known.

@@ -146,7 +146,7 @@ impl MoeFfn {
         if runs(Path::FewFused) {
             let most = (1..=ffn_few::MAX_TOKENS.min(max_tokens)).rev();
             include(Some(
-                most.filter_map(|tokens| self.few_fused(tokens))
+                most.filter_map(|tokens| self.few_fused(tokens, options))
                     .map(|s| s.bytes)
                     .max()
                     .unwrap_or(0),

@@ -12,17 +12,13 @@ use super::view::{Arguments, Format, View, Workspace};
 use super::{
     Buffer, ExpertsInputs, FfnInputs, MoeFfn, Path, PlanOptions, RouteIndexOutputs,
     RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, ffn_few, gates, padding,
-    route_index, router_few, token_tiles,
+    route_index, token_tiles,
 };
 use crate::abi::{
-    moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_router_select_params,
-    moefy_split_valid_params,
+    moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_split_valid_params,
 };
 use crate::error::Result;
 use crate::ffn::Gate;
-
-/// Experts from which on a path that can route by itself is faster after a router's launch.
-const MIN_ROUTED_EXPERTS: u32 = 64;
 
 /// What a sparse run does, in turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +63,7 @@ impl MoeFfn {
         options: PlanOptions,
         dense: impl FnOnce(&FfnPlan, DenseLayer) -> Result<Dense>,
     ) -> Result<FfnPlan> {
-        if options.path == Some(Path::FewFused) && self.few_fused(max_tokens).is_none() {
+        if options.path == Some(Path::FewFused) && self.few_fused(max_tokens, &options).is_none() {
             let check = Arguments { device: self.device(), op: "plan" };
             let expected = "one that can do these sizes (few-fused is for f16 and bf16 on Hopper, \
                             at most 32 tokens, d_model up to 4096 for 8 of them, and 512 experts)";
@@ -390,7 +386,8 @@ impl FfnPlan {
         let (ffn, device) = (&self.ffn, self.ffn.device());
         let check = Arguments { device, op: "ffn_few" };
         let num_tokens = inputs.x.shape[0];
-        let shape = ffn.few_fused(num_tokens).expect("the path was chosen because it can");
+        let shape =
+            ffn.few_fused(num_tokens, &self.options).expect("the path was chosen because it can");
         let (neurons, _) = ffn.neurons().check(&check)?;
         let selection = inputs.selection.unwrap_or(ffn.selection());
         let view = ffn.router().view();
@@ -402,7 +399,7 @@ impl FfnPlan {
         if self.counters.is_some() || inputs.mask.is_some() {
             router.mask = mask;
         }
-        let mut params = moefy_ffn_few_params {
+        let params = moefy_ffn_few_params {
             neurons,
             router,
             w2: ffn.few_w2,
@@ -417,19 +414,8 @@ impl FfnPlan {
             },
             ..bytemuck::Zeroable::zeroed()
         };
-        let routes_before = ffn.gate() == Gate::One && neurons.num_experts >= MIN_ROUTED_EXPERTS;
-        let routing = routes_before
-            .then(|| router_few::launch_of(device, inputs.x, &router, ffn.dtype()))
-            .flatten();
         // SAFETY: the caller's promise.
         unsafe {
-            if let Some(kernel) = routing {
-                kernel.run(stream, &moefy_router_select_params { mask, ..router })?;
-                params.is_routed = 1;
-                params.w2 = 0;
-                params.router.mask = mask;
-                params.router.imposed = 0;
-            }
             shape.launch(device, stream, &params, op.address)?;
             if let Some(counters) = &self.counters {
                 let valid = valid.map_or(0, |valid| valid.address);

@@ -80,28 +80,36 @@ pub(super) fn launch_of(
         DType::F16 => f16,
         DType::BF16 => bf16,
     };
-    let blocks = MOEFY_ROUTER_SELECT_BLOCKS as usize;
     let [num_tokens, d_model] = x.shape;
     let [hidden, num_experts] = [params.hidden, params.num_experts].map(|n| n as usize);
-    let rows = hidden.div_ceil(4 * blocks) * 4;
-    let own_experts = num_experts.div_ceil(blocks);
     let steps = d_model.div_ceil(32).div_ceil(MOEFY_FFN_FEW_THREADS as usize / 32);
     let which = CLUSTER_STEPS.iter().position(|&most| steps <= most)?;
-    let fits = params.w2 != 0
-        && x.row_stride == d_model
-        && d_model.is_multiple_of(8)
-        && hidden.is_multiple_of(8)
-        && rows <= MAX_CLUSTER_ROWS
-        && num_tokens <= CLUSTER_TOKENS
-        && num_experts <= MAX_FEW_EXPERTS;
-    // As in the kernel.
-    let words = CLUSTER_TOKENS * (hidden + 4)
-        + num_experts.next_multiple_of(32)
-        + selection_words(&params.selection, num_experts);
-    let row_bytes = d_model * dtype.bytes();
-    let shared_bytes = rows.next_multiple_of(8) * in_row_stride(row_bytes)
-        + own_experts * hidden * dtype.bytes()
-        + 4 * words;
+    let fits = params.w2 != 0 && x.row_stride == d_model && num_experts <= MAX_FEW_EXPERTS;
+    let words = num_experts.next_multiple_of(32) + selection_words(&params.selection, num_experts);
+    let shared_bytes =
+        cluster_router_bytes(d_model, hidden, num_experts, num_tokens, dtype)? + 4 * words;
     (fits && shared_bytes <= MAX_CLUSTER_SHARED_BYTES)
         .then_some(Launch { kernel: kernels[which], shared_bytes })
+}
+
+/// Shared memory of a router of two layers in a block of a cluster, `None` where it is not for one.
+pub(super) fn cluster_router_bytes(
+    d_model: usize,
+    hidden: usize,
+    num_experts: usize,
+    num_tokens: usize,
+    dtype: DType,
+) -> Option<usize> {
+    // As in the kernels: blocks own rows and experts by fours.
+    let of_block = |all: usize| all.div_ceil(4 * MOEFY_ROUTER_SELECT_BLOCKS as usize) * 4;
+    let fits = d_model.is_multiple_of(8)
+        && hidden > 0
+        && hidden.is_multiple_of(8)
+        && of_block(hidden) <= MAX_CLUSTER_ROWS
+        && num_tokens <= CLUSTER_TOKENS;
+    fits.then_some(
+        of_block(hidden).next_multiple_of(8) * in_row_stride(d_model * dtype.bytes())
+            + of_block(num_experts) * hidden * dtype.bytes()
+            + 4 * num_tokens * (hidden + 4),
+    )
 }

@@ -59,6 +59,7 @@ impl FfnBench {
         let mut tokens = tokens.to_vec();
         tokens.sort_unstable();
         tokens.dedup();
+        let options = PlanOptions::default();
         let mut runs = Vec::new();
         for tokens in tokens {
             let run = |path, density| RunSpec {
@@ -68,7 +69,7 @@ impl FfnBench {
                 fallback: Fallback::default(),
                 calibrated_density: None,
             };
-            let sparse = self.sets[0].sparse_paths(tokens, true);
+            let sparse = self.sets[0].sparse_paths(tokens, &options, true);
             let at = |path, density| {
                 (run(path, density), Some(self.layer.density(density * num_experts)))
             };

@@ -1,0 +1,76 @@
+// The op `ffn_few` in two launches, the second of which begins while the first one runs: clusters of blocks route, each all
+// tokens, then every block selects by itself and runs its share of the executed neurons; moefy_add_shares adds the shares in
+// their order.
+#include "cluster_router.cuh"
+#include "ffn_few_stream.cuh"
+
+namespace moefy {
+namespace few {
+namespace {
+
+template <class T, int kSteps, int kNeurons>
+__device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char* memory) {
+  __shared__ Fixed<1> fixed;
+  __shared__ RouterFixed of_router;
+  const moefy_router_select_params& r = p.router;
+  const uint32_t score_tokens = r.num_tokens == 1 ? 1 : ceil_div(r.num_tokens, 4) * 4;
+  const uint32_t score_bytes = r.num_experts * score_tokens * sizeof(float);
+  Stream<T, 1, kSteps, kNeurons> stream(p, fixed, memory, score_bytes);
+  const ClusterRouter<T, kSteps> router(r, of_router, fixed.sums, stream.slice, stream.shared.ring);
+  float* const scores = reinterpret_cast<float*>(stream.shared.router_inputs);  // [num_experts, score_tokens]
+  stream.begin();
+  router.begin(score_bytes);
+  touch(p);
+  launch_dependents();
+  // The barriers of all blocks are ready.
+  sync_cluster();
+  wait_for_dependencies();
+
+  typename Slice<T, 1, kSteps>::X x;
+  stream.slice.load(r.x, r.num_tokens, x);
+  stream.ask_for_scores();
+  const uint32_t num_valid = valid_tokens(r);
+  router.first_layer(x);
+  // Every block gets all scores.
+  float* const own = scores + router.expert0 * score_tokens;
+  const uint32_t to_block = threadIdx.x % kClusterBlocks;
+  if (r.num_tokens == 1) {
+    router.template second_layer<1>([&](uint32_t e, uint32_t, const float (&score)[1]) {
+      store_async(own + e, score[0], &of_router.scores_barrier, to_block);
+    });
+  } else {
+    router.template second_layer<4>([&](uint32_t e, uint32_t token0, const float (&score)[4]) {
+      store_async(own + e * score_tokens + token0, make_float4(score[0], score[1], score[2], score[3]),
+                  &of_router.scores_barrier, to_block);
+    });
+  }
+  fence_for_copies();
+  wait_for_stores(&of_router.scores_barrier);
+  wait_for_imposed(r);
+  // Imposed scores lie token by token.
+  const bool imposed = r.imposed != nullptr;
+  const float* const from = imposed ? reinterpret_cast<const float*>(stream.shared.keys) : scores;
+  const uint32_t of_token = imposed ? round_up_32(r.num_experts) : 1, of_expert = imposed ? 1 : score_tokens;
+  make_keys(r, num_valid, fixed, stream.shared.keys,
+            [&](uint32_t token, uint32_t e) { return from[token * of_token + e * of_expert]; });
+  stream.run(x);
+}
+
+}  // namespace
+}  // namespace few
+}  // namespace moefy
+
+// Dynamic shared memory: Sized, with ClusterRouter in the ring. Two blocks fit a multiprocessor, so that the next layer's can
+// have the weights of its router before this one ends.
+#define MOEFY_FFN_FEW_CLUSTER(name, type, neurons)                                                              \
+  extern "C" __global__ void __cluster_dims__(MOEFY_ROUTER_SELECT_BLOCKS, 1, 1)                                 \
+      __launch_bounds__(MOEFY_FFN_FEW_THREADS, 2)                                                               \
+          moefy_ffn_few_cluster_##name##_##neurons(const __grid_constant__ moefy_ffn_few_params p) {            \
+    extern __shared__ __align__(128) unsigned char memory[];                                                    \
+    moefy::few::run<type, MOEFY_FFN_FEW_CLUSTER_STEPS, neurons>(p, memory);                                     \
+  }
+
+MOEFY_FFN_FEW_CLUSTER(f16, __half, 8)
+MOEFY_FFN_FEW_CLUSTER(f16, __half, 16)
+MOEFY_FFN_FEW_CLUSTER(bf16, __nv_bfloat16, 8)
+MOEFY_FFN_FEW_CLUSTER(bf16, __nv_bfloat16, 16)
