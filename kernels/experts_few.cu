@@ -71,20 +71,20 @@ struct Union {
   uint32_t words[MOEFY_MAX_EXPERTS / 32];
   uint16_t experts[MOEFY_MAX_EXPERTS];
 
-  /// Before the masks are there.
-  __device__ __forceinline__ void clear(const moefy_experts_params& p) {
-    for (uint32_t w = threadIdx.x; w < ceil_div(p.neurons.num_experts, 32); w += kThreads) words[w] = 0;
-    __syncthreads();
-  }
-
   /// Finds them in the masks, with all threads; returns how many there are.
   __device__ __forceinline__ uint32_t find(const moefy_experts_params& p) {
     const uint32_t num_experts = p.neurons.num_experts, row_words = ceil_div(num_experts, 32);
     const uint32_t valid = valid_tokens(p);
-    for (uint32_t i = threadIdx.x; i < p.num_tokens * row_words; i += kThreads) {
-      const uint32_t w = i % row_words, beyond = (w + 1) * 32 - min((w + 1) * 32, num_experts);
-      const uint32_t word = __ldcg(p.mask + i) << beyond >> beyond;
-      if (word != 0 && i < valid * row_words) atomicOr(&words[w], word);
+    for (uint32_t w = threadIdx.x; w < row_words; w += kThreads) {
+      const uint32_t beyond = (w + 1) * 32 - min((w + 1) * 32, num_experts);
+      uint32_t word = 0;
+#pragma unroll 1
+      for (uint32_t token0 = 0; token0 < valid; token0 += kTile) {
+        // All at once, some twice: one after the other they would take a way to the cache each.
+#pragma unroll
+        for (uint32_t i = 0; i < kTile; ++i) word |= __ldcg(p.mask + min(token0 + i, valid - 1) * row_words + w);
+      }
+      words[w] = word << beyond >> beyond;
     }
     __syncthreads();
     // A warp for each word; of 32 words a lane has one.
@@ -115,10 +115,8 @@ struct Executed {
   uint32_t all = 0;
 
   /// Before the masks are there.
-  __device__ Executed(const moefy_experts_params& p, Union& memory)
-      : n(p.neurons), united(memory), inverse_width(1.0f / static_cast<float>(max(p.neurons.expert_width, 1u))) {
-    memory.clear(p);
-  }
+  __device__ Executed(const moefy_experts_params& p, const Union& memory)
+      : n(p.neurons), united(memory), inverse_width(1.0f / static_cast<float>(max(p.neurons.expert_width, 1u))) {}
 
   __device__ void find(const moefy_experts_params& p, Union& memory) {
     routed = memory.find(p) * n.expert_width;
@@ -140,11 +138,21 @@ struct Executed {
   }
 };
 
-/// Where a share of `all` begins, if `count` share it evenly and `share` of them come before.
-__device__ __forceinline__ uint32_t begin_of_share(uint32_t all, uint32_t share, uint32_t count) {
-  const uint32_t each = all / count;
-  return share * each + min(share, all - each * count);
-}
+/// Even shares. To divide takes longer than to correct a quotient that is one too much or too little at most.
+struct Shares {
+  const uint32_t count;
+  const float inverse;
+
+  __device__ explicit Shares(uint32_t num_shares) : count(num_shares), inverse(1.0f / static_cast<float>(num_shares)) {}
+
+  /// Where a share of `all` begins, of which `share` come before.
+  __device__ uint32_t begin(uint32_t all, uint32_t share) const {
+    uint32_t each = static_cast<uint32_t>(static_cast<float>(all) * inverse);
+    if (each * count > all) --each;
+    if (all - each * count >= count) ++each;
+    return share * each + min(share, all - each * count);
+  }
+};
 
 /// The blocks share the neurons evenly. One takes 16 rows of w_in at a time (16 neurons, or 8 of a GLU with gate and up
 /// rows together), and less at the end of its share; its warps split d_model.
@@ -166,12 +174,12 @@ __device__ __forceinline__ void few_hidden(const moefy_experts_params& p) {
   const T* w_in = static_cast<const T*>(n.w_in);
   const T* x = static_cast<const T*>(p.x) + static_cast<uint64_t>(token0 + g) * n.d_model;
   Executed executed(p, united);
+  const Shares shares(gridDim.x);
   wait_for_dependencies();
   // Not earlier: the next kernel reads masks before it waits for this one.
   launch_dependents();
   executed.find(p, united);
-  const uint32_t begin = begin_of_share(executed.all, blockIdx.x, gridDim.x);
-  const uint32_t end = begin_of_share(executed.all, blockIdx.x + 1, gridDim.x);
+  const uint32_t begin = shares.begin(executed.all, blockIdx.x), end = shares.begin(executed.all, blockIdx.x + 1);
   // Columns come in fours; the last ones may be nobody's.
   const uint32_t end_of_columns = blockIdx.x + 1 < gridDim.x ? end : ceil_div(end, 4) * 4;
 
@@ -350,8 +358,9 @@ __device__ __forceinline__ void few_output(const moefy_experts_params& p) {
   Executed executed(p, united);
   executed.find(p, united);
   const uint32_t worker = blockIdx.y * kDown + down, fours = ceil_div(executed.all, 4);
-  uint32_t first = begin_of_share(fours, worker, kDown * p.num_splits) * 4;
-  const uint32_t end = begin_of_share(fours, worker + 1, kDown * p.num_splits) * 4;
+  const Shares shares(kDown * p.num_splits);
+  uint32_t first = shares.begin(fours, worker) * 4;
+  const uint32_t end = shares.begin(fours, worker + 1) * 4;
 
   uint4 next[kWide][4];
   const auto load = [&] {

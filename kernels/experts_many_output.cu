@@ -189,89 +189,155 @@ __device__ __forceinline__ void many_output(const moefy_experts_params& p) {
 }
 
 constexpr uint32_t kSumColumns = MOEFY_EXPERTS_MANY_SUM_COLUMNS;
+static_assert(kSumColumns == 32 * 8, "eight for each lane");
+constexpr uint32_t kListedWords = 2;                     // of a mask, whose rows are listed at once
+constexpr uint32_t kMostListed = kListedWords * 32 + 2;  // and rows of shared and linear neurons
 
-/// y of so many of the slab's columns of a token, for a warp: b_out and the outputs of its experts, in ascending order, then
-/// the shared and the linear neurons'.
-template <class T>
-__device__ __forceinline__ void sum_of_token(const moefy_experts_params& p, const Slab& slab, uint32_t token,
-                                             uint32_t first) {
-  constexpr unsigned kAll = 0xffffffffu;
-  constexpr uint32_t kPending = 3;  // rows that are under way
-  constexpr uint32_t kPiece = 32 * 8;
-  constexpr uint32_t kWide = kSumColumns / kPiece;
+/// Which pairs have rows: those of the first so many experts, and of the next one those of the first so many tokens. Where
+/// lists are full, they ended somewhere in the last one that has tokens, and tokens of an expert are in ascending order.
+struct Listed {
+  uint32_t experts;
+  uint32_t tokens;
+};
+
+__device__ __forceinline__ Listed find_listed(const moefy_experts_params& p) {
+  const uint32_t experts = p.neurons.num_experts;
+  if (num_pairs(p) < p.max_pairs) return {experts, 0};
+  if (p.max_pairs == 0) return {0, 0};
+  uint32_t whole = 0;
+  for (uint32_t e = threadIdx.x % 32; e < experts; e += 32) whole += __ldcg(p.expert_offsets + e + 1) < p.max_pairs;
+  return {__reduce_add_sync(0xffffffffu, whole), __ldcg(p.token_ids + p.max_pairs - 1) + 1};
+}
+
+/// Lists a warp's rows of a token in shared memory: those of its experts before expert `listed`, in ascending order from
+/// word `word` of its mask on, and after the last word those of shared and linear neurons, which follow the pairs'. Returns
+/// how many.
+__device__ __forceinline__ uint32_t list_rows(const moefy_experts_params& p, uint32_t pairs, uint32_t listed,
+                                              uint32_t token, uint32_t word, uint32_t list) {
   const moefy_neurons& n = p.neurons;
-  const uint32_t lane = threadIdx.x % 32, row_words = ceil_div(n.num_experts, 32);
-  const bool valid = token < valid_tokens(p);
-  const uint32_t in_slab = first + lane * 8;
-  const T* rows = static_cast<const T*>(p.rows) + in_slab;
-  const auto exists = [&](uint32_t piece) { return slab.first + in_slab + piece * kPiece < slab.end; };
-  float sum[kWide][8] = {};
+  const uint32_t lane = threadIdx.x % 32, words = ceil_div(n.num_experts, 32), experts = n.num_experts - word * 32;
+  const uint32_t* const mask = p.mask + static_cast<uint64_t>(token) * words + word;
+  const uint32_t* const pair_rows = p.pair_rows + static_cast<uint64_t>(token) * n.num_experts + word * 32 + lane;
+  // Lane l finds the row of the l-th expert of a word. It is asked for whether the expert runs or not, so as not to wait
+  // for the mask; what nobody wrote is not used.
+  uint32_t bits[kListedWords], rows[kListedWords];
 #pragma unroll
-  for (uint32_t piece = 0; piece < kWide; ++piece) {
-    if (!valid || n.b_out == nullptr || !exists(piece)) continue;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum[piece][i] = n.b_out[slab.first + in_slab + piece * kPiece + i];
+  for (uint32_t w = 0; w < kListedWords; ++w) {
+    if (w * 32 >= experts) break;
+    bits[w] = __ldcg(mask + w);
+    if (w * 32 + lane < experts) rows[w] = __ldcg(pair_rows + w * 32);
   }
-  Eight<T> pending[kPending][kWide];
   uint32_t count = 0;
-  const auto add = [&] {
 #pragma unroll
-    for (uint32_t i = 0; i < kPending; ++i) {
-      if (i >= count) break;
+  for (uint32_t w = 0; w < kListedWords; ++w) {
+    if (w * 32 >= experts) break;
+    const uint32_t expert = (word + w) * 32 + lane;
+    const bool exists = expert < listed && (bits[w] >> lane & 1);
+    const uint32_t all = __ballot_sync(0xffffffffu, exists);
+    if (exists) store_shared_word(list + (count + __popc(all & ((1u << lane) - 1))) * sizeof(uint32_t), rows[w]);
+    count += __popc(all);
+  }
+  if (word + kListedWords < words) return count;
+  uint32_t row = pairs + token;
+  for (const uint32_t width : {n.shared, n.rank}) {
+    if (width == 0) continue;
+    store_shared_word(list + count++ * sizeof(uint32_t), row);
+    row += p.num_tokens;
+  }
+  return count;
+}
+
+/// y of kSumColumns of the slab's columns of a token, for a warp: b_out and the outputs of its experts, in ascending order,
+/// then the shared and the linear neurons'.
+template <class T>
+__device__ __forceinline__ void sum_of_token(const moefy_experts_params& p, const Slab& slab, uint32_t pairs,
+                                             const Listed& listed, bool is_valid, uint32_t token, uint32_t first,
+                                             uint32_t list) {
+  constexpr uint32_t kPending = 4;             // rows that are under way
+  constexpr uint32_t kLine = 128 / sizeof(T);  // columns
+  constexpr uint32_t kLines = kSumColumns / kLine;
+  const moefy_neurons& n = p.neurons;
+  const uint32_t lane = threadIdx.x % 32, columns = slab.end - slab.first, column = first + lane * 8;
+  const uint32_t experts = listed.experts + (token < listed.tokens);
+  const uint32_t words = is_valid ? max(ceil_div(n.num_experts, 32), 1u) : 0;
+  const uint32_t row_bytes = slab.width * sizeof(T);
+  const bool exists = column < columns;
+  // Lanes without columns of their own read the first ones.
+  const char* const rows = reinterpret_cast<const char*>(static_cast<const T*>(p.rows) + (exists ? column : 0));
+  const auto row_at = [&](const char* from, uint32_t i) {
+    return from + static_cast<uint64_t>(load_shared_word(list + i * sizeof(uint32_t))) * row_bytes;
+  };
+  float sum[8] = {};
+  if (is_valid && n.b_out != nullptr) {
+    Eight<float> bias;
+    const float* const b_out = n.b_out + slab.first;
+    if (reinterpret_cast<uint64_t>(b_out) % kChunkBytes == 0) {
+      bias.load<true>(b_out, column, columns);
+    } else {
+      bias.load<false>(b_out, column, columns);
+    }
+    bias.to_floats(sum);
+  }
+#pragma unroll 1
+  for (uint32_t word = 0; word < words; word += kListedWords) {
+    const uint32_t count = list_rows(p, pairs, experts, token, word, list);
+    __syncwarp();
+    Eight<T> pending[kPending];
+    const auto ask = [&](uint32_t slot, uint32_t i) {
+      if (i >= count) return;
+      const char* const row = row_at(rows, i);
 #pragma unroll
-      for (uint32_t piece = 0; piece < kWide; ++piece) {
+      for (int k = 0; k < Eight<T>::kVectors; ++k) pending[slot].vectors[k] = load_fresh_vector(row + k * kChunkBytes);
+    };
+#pragma unroll
+    for (uint32_t slot = 0; slot < kPending; ++slot) ask(slot, slot);
+#pragma unroll 1
+    for (uint32_t i = 0; i < count; i += kPending) {
+#pragma unroll
+      for (uint32_t slot = 0; slot < kPending; ++slot) {
+        if (i + slot >= count) break;
         float v[8];
-        pending[i][piece].to_floats(v);
+        pending[slot].to_floats(v);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) sum[piece][k] += v[k];
+        for (int k = 0; k < 8; ++k) sum[k] += v[k];
+        ask(slot, i + slot + kPending);
       }
     }
-    count = 0;
-  };
-  const auto ask = [&](uint64_t row) {
-#pragma unroll
-    for (uint32_t i = 0; i < kPending; ++i) {
-      if (i != count) continue;
-#pragma unroll
-      for (uint32_t piece = 0; piece < kWide; ++piece) {
-        pending[i][piece].load_fresh(rows + row * slab.width + piece * kPiece, 0, exists(piece) ? 8 : 0);
-      }
+    __syncwarp();
+    // Nobody reads these rows again. Given up as whole lines, they are not written back to memory.
+    if ((reinterpret_cast<uint64_t>(p.rows) | row_bytes) % 128 == 0) {
+      const uint32_t own = first + lane % kLines * kLine;
+      const char* const lines = reinterpret_cast<const char*>(static_cast<const T*>(p.rows) + own);
+      for (uint32_t i = lane / kLines; i < count && own < columns; i += 32 / kLines) discard_line(row_at(lines, i));
     }
-    if (++count == kPending) add();
-  };
-  const uint32_t* const mask = p.mask + static_cast<uint64_t>(token) * row_words;
-  for (uint32_t first_word = 0; valid && first_word < row_words; first_word += 32) {
-    const uint32_t words = first_word + lane < row_words ? __ldcg(mask + first_word + lane) : 0;
-    // Lane l finds the row of the l-th expert of a word.
-    for (uint32_t w = 0; w < min(32u, row_words - first_word); ++w) {
-      const uint32_t expert = (first_word + w) * 32 + lane, word = __shfl_sync(kAll, words, w);
-      const bool runs = expert < n.num_experts && (word >> lane & 1);
-      const uint32_t own = runs ? row_of_pair(p, token, expert) : p.max_pairs;
-      for (uint32_t bits = __ballot_sync(kAll, own < p.max_pairs); bits != 0; bits &= bits - 1) {
-        ask(__shfl_sync(kAll, own, __ffs(bits) - 1));
-      }
-    }
+    __syncwarp();
   }
-  if (valid && n.shared > 0) ask(place_of_rows(p, find_group(p, n.num_experts)) + token);
-  if (valid && n.rank > 0) ask(place_of_rows(p, find_group(p, n.num_experts + 1)) + token);
-  add();
-  T* y = static_cast<T*>(p.y) + static_cast<uint64_t>(token) * n.d_model + slab.first + in_slab;
-#pragma unroll
-  for (uint32_t piece = 0; piece < kWide; ++piece) {
-    if (exists(piece)) store_eight(y + piece * kPiece, sum[piece]);
-  }
+  T* const y = static_cast<T*>(p.y) + static_cast<uint64_t>(token) * n.d_model + slab.first + column;
+  if (exists) store_eight(y, sum);
 }
 
 template <class T>
 __device__ __forceinline__ void many_sum(const moefy_experts_params& p) {
   constexpr uint32_t kWarps = kThreads / 32;
+  __shared__ uint32_t lists[kWarps][kMostListed];
   begin();
+  const uint32_t valid = valid_tokens(p), pairs = num_pairs(p), warp = threadIdx.x / 32;
+  const Listed listed = find_listed(p);
   const Slab slab = find_slab<T>(p);
   if (slab.first >= slab.end) return;
   // Pieces of a token lie side by side, so that its rows are read in one go.
-  const uint32_t pieces = ceil_div(slab.end - slab.first, kSumColumns), all = p.num_tokens * pieces;
-  for (uint32_t i = blockIdx.x * kWarps + threadIdx.x / 32; i < all; i += gridDim.x * kWarps) {
-    sum_of_token<T>(p, slab, i / pieces, i % pieces * kSumColumns);
+  const uint32_t pieces = ceil_div(slab.end - slab.first, kSumColumns), warps = gridDim.x * kWarps;
+  const uint32_t first = blockIdx.x * kWarps + warp, tokens_on = warps / pieces, pieces_on = warps % pieces;
+  const uint32_t list = shared_address(lists[warp]);
+  uint32_t token = first / pieces, piece = first % pieces;
+#pragma unroll 1
+  while (token < p.num_tokens) {
+    sum_of_token<T>(p, slab, pairs, listed, token < valid, token, piece * kSumColumns, list);
+    token += tokens_on;
+    piece += pieces_on;
+    if (piece < pieces) continue;
+    piece -= pieces;
+    ++token;
   }
 }
 
@@ -284,7 +350,7 @@ __device__ __forceinline__ void many_sum(const moefy_experts_params& p) {
       moefy_experts_many_output_##name##_##stages(const __grid_constant__ moefy_experts_params p) { \
     moefy::many_output<type, stages>(p);                                                            \
   }
-// blocks: of a multiprocessor. More of them read faster than more rows under way.
+// blocks: of a multiprocessor. With more of them registers spill, which costs more than they give.
 #define MOEFY_EXPERTS_MANY_SUM(name, type, blocks)                                   \
   extern "C" __global__ void __launch_bounds__(moefy::kThreads, blocks)              \
       moefy_experts_many_sum_##name(const __grid_constant__ moefy_experts_params p) { \

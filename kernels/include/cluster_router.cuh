@@ -32,13 +32,20 @@ __device__ __forceinline__ void store_async(const float* to, float4 values, cons
                : "memory");
 }
 
-/// Activations of a D2DMoE router in line, ReLU and then abs; the others would lie between what always runs.
+/// Not in line: code that is rarely run would lie between what always is.
 __device__ __noinline__ float other_activation(moefy_router_activation activation, float z) { return activate(activation, z); }
 
-__device__ __forceinline__ float activate_soon(moefy_router_activation activation, float z) {
-  if (activation == MOEFY_ROUTER_ACTIVATION_RELU) return fmaxf(z, 0.0f);
-  if (activation == MOEFY_ROUTER_ACTIVATION_ABS) return fabsf(z);
-  return other_activation(activation, z);
+/// The activations of a D2DMoE router in line, ReLU and then abs.
+template <int kSize>
+__device__ __forceinline__ void activate_all(moefy_router_activation activation, float (&z)[kSize]) {
+  const bool is_relu = activation == MOEFY_ROUTER_ACTIVATION_RELU;
+  if (is_relu || activation == MOEFY_ROUTER_ACTIVATION_ABS) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) z[i] = is_relu ? fmaxf(z[i], 0.0f) : fabsf(z[i]);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kSize; ++i) z[i] = other_activation(activation, z[i]);
+  }
 }
 
 /// Waits for the end of the first phase, and for what other blocks of the cluster have stored in it.
@@ -55,18 +62,19 @@ struct RouterFixed {
   float squares[kWarps][kTile];
 };
 
-/// A block's part in the router. Blocks own rows of w1 and experts by fours, the last ones less.
-template <class T, int kSteps>
+/// A block's part in the router, of one layer or of two. Blocks own rows of w1 and experts by fours, the last ones less.
+template <class T, int kSteps, bool kTwoLayers>
 struct ClusterRouter {
   const moefy_router_select_params& p;
   RouterFixed& fixed;
   Sums<1>& sums;
   const Slice<T, 1, kSteps>& slice;
+  const uint32_t width;  // of the first layer
   const uint32_t rank, rows_each, row0, num_rows, expert0, num_experts, row_stride, first_stride;
   // Shared memory, each part at a multiple of 16 bytes: the host adds up the same sizes.
   unsigned char* const rows;  // of w1, in_row_stride apart
   unsigned char* const w2;
-  float* const first;  // [tokens, hidden and 4, so that tokens meet different banks]
+  float* const first;  // [tokens, width by fours and 4, so that tokens meet different banks]
   float* const end;
 
   __device__ ClusterRouter(const moefy_router_select_params& params, RouterFixed& fixed_memory, Sums<1>& sums_memory,
@@ -75,14 +83,15 @@ struct ClusterRouter {
         fixed(fixed_memory),
         sums(sums_memory),
         slice(slice_of_warp),
+        width(kTwoLayers ? p.hidden : p.num_experts),
         rank(block_of_cluster()),
-        rows_each(of_block(p.hidden)),
-        row0(min(rank * rows_each, p.hidden)),
-        num_rows(min(rows_each, p.hidden - row0)),
+        rows_each(of_block(width)),
+        row0(min(rank * rows_each, width)),
+        num_rows(min(rows_each, width - row0)),
         expert0(min(rank * of_block(p.num_experts), p.num_experts)),
         num_experts(min(of_block(p.num_experts), p.num_experts - expert0)),
         row_stride(in_row_stride(slice.row_bytes)),
-        first_stride(p.hidden + 4),
+        first_stride(ceil_div(width, 4) * 4 + 4),
         rows(memory),
         w2(rows + ceil_div(rows_each, 8) * 8 * row_stride),
         first(reinterpret_cast<float*>(w2 + of_block(p.num_experts) * p.hidden * sizeof(T))),
@@ -100,7 +109,7 @@ struct ClusterRouter {
       }
       fence_barriers();
       barrier_expect(shared_address(&fixed.rows_barrier), num_rows * slice.row_bytes + num_experts * w2_row_bytes);
-      barrier_expect(shared_address(&fixed.first_barrier), p.num_tokens * p.hidden * sizeof(float));
+      barrier_expect(shared_address(&fixed.first_barrier), p.num_tokens * (first_stride - 4) * sizeof(float));
       barrier_expect(shared_address(&fixed.scores_barrier), score_bytes);
     }
     __syncthreads();
@@ -110,7 +119,7 @@ struct ClusterRouter {
                 shared_address(&fixed.rows_barrier));
       slice.clear_row_end(rows + threadIdx.x * row_stride);
     }
-    if (threadIdx.x == 32 && num_experts > 0) {
+    if (kTwoLayers && threadIdx.x == 32 && num_experts > 0) {
       copy_bulk(shared_address(w2), static_cast<const char*>(p.w2) + expert0 * w2_row_bytes, num_experts * w2_row_bytes,
                 shared_address(&fixed.rows_barrier));
     }
@@ -118,6 +127,9 @@ struct ClusterRouter {
 
   /// Leaves the outputs of the first layer of all tokens in every block.
   __device__ void first_layer(const typename Slice<T, 1, kSteps>::X& x) const {
+    const uint32_t token = threadIdx.x / 32, unit = lane_id() % 16;
+    const bool has_scale = !kTwoLayers && p.w1_scale != nullptr && unit < num_rows;
+    const float scale = has_scale ? p.w1_scale[row0 + unit] : 1.0f;
     barrier_wait(shared_address(&fixed.rows_barrier), 0);
     const uint32_t from = shared_address(rows);
     if (rows_each > 8) {
@@ -129,16 +141,16 @@ struct ClusterRouter {
     __syncthreads();
     // A warp for each token, a lane for each unit, and then for each four of them and each block that gets them.
     static_assert(kWarps >= kTile && kClusterBlocks == 16, "tokens have a warp each, blocks half of its lanes");
-    const uint32_t token = threadIdx.x / 32, unit = lane_id() % 16;
     if (token < p.num_tokens) {
-      float sum = sum_of_warps<1>(sums, 0, unit, token);
+      float sums_of_unit[1] = {scale * sum_of_warps<1>(sums, 0, unit, token)};
+      float& sum = sums_of_unit[0];
       if (has_unit_norm(p.kind)) {
         float square = 0.0f;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) square += fixed.squares[w][token];
         sum *= inverse_norm(square);
       }
-      sum = activate_soon(first_activation(p.kind), sum);
+      activate_all(first_activation(p.kind), sums_of_unit);
       const float* to = first + token * first_stride + row0;
 #pragma unroll
       for (uint32_t pass = 0; pass < 2; ++pass) {
@@ -151,18 +163,24 @@ struct ClusterRouter {
     wait_for_stores(&fixed.first_barrier);
   }
 
+  /// Threads that share the scores of an expert for some tokens: as many as there are blocks, or half of them.
+  template <int kTokens>
+  static constexpr uint32_t kTeam = kTokens == 1 ? kClusterBlocks : kClusterBlocks / 2;
+
   /// Calls `use` with each of the block's experts, counted from `expert0` on, the first of kTokens tokens and their scores
-  /// (those of tokens that do not exist are some token's). Sixteen threads do, one for each block of the cluster.
+  /// (those of tokens that do not exist are some token's). All threads of a team do.
   template <int kTokens, class Use>
   __device__ void second_layer(Use use) const {
-    static_assert(kClusterBlocks == 16 && (kTokens == 1 || kTokens * 2 == kTile), "one or two groups of tokens");
-    const uint32_t shift = p.num_tokens > kTokens, team = threadIdx.x / 16;
-    const uint32_t token0 = shift * (team % 2) * kTokens, half_warp = 0xffffu << (threadIdx.x & 16);
+    static_assert(kTokens == 1 || kTokens * 2 == kTile, "one or two groups of tokens");
+    constexpr uint32_t kSize = kTeam<kTokens>;
+    const uint32_t shift = p.num_tokens > kTokens, team = threadIdx.x / kSize;
+    const uint32_t token0 = shift * (team % 2) * kTokens;
+    const uint32_t lanes = ((1u << kSize) - 1) << (threadIdx.x % 32 / kSize * kSize);
 #pragma unroll 1
-    for (uint32_t e = team >> shift; e < num_experts; e += kThreads / 16 >> shift) {
+    for (uint32_t e = team >> shift; e < num_experts; e += kThreads / kSize >> shift) {
       float scores[kTokens] = {};
 #pragma unroll 1
-      for (uint32_t k = threadIdx.x % 16 * 8; k < p.hidden; k += 128) {
+      for (uint32_t k = threadIdx.x % kSize * 8; k < p.hidden; k += kSize * 8) {
         Eight<T> row;
         row.load_anywhere(reinterpret_cast<const T*>(w2) + e * p.hidden + k);
         float w[8];
@@ -178,12 +196,11 @@ struct ClusterRouter {
         }
       }
 #pragma unroll
-      for (int step = 8; step > 0; step /= 2) {
+      for (uint32_t step = kSize / 2; step > 0; step /= 2) {
 #pragma unroll
-        for (int i = 0; i < kTokens; ++i) scores[i] += __shfl_xor_sync(half_warp, scores[i], step);
+        for (int i = 0; i < kTokens; ++i) scores[i] += __shfl_xor_sync(lanes, scores[i], step);
       }
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) scores[i] = activate_soon(second_activation(p.kind), scores[i]);
+      activate_all(second_activation(p.kind), scores);
       use(e, token0, scores);
     }
   }

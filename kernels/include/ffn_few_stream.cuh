@@ -148,16 +148,22 @@ __device__ __forceinline__ uint32_t unite(const moefy_ffn_few_params& p, Fixed<k
     const uint32_t expert = first + threadIdx.x;
     const uint32_t existing = min(expert, r.num_experts - 1);
     uint32_t bits = 0;
+    if (plain) {
 #pragma unroll 1
-    for (uint32_t token0 = 0; token0 < r.num_tokens; token0 += 2) {
+      for (uint32_t token0 = 0; token0 < r.num_tokens; token0 += 2) {
 #pragma unroll
-      for (uint32_t i = 0; i < 2; ++i) {
-        const uint32_t token = min(token0 + i, r.num_tokens - 1);
-        const bool selects = plain ? shared.keys[token * stride + existing] >= fixed.least_keys[token]
-                                   : fixed.masks[token][existing / 32] >> (existing % 32) & 1;
-        bits |= uint32_t(selects && expert < r.num_experts) << token;
+        for (uint32_t i = 0; i < 2; ++i) {
+          const uint32_t token = min(token0 + i, r.num_tokens - 1);
+          bits |= uint32_t(shared.keys[token * stride + existing] >= fixed.least_keys[token]) << token;
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (uint32_t token = 0; token < r.num_tokens; ++token) {
+        bits |= (fixed.masks[token][existing / 32] >> (existing % 32) & 1) << token;
       }
     }
+    if (expert >= r.num_experts) bits = 0;
     if (writes) {
 #pragma unroll 1
       for (uint32_t token = 0; token < r.num_tokens; ++token) {
@@ -205,10 +211,20 @@ struct Stream {
   using X = typename Slice<T, kTiles, kSteps>::X;
   using Y = float[kSteps * 2][kTiles][4];
 
+  /// The row of every block of neurons that this thread asks for: first come those of w_in, of a GLU those of the gates, then
+  /// those of w_out. Known before anything else is.
+  struct RowPlace {
+    uint32_t kind, slot;
+    uint32_t to, stage_bytes;  // in the first stage, and from stage to stage
+    uint32_t barrier;          // of the first stage
+    const char* weights;
+  };
+
   const moefy_ffn_few_params& p;
   Fixed<kTiles>& fixed;
   const Sized shared;
   const Slice<T, kTiles, kSteps> slice;
+  const RowPlace place;
   uint32_t union_neurons = 0, all_neurons = 0, my_neurons = 0;
 
   __device__ Stream(const moefy_ffn_few_params& params, Fixed<kTiles>& fixed_memory, unsigned char* memory,
@@ -216,10 +232,12 @@ struct Stream {
       : p(params),
         fixed(fixed_memory),
         shared(params.router, memory, router_bytes),
-        slice(params.neurons.d_model) {}
+        slice(params.neurons.d_model),
+        place(row_place()) {}
 
   __device__ uint32_t stage_neurons() const { return 1u << p.log_stage_neurons; }
-  __device__ uint32_t in_rows() const { return (p.neurons.glu + 1) * stage_neurons(); }
+  __device__ uint32_t out_kind() const { return p.neurons.glu + 1; }
+  __device__ uint32_t in_rows() const { return out_kind() * stage_neurons(); }
   __device__ uint32_t in_stage(uint32_t stage) const {
     return shared_address(shared.ring) + stage * in_rows() * in_row_stride(slice.row_bytes);
   }
@@ -270,33 +288,38 @@ struct Stream {
     return {expert * n.expert_width + index - rank * n.expert_width, expert};
   }
 
-  /// Asks for the rows of w_in of a block of neurons, of w_out, or of both. All warps do it together, a lane for a row:
-  /// to ask takes long enough to be shared.
-  __device__ void issue(uint32_t block, uint32_t stage, bool in, bool out) const {
-    const moefy_neurons& n = p.neurons;
-    // First the rows of w_in, of a GLU those of the gates, then those of w_out.
-    const uint32_t place = threadIdx.x / 32 + lane_id() * kWarps, kind = place >> p.log_stage_neurons;
-    const uint32_t slot = place & (stage_neurons() - 1), out_kind = n.glu + 1;
-    const uint32_t index = blockIdx.x + (block * stage_neurons() + slot) * gridDim.x;
-    const bool is_out = kind == out_kind;
-    if (kind <= out_kind && index < all_neurons && (is_out ? out : in)) ask(stage, slot, place, is_out, kind, index);
-    // The barriers may count bytes before they expect them.
-    if (threadIdx.x == 0) {
-      const uint32_t bytes = count(block) * slice.row_bytes;
-      if (in) barrier_expect(in_barrier(stage), bytes * out_kind);
-      if (out) barrier_expect(out_barrier(stage), bytes);
-    }
+  __device__ RowPlace row_place() const {
+    const uint32_t number = threadIdx.x / 32 + lane_id() * kWarps, kind = number >> p.log_stage_neurons;
+    const uint32_t slot = number & (stage_neurons() - 1), stride = kind == out_kind() ? out_row_stride(slice.row_bytes)
+                                                                                      : in_row_stride(slice.row_bytes);
+    return {kind,
+            slot,
+            kind == out_kind() ? out_stage(0) + slot * stride : in_stage(0) + number * stride,
+            (kind == out_kind() ? stage_neurons() : in_rows()) * stride,
+            kind == out_kind() ? out_barrier(0) : in_barrier(0),
+            static_cast<const char*>(kind == out_kind() ? p.neurons.w_out : p.neurons.w_in)};
   }
 
-  __device__ void ask(uint32_t stage, uint32_t slot, uint32_t place, bool is_out, uint32_t kind, uint32_t index) const {
+  /// Asks for the rows of w_in of a block of neurons, of w_out, or of both. All warps do it together, a lane for a row:
+  /// to ask takes long enough to be shared.
+  __device__ void ask(uint32_t block, uint32_t stage, bool in, bool out) const {
     const moefy_neurons& n = p.neurons;
+    const uint32_t index = blockIdx.x + (block * stage_neurons() + place.slot) * gridDim.x;
+    const bool is_out = place.kind == out_kind();
+    if (place.kind > out_kind() || index >= all_neurons || !(is_out ? out : in)) return;
     const RingEntry entry = find(index);
-    if (kind == 0) fixed.entries[stage][slot] = entry;
-    const uint32_t row = is_out ? entry.neuron : kind == 1 ? up_row(n, entry.neuron) : input_row(n, entry.neuron);
-    const uint32_t to = is_out ? out_stage(stage) + slot * out_row_stride(slice.row_bytes)
-                               : in_stage(stage) + place * in_row_stride(slice.row_bytes);
-    const char* from = static_cast<const char*>(is_out ? n.w_out : n.w_in) + static_cast<uint64_t>(row) * slice.row_bytes;
-    copy_bulk(to, from, slice.row_bytes, is_out ? out_barrier(stage) : in_barrier(stage));
+    if (place.kind == 0) fixed.entries[stage][place.slot] = entry;
+    const uint32_t row = is_out ? entry.neuron : place.kind == 1 ? up_row(n, entry.neuron) : input_row(n, entry.neuron);
+    copy_bulk(place.to + stage * place.stage_bytes, place.weights + static_cast<uint64_t>(row) * slice.row_bytes,
+              slice.row_bytes, place.barrier + stage * sizeof(uint64_t));
+  }
+
+  /// How many bytes of a block come, which the barriers may count before. The last warp has the fewest rows to ask for.
+  __device__ void expect(uint32_t block, uint32_t stage, bool in, bool out) const {
+    if (threadIdx.x != kThreads - 1) return;
+    const uint32_t bytes = count(block) * slice.row_bytes;
+    if (in) barrier_expect(in_barrier(stage), bytes * out_kind());
+    if (out) barrier_expect(out_barrier(stage), bytes);
   }
 
   /// Adds a stage's rows of w_out, weighted by h, to this warp's columns of y.
@@ -339,10 +362,10 @@ struct Stream {
   }
 
   /// Which h a thread computes, by number.
-  struct Place {
+  struct HiddenPlace {
     uint32_t tile, token, slot;
 
-    __device__ explicit Place(uint32_t index)
+    __device__ explicit HiddenPlace(uint32_t index)
         : tile(index / (kTile * kNeurons)), token(index % kTile), slot(index / kTile % kNeurons) {}
   };
 
@@ -352,7 +375,7 @@ struct Stream {
     NeuronConstants constants;
   };
 
-  __device__ Value find_value(const Place& at, uint32_t stage, uint32_t neurons) const {
+  __device__ Value find_value(const HiddenPlace& at, uint32_t stage, uint32_t neurons) const {
     Value v = {{kNoExpert, kNoExpert}, {}};
     if (at.tile >= kTiles || at.slot >= neurons) return v;
     const RingEntry entry = fixed.entries[stage][at.slot];
@@ -361,7 +384,7 @@ struct Stream {
   }
 
   /// h from the sums of all warps.
-  __device__ float hidden_value(const Place& at, const Value& v) const {
+  __device__ float hidden_value(const HiddenPlace& at, const Value& v) const {
     if (v.entry.neuron == kNoExpert) return 0.0f;
     const float pre = sum_of_warps<kTiles>(fixed.sums, at.tile, at.slot, at.token);
     const float up = kNeurons == 8 ? sum_of_warps<kTiles>(fixed.sums, at.tile, at.slot + 8, at.token) : 0.0f;
@@ -378,14 +401,13 @@ struct Stream {
     const moefy_neurons& n = p.neurons;
     union_neurons = unite(p, fixed, shared) * n.expert_width;
     all_neurons = union_neurons + n.shared + n.rank;
+#pragma unroll 1
+    for (uint32_t block = 0; block < p.num_stages; ++block) ask(block, block, true, true);
     // Exact, as in `find`.
     my_neurons = all_neurons > blockIdx.x ? uint32_t((all_neurons - blockIdx.x - 0.5f) * p.inverse_blocks) + 1 : 0;
     const uint32_t num_blocks = (my_neurons + stage_neurons() - 1) >> p.log_stage_neurons;
 #pragma unroll 1
-    for (uint32_t block = 0; block < p.num_stages; ++block) {
-      if (blockIdx.x + (block << p.log_stage_neurons) * gridDim.x >= all_neurons) break;
-      issue(block, block, true, true);
-    }
+    for (uint32_t block = 0; block < min(num_blocks, p.num_stages); ++block) expect(block, block, true, true);
     if (n.d_model % kStepColumns != 0) {
       for (uint32_t i = threadIdx.x; i < p.num_stages * in_rows(); i += kThreads) {
         slice.clear_row_end(shared.ring + i * in_row_stride(slice.row_bytes));
@@ -402,17 +424,20 @@ struct Stream {
       // What a thread needs beside the sums is asked for early.
       Value values[kValues];
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) values[i] = find_value(Place(threadIdx.x + i * kThreads), stage, neurons);
+      for (int i = 0; i < kValues; ++i) values[i] = find_value(HiddenPlace(threadIdx.x + i * kThreads), stage, neurons);
       barrier_wait(in_barrier(stage), parity);
       // The second half of a fragment holds up rows, or neurons 8 to 15.
       const uint32_t low = in_stage(stage);
       const uint32_t half = n.glu ? stage_neurons() : kNeurons == 16 ? 8 : 0;
       slice.multiply(low, low + half * in_row_stride(slice.row_bytes), min(stage_neurons(), 8u), x, fixed.sums);
       __syncthreads();
-      if (goes_on) issue(block + p.num_stages, stage, true, false);
+      if (goes_on) {
+        ask(block + p.num_stages, stage, true, false);
+        expect(block + p.num_stages, stage, true, false);
+      }
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
-        const Place at(threadIdx.x + i * kThreads);
+        const HiddenPlace at(threadIdx.x + i * kThreads);
         if (at.tile >= kTiles) continue;
         reinterpret_cast<T&>(fixed.hidden[at.tile][at.token][at.slot]) = from_float<T>(hidden_value(at, values[i]));
       }
@@ -421,7 +446,8 @@ struct Stream {
       multiply_out(y, stage, neurons);
       if (goes_on) {
         __syncthreads();
-        issue(block + p.num_stages, stage, false, true);
+        ask(block + p.num_stages, stage, false, true);
+        expect(block + p.num_stages, stage, false, true);
       }
       if (++stage == p.num_stages) {
         stage = 0;

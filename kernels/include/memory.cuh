@@ -53,8 +53,33 @@ __device__ __forceinline__ uint4 load_cached_vector_if(bool valid, const void* a
   return v;
 }
 
+/// Loads 16 bytes that another kernel wrote a moment ago.
+__device__ __forceinline__ uint4 load_fresh_vector(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+/// Gives up the 128 bytes that begin here, at a multiple of 128: nobody reads them before they are written again.
+__device__ __forceinline__ void discard_line(const void* address) {
+  asm volatile("discard.global.L2 [%0], 128;" ::"l"(address) : "memory");
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_shared_word(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ uint4 load_shared_vector(uint32_t address) {

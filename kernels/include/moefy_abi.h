@@ -29,7 +29,7 @@
 #define MOEFY_EXPERTS_MANY_SLAB 256u
 
 /* Columns that a warp of moefy_experts_many_sum takes at once. */
-#define MOEFY_EXPERTS_MANY_SUM_COLUMNS 512u
+#define MOEFY_EXPERTS_MANY_SUM_COLUMNS 256u
 
 /* Columns of y of a block of moefy_add_shares. */
 #define MOEFY_ADD_SHARES_COLUMNS 32u

@@ -8,15 +8,15 @@ namespace moefy {
 namespace few {
 namespace {
 
-template <class T, int kSteps, int kNeurons>
+template <class T, int kSteps, int kNeurons, bool kTwoLayers>
 __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char* memory) {
   __shared__ Fixed<1> fixed;
   __shared__ RouterFixed of_router;
   const moefy_router_select_params& r = p.router;
   const uint32_t score_tokens = r.num_tokens == 1 ? 1 : ceil_div(r.num_tokens, 4) * 4;
-  const uint32_t score_bytes = r.num_experts * score_tokens * sizeof(float);
+  const uint32_t score_bytes = kTwoLayers ? r.num_experts * score_tokens * sizeof(float) : 0;
   Stream<T, 1, kSteps, kNeurons> stream(p, fixed, memory, score_bytes);
-  const ClusterRouter<T, kSteps> router(r, of_router, fixed.sums, stream.slice, stream.shared.ring);
+  const ClusterRouter<T, kSteps, kTwoLayers> router(r, of_router, fixed.sums, stream.slice, stream.shared.ring);
   float* const scores = reinterpret_cast<float*>(stream.shared.router_inputs);  // [num_experts, score_tokens]
   stream.begin();
   router.begin(score_bytes);
@@ -33,24 +33,31 @@ __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char
   router.first_layer(x);
   // Every block gets all scores.
   float* const own = scores + router.expert0 * score_tokens;
-  const uint32_t to_block = threadIdx.x % kClusterBlocks;
-  if (r.num_tokens == 1) {
+  if (!kTwoLayers) {
+    // The first layer gave the scores.
+  } else if (r.num_tokens == 1) {
     router.template second_layer<1>([&](uint32_t e, uint32_t, const float (&score)[1]) {
-      store_async(own + e, score[0], &of_router.scores_barrier, to_block);
+      store_async(own + e, score[0], &of_router.scores_barrier, threadIdx.x % kClusterBlocks);
     });
   } else {
     router.template second_layer<4>([&](uint32_t e, uint32_t token0, const float (&score)[4]) {
-      store_async(own + e * score_tokens + token0, make_float4(score[0], score[1], score[2], score[3]),
-                  &of_router.scores_barrier, to_block);
+      constexpr uint32_t kTeam = router.template kTeam<4>;
+#pragma unroll
+      for (uint32_t block = threadIdx.x % kTeam, i = 0; i < kClusterBlocks / kTeam; ++i, block += kTeam) {
+        store_async(own + e * score_tokens + token0, make_float4(score[0], score[1], score[2], score[3]),
+                    &of_router.scores_barrier, block);
+      }
     });
   }
   fence_for_copies();
   wait_for_stores(&of_router.scores_barrier);
   wait_for_imposed(r);
-  // Imposed scores lie token by token.
   const bool imposed = r.imposed != nullptr;
-  const float* const from = imposed ? reinterpret_cast<const float*>(stream.shared.keys) : scores;
-  const uint32_t of_token = imposed ? round_up_32(r.num_experts) : 1, of_expert = imposed ? 1 : score_tokens;
+  const float* const from = imposed      ? reinterpret_cast<const float*>(stream.shared.keys)
+                            : kTwoLayers ? scores
+                                         : router.first;
+  const uint32_t of_token = imposed ? round_up_32(r.num_experts) : kTwoLayers ? 1 : router.first_stride;
+  const uint32_t of_expert = imposed || !kTwoLayers ? 1 : score_tokens;
   make_keys(r, num_valid, fixed, stream.shared.keys,
             [&](uint32_t token, uint32_t e) { return from[token * of_token + e * of_expert]; });
   stream.run(x);
@@ -62,15 +69,18 @@ __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char
 
 // Dynamic shared memory: Sized, with ClusterRouter in the ring. Two blocks fit a multiprocessor, so that the next layer's can
 // have the weights of its router before this one ends.
-#define MOEFY_FFN_FEW_CLUSTER(name, type, neurons)                                                              \
-  extern "C" __global__ void __cluster_dims__(MOEFY_ROUTER_SELECT_BLOCKS, 1, 1)                                 \
-      __launch_bounds__(MOEFY_FFN_FEW_THREADS, 2)                                                               \
-          moefy_ffn_few_cluster_##name##_##neurons(const __grid_constant__ moefy_ffn_few_params p) {            \
-    extern __shared__ __align__(128) unsigned char memory[];                                                    \
-    moefy::few::run<type, MOEFY_FFN_FEW_CLUSTER_STEPS, neurons>(p, memory);                                     \
+#define MOEFY_FFN_FEW_CLUSTER(name, type, layers, neurons)                                                     \
+  extern "C" __global__ void __cluster_dims__(MOEFY_ROUTER_SELECT_BLOCKS, 1, 1)                                \
+      __launch_bounds__(MOEFY_FFN_FEW_THREADS, 2)                                                              \
+          moefy_ffn_few_cluster_##name##_##layers##_##neurons(const __grid_constant__ moefy_ffn_few_params p) { \
+    extern __shared__ __align__(128) unsigned char memory[];                                                   \
+    moefy::few::run<type, MOEFY_FFN_FEW_CLUSTER_STEPS, neurons, layers == 2>(p, memory);                       \
   }
+#define MOEFY_FFN_FEW_CLUSTER_OF(name, type)  \
+  MOEFY_FFN_FEW_CLUSTER(name, type, 1, 8)     \
+  MOEFY_FFN_FEW_CLUSTER(name, type, 1, 16)    \
+  MOEFY_FFN_FEW_CLUSTER(name, type, 2, 8)     \
+  MOEFY_FFN_FEW_CLUSTER(name, type, 2, 16)
 
-MOEFY_FFN_FEW_CLUSTER(f16, __half, 8)
-MOEFY_FFN_FEW_CLUSTER(f16, __half, 16)
-MOEFY_FFN_FEW_CLUSTER(bf16, __nv_bfloat16, 8)
-MOEFY_FFN_FEW_CLUSTER(bf16, __nv_bfloat16, 16)
+MOEFY_FFN_FEW_CLUSTER_OF(f16, __half)
+MOEFY_FFN_FEW_CLUSTER_OF(bf16, __nv_bfloat16)

@@ -53,10 +53,7 @@ __device__ __forceinline__ void first_layer(const moefy_ffn_few_params& p, unsig
   if (has_unit_norm(r.kind)) slice.square(x, squares);
   __syncthreads();
   if (!writes) return;
-  float sum = 0.0f, square = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += sums[w][tile][n - row0][threadIdx.x % kTile];
-  sum *= scale;
+  float sum = sum_of_warps<kTiles>(sums, tile, n - row0, threadIdx.x % kTile) * scale, square = 0.0f;
   if (has_unit_norm(r.kind)) {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) square += squares[w][token];

@@ -13,7 +13,7 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
   __shared__ __align__(16) Sums<1> sums;
   __shared__ uint32_t max_key, count;
   const Slice<T, 1, kSteps> slice(p.d_model);
-  const ClusterRouter<T, kSteps> router(p, fixed, sums, slice, memory);
+  const ClusterRouter<T, kSteps, true> router(p, fixed, sums, slice, memory);
   const uint32_t token = router.rank;
   static_assert(kClusterBlocks >= kTile, "tokens have a block each");
   const bool selects = token < p.num_tokens;
@@ -45,7 +45,7 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
     constexpr uint32_t kTokens = sizeof(of_tokens) / sizeof(float);
 #pragma unroll
     for (uint32_t i = 0; i < kTokens; ++i) {
-      if (threadIdx.x % 16 != i || token0 + i >= p.num_tokens) continue;
+      if (threadIdx.x % router.template kTeam<kTokens> != i || token0 + i >= p.num_tokens) continue;
       store_async(scores + router.expert0 + e, of_tokens[i], &fixed.scores_barrier, token0 + i);
     }
   };

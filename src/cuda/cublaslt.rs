@@ -60,6 +60,18 @@ pub(super) struct ProductShape {
     pub(super) epilogue: Epilogue,
 }
 
+impl ProductShape {
+    /// Several times what all timings take. Under a sanitizer each run takes a hundred times as long: then what is known by
+    /// that time has to do.
+    fn patience_ms(&self, tokens: usize, runs: usize) -> f32 {
+        let weights = (self.rows * self.depth) as f32;
+        let of_run =
+            0.01 + weights * self.dtype.bytes() as f32 / 1e9 + 2.0 * weights * tokens as f32 / 1e11;
+        let timings = CANDIDATES * (1 + RUNS) + FINALISTS * FINAL_RUNS;
+        3.0 * of_run * (runs * timings) as f32
+    }
+}
+
 /// What a product is run on.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Operands {
@@ -275,9 +287,14 @@ impl Product {
             let weights = weights.next().unwrap_or(operands.weights);
             unsafe { product.run(library, timer.stream(), &Operands { weights, ..*operands }) }
         };
+        let (mut spent_ms, patience_ms) = (0.0, shape.patience_ms(operands.tokens, runs));
         let mut fastest = |product: &Self, timings| {
             (0..timings).try_fold(f32::INFINITY, |best, _| {
+                if spent_ms > patience_ms {
+                    return Ok(best);
+                }
                 let time = timer.time(runs, || run(product))?;
+                spent_ms += time;
                 Ok::<_, Error>(time.min(best))
             })
         };

@@ -24,7 +24,7 @@ const OUTPUT_STAGE_BYTES: usize = 2 * PAIRS * ROW_BYTES;
 /// Outputs of pairs that wait for their sums are at most so many bytes, whatever the masks select.
 const MAX_ROWS_BYTES: usize = 448 << 20;
 /// Blocks of the kernel that sums for each multiprocessor.
-const SUM_BLOCKS: usize = 8;
+const SUM_BLOCKS: usize = 4;
 
 pub(super) struct Kernels {
     hidden: Variants,

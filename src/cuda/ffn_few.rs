@@ -223,6 +223,11 @@ pub(super) struct Sizes<'a> {
 }
 
 impl Shape {
+    /// Whether clusters route.
+    pub(super) fn is_of_clusters(&self) -> bool {
+        self.first_layer.is_none()
+    }
+
     /// `None` where these sizes are not for this path, or the device is not.
     pub(super) fn new(device: &Device, sizes: &Sizes) -> Option<Self> {
         let &Sizes { neurons, router, dtype, num_tokens, .. } = sizes;

@@ -246,6 +246,13 @@ impl MoeFfn {
         let dense_us = 9.2 + (0.965 * all_us).max(of_products);
         let router_us = 11.0 + 0.8e-6 * tokens * d_model;
         match path {
+            Path::FewFused
+                if self
+                    .few_fused(num_tokens, options)
+                    .is_some_and(|shape| shape.is_of_clusters()) =>
+            {
+                6.0 + 1.1 * union_us + 0.35 * (tokens - 1.0)
+            }
             // Launches and routing; each multiprocessor's share of y; tokens beyond a tile.
             Path::FewFused => {
                 let shares = 132.0 * 8.0 * tokens * d_model / 4e6;

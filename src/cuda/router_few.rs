@@ -92,7 +92,7 @@ pub(super) fn launch_of(
         .then_some(Launch { kernel: kernels[which], shared_bytes })
 }
 
-/// Shared memory of a router of two layers in a block of a cluster, `None` where it is not for one.
+/// Shared memory of a router in a block of a cluster, `None` where it is not for one. `hidden` is 0 for one layer.
 pub(super) fn cluster_router_bytes(
     d_model: usize,
     hidden: usize,
@@ -102,14 +102,14 @@ pub(super) fn cluster_router_bytes(
 ) -> Option<usize> {
     // As in the kernels: blocks own rows and experts by fours.
     let of_block = |all: usize| all.div_ceil(4 * MOEFY_ROUTER_SELECT_BLOCKS as usize) * 4;
+    let width = if hidden == 0 { num_experts } else { hidden };
     let fits = d_model.is_multiple_of(8)
-        && hidden > 0
         && hidden.is_multiple_of(8)
-        && of_block(hidden) <= MAX_CLUSTER_ROWS
+        && of_block(width) <= MAX_CLUSTER_ROWS
         && num_tokens <= CLUSTER_TOKENS;
     fits.then_some(
-        of_block(hidden).next_multiple_of(8) * in_row_stride(d_model * dtype.bytes())
+        of_block(width).next_multiple_of(8) * in_row_stride(d_model * dtype.bytes())
             + of_block(num_experts) * hidden * dtype.bytes()
-            + 4 * num_tokens * (hidden + 4),
+            + 4 * num_tokens * (width.next_multiple_of(4) + 4),
     )
 }
