@@ -510,6 +510,30 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_engine_params, reserved) - 352usize];
 };
 #[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_experts_pairs_params {
+    pub w_in: moefy_tensor_map,
+    pub w_out: moefy_tensor_map,
+    pub experts: moefy_experts_params,
+    pub reserved: [u64; 4usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_experts_pairs_params"]
+        [::std::mem::size_of::<moefy_experts_pairs_params>() - 512usize];
+    ["Alignment of moefy_experts_pairs_params"]
+        [::std::mem::align_of::<moefy_experts_pairs_params>() - 64usize];
+    ["Offset of field: moefy_experts_pairs_params::w_in"]
+        [::std::mem::offset_of!(moefy_experts_pairs_params, w_in) - 0usize];
+    ["Offset of field: moefy_experts_pairs_params::w_out"]
+        [::std::mem::offset_of!(moefy_experts_pairs_params, w_out) - 128usize];
+    ["Offset of field: moefy_experts_pairs_params::experts"]
+        [::std::mem::offset_of!(moefy_experts_pairs_params, experts) - 256usize];
+    ["Offset of field: moefy_experts_pairs_params::reserved"]
+        [::std::mem::offset_of!(moefy_experts_pairs_params, reserved) - 480usize];
+};
+#[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct moefy_token_tiles_params {
     pub mask: u64,

@@ -262,6 +262,15 @@ typedef struct moefy_experts_engine_params {
   uint64_t reserved[4]; /* to a multiple of the alignment */
 } moefy_experts_engine_params;
 
+/* Both products of narrow experts in one launch. Each of w_in and w_out is an array of d_model; neurons; 1; 1. A box is as
+ * many neurons as the kernel's name says by 64 of d_model. */
+typedef struct moefy_experts_pairs_params {
+  moefy_tensor_map w_in;
+  moefy_tensor_map w_out;
+  moefy_experts_params experts;
+  uint64_t reserved[4]; /* to a multiple of the alignment */
+} moefy_experts_pairs_params;
+
 /* Masks -> tiles of tokens whose masks are alike: the tokens in the order of their rarest experts, and of each tile what
  * its tokens select. */
 typedef struct moefy_token_tiles_params {
