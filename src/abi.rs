@@ -437,7 +437,7 @@ pub struct moefy_experts_params {
     pub num_splits: u32,
     pub slab: u32,
     pub min_token_pairs: u32,
-    pub reserved: u32,
+    pub in_one: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -485,8 +485,8 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_params, slab) - 212usize];
     ["Offset of field: moefy_experts_params::min_token_pairs"]
         [::std::mem::offset_of!(moefy_experts_params, min_token_pairs) - 216usize];
-    ["Offset of field: moefy_experts_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_params, reserved) - 220usize];
+    ["Offset of field: moefy_experts_params::in_one"]
+        [::std::mem::offset_of!(moefy_experts_params, in_one) - 220usize];
 };
 #[repr(C)]
 #[repr(align(64))]

@@ -250,7 +250,7 @@ typedef struct moefy_experts_params {
   uint32_t slab;       /* many tokens: which */
   /* From so many pairs on, the second product goes by tiles of tokens, with fewer pair by pair. */
   uint32_t min_token_pairs;
-  uint32_t reserved;
+  uint32_t in_one; /* many tokens: 1 where moefy_experts_many_pairs does both products of those fewer */
 } moefy_experts_params;
 
 /* Products for many tokens where the copy engine brings the weights, as an array of four dimensions. First product, of w_in:

@@ -75,14 +75,6 @@ __device__ __forceinline__ Tile tile_of(const moefy_experts_params& p, const uin
   return found;
 }
 
-/// Whether the outputs of all pairs are in memory together.
-template <class T>
-__device__ __forceinline__ bool has_room(const moefy_experts_params& p) {
-  const moefy_neurons& n = p.neurons;
-  const uint64_t rows = num_pairs(p) + (uint64_t(n.shared > 0) + (n.rank > 0)) * p.num_tokens;
-  return rows * n.d_model * sizeof(T) <= p.rows_bytes;
-}
-
 // ---- copies ----
 
 template <int kRows>
@@ -297,8 +289,8 @@ __device__ __forceinline__ void many_pairs(const moefy_experts_pairs_params& pai
   uint32_t* tile_offsets = reinterpret_cast<uint32_t*>(memory + kStages<kRows> * kStageBytes<kRows>);
   const Pipeline<kStages<kRows>, true> pipeline(kCopiers + 1, kGroups * 4);
   begin();
-  // Both ask for what the last expert's end is, and wait for it together.
-  const bool runs = !by_tokens(p) && has_room<T>(p);
+  // Both ask for where the experts' pairs end, and wait for it together.
+  const bool runs = in_one(p);
   const uint32_t size = find_size<kRows>(p);
   if (!runs) return;
   count_tiles<kThreads>(p, tile_offsets, [&](const Group& group) { return ceil_div(rows_of(p, group).count, size); });
