@@ -9,9 +9,16 @@ namespace moefy {
 constexpr uint32_t kCopiers = 128, kMultipliers = 256;
 constexpr uint32_t kPipelineThreads = kCopiers + kMultipliers;
 
-/// Who copies leaves registers to who multiplies: sums take 128. The three warpgroups have 65,536.
-__device__ __forceinline__ void become_copier() { asm volatile("setmaxnreg.dec.sync.aligned.u32 88;"); }
-__device__ __forceinline__ void become_multiplier() { asm volatile("setmaxnreg.inc.sync.aligned.u32 208;"); }
+/// Who copies leaves registers to who multiplies: sums take 128 with two warpgroups that multiply, 64 with three. All of them
+/// have 65,536.
+template <int kGroups = 2>
+__device__ __forceinline__ void become_copier() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kGroups == 2 ? 88 : 80));
+}
+template <int kGroups = 2>
+__device__ __forceinline__ void become_multiplier() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kGroups == 2 ? 208 : 144));
+}
 
 /// The barriers of the stages. All threads of a block make one, before anything else that they share. `kWithEngine`: the copy
 /// engine fills a part of every stage, which is full when those bytes are there too: one thread says how many they are.
@@ -19,14 +26,15 @@ template <int kStages, bool kWithEngine = false>
 struct Pipeline {
   uint32_t barriers;
 
-  /// `full_arrivals`: of a stage, beside the bytes that it is told to expect.
-  __device__ explicit Pipeline(uint32_t full_arrivals = kCopiers + kWithEngine) {
+  /// `full_arrivals`: of a stage, beside the bytes that it is told to expect; `empty_arrivals`: warps that multiply.
+  __device__ explicit Pipeline(uint32_t full_arrivals = kCopiers + kWithEngine,
+                               uint32_t empty_arrivals = kMultipliers / 32) {
     __shared__ uint64_t memory[2 * kStages];
     barriers = shared_address(memory);
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         barrier_init(full(stage), full_arrivals);
-        barrier_init(empty(stage), kMultipliers / 32);
+        barrier_init(empty(stage), empty_arrivals);
       }
       fence_barriers();
     }

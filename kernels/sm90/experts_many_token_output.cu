@@ -247,7 +247,8 @@ __device__ __forceinline__ void multiply_tiles(const moefy_experts_params& p, co
 #pragma unroll 1
     while (!is_last) {
       const uint32_t slot = multiplier.begin(), from = memory + slot * kStageBytes;
-      is_last = lists.is_last[slot];
+      // Read by the lane that says when the stage can be filled again.
+      is_last = __shfl_sync(0xffffffffu, thread % 32 == 0 && lists.is_last[slot] != 0, 0);
       const uint64_t a = operand_of_rows(from + group_token * kRowBytes);
       const uint64_t b = operand_of_columns(from + kHiddenBytes, kBlockBytes);
       wgmma_fence();

@@ -287,15 +287,17 @@ pub unsafe fn experts(
     }
 }
 
-/// Microseconds that the second product for many tokens takes, from measurements on an H100, where so many pairs exist.
-pub(super) fn second_product_us(
+/// Microseconds that both products for many tokens take, from measurements on an H100, where so many pairs exist of
+/// `max_pairs` that there could be.
+pub(super) fn many_us(
     device: &Device,
     neurons: &Neurons,
     dtype: DType,
     num_tokens: usize,
+    max_pairs: usize,
     pairs: f64,
 ) -> f64 {
-    experts_many::second_product_us(&Launch::new(device, neurons, dtype, num_tokens), pairs)
+    experts_many::products_us(&Launch::new(device, neurons, dtype, num_tokens), max_pairs, pairs)
 }
 
 fn without_addresses(neurons: moefy_neurons) -> moefy_experts_params {

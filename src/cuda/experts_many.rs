@@ -6,7 +6,8 @@ use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
 use crate::abi::{
     MOEFY_EXPERTS_MANY_SLAB, MOEFY_EXPERTS_MANY_SUM_COLUMNS, MOEFY_MAX_EXPERTS,
-    moefy_experts_engine_params, moefy_experts_params, moefy_tensor_map,
+    moefy_experts_engine_params, moefy_experts_pairs_params, moefy_experts_params,
+    moefy_tensor_map,
 };
 use crate::dtype::DType;
 use crate::error::Result;
@@ -42,10 +43,16 @@ struct Wide {
     engine_hidden: [Function; 4],
     output: Function,
     token_output: Function,
+    /// Both in one launch, for narrow experts.
+    in_one: [Function; 3],
 }
 
-const WIDE_MODULES: [&str; 3] =
-    ["sm90_experts_many_hidden", "sm90_experts_many_output", "sm90_experts_many_token_output"];
+const WIDE_MODULES: [&str; 4] = [
+    "sm90_experts_many_hidden",
+    "sm90_experts_many_output",
+    "sm90_experts_many_token_output",
+    "sm90_experts_many_pairs",
+];
 /// Threads of a block, input rows of a block of the first kernel, its stages, and bytes of those of the second.
 const WIDE_THREADS: u32 = 384;
 const WIDE_ROWS: [usize; 4] = [32, 64, 128, 256];
@@ -57,13 +64,23 @@ const TOKEN_DEPTH: usize = 64;
 const TOKEN_STAGES_BYTES: usize = 192 << 10;
 /// What a block has on every device that has these kernels, less what is the kernel's own.
 const WIDE_SHARED_BYTES: usize = 226 << 10;
-/// What either second product costs on an H100, in microseconds (kernels/NOTES.md): a stage of a round of tiles, and to find the
-/// rows of an expert in it, and to begin and end a tile as so many stages; a byte of y of a pair, written, read and added.
-const TOKEN_STAGE_US: f64 = 0.6;
-const TOKEN_EXPERT_US: f64 = 0.2;
-const TOKEN_TILE_STAGES: usize = 8;
-const PAIR_BYTE_US: f64 = 1.0 / 1.02e6;
-const PAIRS_US: f64 = 15.0;
+/// Both products in one launch: threads of a block, pairs of its tile, neurons of a group at most, and its stages.
+const IN_ONE_THREADS: u32 = 512;
+const IN_ONE_PAIRS: usize = 192;
+const IN_ONE_ROWS: [usize; 3] = [32, 64, 128];
+const IN_ONE_STAGES: [usize; 3] = [7, 6, 5];
+/// Nobody has measured it for wider tokens.
+const IN_ONE_MAX_D_MODEL: usize = 1024;
+
+macro_rules! in_one {
+    ($dtype:literal) => {
+        [
+            concat!("moefy_experts_many_pairs_", $dtype, "_32"),
+            concat!("moefy_experts_many_pairs_", $dtype, "_64"),
+            concat!("moefy_experts_many_pairs_", $dtype, "_128"),
+        ]
+    };
+}
 
 macro_rules! wide_hidden {
     ($dtype:literal) => {
@@ -84,6 +101,7 @@ impl Wide {
         modules: &Modules,
         [hidden, engine_hidden]: [[&'static str; 4]; 2],
         [output, token_output]: [&'static str; 2],
+        in_one: [&'static str; 3],
     ) -> Result<Self> {
         let most = MOEFY_MAX_EXPERTS as usize;
         let load = |names: [&'static str; 4]| -> Result<[Function; 4]> {
@@ -93,12 +111,16 @@ impl Wide {
             };
             Ok([load(0)?, load(1)?, load(2)?, load(3)?])
         };
+        let load_in_one = |size: usize| {
+            modules.function(WIDE_MODULES[3], in_one[size], in_one_shared_bytes(size, most))
+        };
         let bytes = wide_output_shared_bytes(most);
         Ok(Self {
             hidden: load(hidden)?,
             engine_hidden: load(engine_hidden)?,
             output: modules.function(WIDE_MODULES[1], output, bytes)?,
             token_output: modules.function(WIDE_MODULES[2], token_output, WIDE_SHARED_BYTES)?,
+            in_one: [load_in_one(0)?, load_in_one(1)?, load_in_one(2)?],
         })
     }
 }
@@ -109,6 +131,10 @@ fn wide_hidden_shared_bytes(size: usize, num_experts: usize) -> usize {
 
 fn wide_output_shared_bytes(num_experts: usize) -> usize {
     WIDE_OUTPUT_BYTES + list_bytes(num_experts)
+}
+
+fn in_one_shared_bytes(size: usize, num_experts: usize) -> usize {
+    IN_ONE_STAGES[size] * (IN_ONE_PAIRS + IN_ONE_ROWS[size]) * ROW_BYTES + list_bytes(num_experts)
 }
 
 /// Its lists beside the stages: five words and a bit for each expert, a bit for every stage, and what says which is the last.
@@ -151,11 +177,13 @@ impl Kernels {
                     modules,
                     wide_hidden!("f16"),
                     ["moefy_experts_many_wide_output_f16", "moefy_experts_many_token_output_f16"],
+                    in_one!("f16"),
                 )?,
                 Wide::load(
                     modules,
                     wide_hidden!("bf16"),
                     ["moefy_experts_many_wide_output_bf16", "moefy_experts_many_token_output_bf16"],
+                    in_one!("bf16"),
                 )?,
             ])
         };
@@ -217,8 +245,7 @@ pub(super) struct Shape {
     d_ff: usize,
     halves: usize,
     rank: usize,
-    /// From so many pairs on, the second product goes by tiles of tokens.
-    min_token_pairs: usize,
+    ways: Ways,
     dtype: DType,
     multiprocessors: usize,
     num_tokens: usize,
@@ -251,19 +278,24 @@ impl Shape {
         let hidden_shared = max_pairs.checked_mul(hidden_stride)?;
         let of_tokens = |width: usize| num_tokens.checked_mul(width.checked_next_multiple_of(8)?);
         let hidden_linear = hidden_shared.checked_add(of_tokens(launch.shared)?)?;
-        let always = usize::from(launch.shared > 0) + usize::from(launch.rank > 0);
-        let min_token_pairs = min_token_pairs(launch);
-        let num_rows =
-            max_pairs.min(min_token_pairs).checked_add(num_tokens.checked_mul(always)?)?;
-        let row_bytes = d_model.checked_next_multiple_of(8)?.checked_mul(dtype.bytes())?;
+        let ways = Ways::new(launch, max_pairs)?;
+        let num_rows = ways.pairs_with_rows.checked_add(rows_of_all(launch)?)?;
+        let row_bytes = row_bytes(launch)?;
         let least = (MOEFY_EXPERTS_MANY_SLAB as usize * dtype.bytes()).min(row_bytes);
         // Room for all columns, or for some of them: at least one slab's.
         let rows_bytes =
             num_rows.checked_mul(row_bytes)?.min(MAX_ROWS_BYTES.max(num_rows.checked_mul(least)?));
         let slab = rows_bytes / num_rows.max(1) / least * least;
+        let hidden_bytes =
+            hidden_linear.checked_add(of_tokens(launch.rank)?)?.checked_mul(dtype.bytes())?;
         let mut layout = Layout::default();
-        layout.place(hidden_linear.checked_add(of_tokens(launch.rank)?)?, dtype.bytes())?;
-        let rows = layout.place(rows_bytes, 1)?;
+        // What goes in one launch has no h, and what goes by tiles of tokens no outputs of pairs.
+        let rows = if ways.in_one.is_some() {
+            layout.place(hidden_bytes.max(rows_bytes), 1)?
+        } else {
+            layout.place(hidden_bytes, 1)?;
+            layout.place(rows_bytes, 1)?
+        };
         let pair_rows = layout.place(num_tokens.checked_mul(launch.num_experts)?, 4)?;
         Some(Self {
             size,
@@ -273,7 +305,7 @@ impl Shape {
             d_ff: launch.d_ff,
             halves: launch.halves,
             rank: launch.rank,
-            min_token_pairs,
+            ways,
             dtype,
             multiprocessors: launch.multiprocessors,
             num_tokens,
@@ -297,9 +329,11 @@ impl Shape {
 
     /// Bytes of shared memory that a block of the kernels needs at most.
     pub(super) fn shared_bytes(&self, kernels: &Kernels) -> usize {
+        let in_one = self.ways.in_one.map_or(0, |size| in_one_shared_bytes(size, self.num_experts));
         match kernels.wide(self.dtype) {
             Some(_) => wide_output_shared_bytes(self.num_experts)
-                .max(wide_hidden_shared_bytes(self.wide_size, self.num_experts)),
+                .max(wide_hidden_shared_bytes(self.wide_size, self.num_experts))
+                .max(in_one),
             None => output_shared_bytes(kernels.output_stages, self.num_experts)
                 .max(hidden_shared_bytes(self.size, self.num_experts)),
         }
@@ -324,7 +358,8 @@ impl Shape {
             rows: workspace + self.rows,
             rows_bytes: self.rows_bytes as u64,
             pair_rows: workspace + self.pair_rows,
-            min_token_pairs: u32::try_from(self.min_token_pairs).unwrap_or(u32::MAX),
+            min_token_pairs: u32::try_from(self.ways.min_token_pairs).unwrap_or(u32::MAX),
+            in_one: self.ways.in_one.is_some().into(),
             ..*params
         };
         let blocks = self.multiprocessors as u32;
@@ -363,25 +398,43 @@ impl Shape {
         let pieces = self.d_model.div_ceil(MOEFY_EXPERTS_MANY_SUM_COLUMNS as usize);
         let sums = (self.num_tokens * pieces).div_ceil(THREADS as usize / 32);
         let sums = sums.min(self.multiprocessors * SUM_BLOCKS) as u32;
-        match kernels.wide(self.dtype) {
-            Some(wide) if self.has_engine => {
-                let kernel = &wide.engine_hidden[self.wide_size];
-                let params = moefy_experts_engine_params {
-                    weights: self.map_of_w_in(params.neurons.w_in)?,
-                    experts: params,
-                    reserved: [0; 4],
-                };
-                // SAFETY: the caller's promise.
-                unsafe { kernel.launch(stream, [blocks, 1, 1], WIDE_THREADS, hidden.3, &params)? };
-            }
-            _ => run(hidden, &params)?,
+        let wide = kernels.wide(self.dtype);
+        // The device knows how many pairs there are: what they do not need ends at once.
+        let may_go_by_tokens = self.max_pairs >= self.ways.min_token_pairs;
+        if let Some((wide, size)) = wide.zip(self.ways.in_one) {
+            let map = |weights| self.map_of_rows(weights, IN_ONE_ROWS[size]);
+            let params = moefy_experts_pairs_params {
+                w_in: map(params.neurons.w_in)?,
+                w_out: map(params.neurons.w_out)?,
+                experts: params,
+                reserved: [0; 4],
+            };
+            let (kernel, shared) = (&wide.in_one[size], in_one_shared_bytes(size, experts));
+            // SAFETY: the caller's promise.
+            unsafe { kernel.launch(stream, [blocks, 1, 1], IN_ONE_THREADS, shared, &params)? };
         }
-        if let Some(wide) = kernels.wide(self.dtype)
-            && self.max_pairs >= self.min_token_pairs
+        if self.ways.in_one.is_none() || may_go_by_tokens {
+            match wide {
+                Some(wide) if self.has_engine => {
+                    let kernel = &wide.engine_hidden[self.wide_size];
+                    let params = moefy_experts_engine_params {
+                        weights: self.map_of_w_in(params.neurons.w_in)?,
+                        experts: params,
+                        reserved: [0; 4],
+                    };
+                    let (grid, shared) = ([blocks, 1, 1], hidden.3);
+                    // SAFETY: the caller's promise.
+                    unsafe { kernel.launch(stream, grid, WIDE_THREADS, shared, &params)? };
+                }
+                _ => run(hidden, &params)?,
+            }
+        }
+        if let Some(wide) = wide
+            && may_go_by_tokens
         {
             let kernel = &wide.token_output;
             let params = moefy_experts_engine_params {
-                weights: self.map_of_w_out(params.neurons.w_out)?,
+                weights: self.map_of_rows(params.neurons.w_out, TOKEN_DEPTH)?,
                 experts: params,
                 reserved: [0; 4],
             };
@@ -391,7 +444,9 @@ impl Shape {
         }
         for slab in 0..self.num_slabs {
             let params = moefy_experts_params { slab: slab as u32, ..params };
-            run(output, &params)?;
+            if self.ways.in_one.is_none() {
+                run(output, &params)?;
+            }
             // SAFETY: the caller's promise.
             unsafe {
                 kernels.sum.get(self.dtype).launch(stream, [sums, 1, 1], THREADS, 0, &params)?
@@ -415,50 +470,185 @@ impl Shape {
         )
     }
 
-    /// w_out \[d_ff + rank, d_model\].
-    fn map_of_w_out(&self, w_out: u64) -> Result<moefy_tensor_map> {
+    /// w_out, or w_in without a GLU: \[d_ff + rank, d_model\], so many neurons at a time.
+    fn map_of_rows(&self, weights: u64, neurons: usize) -> Result<moefy_tensor_map> {
         let (row, rows) =
             ((self.d_model * self.dtype.bytes()) as u64, (self.d_ff + self.rank) as u64);
         tensor_map(
             self.dtype,
-            w_out,
+            weights,
             [self.d_model as u64, rows, 1, 1],
             &[row, row * rows, row * rows],
-            [64, TOKEN_DEPTH as u32, 1, 1],
+            [64, neurons as u32, 1, 1],
         )
     }
 }
 
-/// From how many pairs on tiles of tokens are faster than pair by pair; `usize::MAX` where there are no such tiles.
-fn min_token_pairs(launch: &Launch) -> usize {
-    match token_output_us(launch) {
-        Some(us) => ((us - PAIRS_US).max(0.0) / pair_us(launch)) as usize,
-        None => usize::MAX,
+/// How many pairs go which way.
+#[derive(Clone, Copy, Debug)]
+struct Ways {
+    /// Which kernel does both products in one launch of fewer pairs than `min_token_pairs`, where one does: then the
+    /// outputs of all of them have room, whole rows.
+    in_one: Option<usize>,
+    /// From so many pairs on, the second product goes by tiles of tokens.
+    min_token_pairs: usize,
+    /// So many can have outputs. Not fewer with more tokens: a workspace serves fewer tokens too.
+    pairs_with_rows: usize,
+}
+
+impl Ways {
+    /// `None` where the sizes overflow.
+    fn new(launch: &Launch, max_pairs: usize) -> Option<Self> {
+        let room = (MAX_ROWS_BYTES / row_bytes(launch)?).checked_sub(rows_of_all(launch)?);
+        let by_tokens = Cost::of_token_output(launch);
+        Some(match (in_one_size(launch).zip(room), by_tokens) {
+            (Some((size, room)), _) if max_pairs <= room => {
+                Self { in_one: Some(size), min_token_pairs: usize::MAX, pairs_with_rows: max_pairs }
+            }
+            (Some((size, room)), Some(by_tokens)) => {
+                let in_one = Cost::of_in_one(launch, size) + Cost::of_sum(launch);
+                let in_two = Cost::of_all(launch) + Cost::of_hidden(launch) + by_tokens;
+                let min_token_pairs = in_one.pairs_up_to(in_two).min(room);
+                Self { in_one: Some(size), min_token_pairs, pairs_with_rows: room }
+            }
+            _ => {
+                let by_pairs = Cost::of_pair_output(launch);
+                let min_token_pairs =
+                    by_tokens.map_or(usize::MAX, |by_tokens| by_pairs.pairs_up_to(by_tokens));
+                let pairs_with_rows = max_pairs.min(min_token_pairs);
+                Self { in_one: None, min_token_pairs, pairs_with_rows }
+            }
+        })
     }
 }
 
-/// What the second product takes for so many pairs, either way.
-pub(super) fn second_product_us(launch: &Launch, pairs: f64) -> f64 {
-    let by_pairs = PAIRS_US + pairs * pair_us(launch);
-    token_output_us(launch).map_or(by_pairs, |us| us.min(by_pairs))
+/// Which kernel can do both products in one launch.
+fn in_one_size(launch: &Launch) -> Option<usize> {
+    let widest = launch.expert_width.max(launch.shared).max(launch.rank);
+    let can = launch.is_wide && launch.halves == 1 && launch.d_model <= IN_ONE_MAX_D_MODEL;
+    IN_ONE_ROWS.iter().position(|&rows| can && widest <= rows)
 }
 
-/// What it takes by tiles of tokens, where that is possible.
-fn token_output_us(launch: &Launch) -> Option<f64> {
-    let neurons = launch.d_ff + launch.rank;
-    let fits = token_output_shared_bytes(launch.num_experts, neurons) <= WIDE_SHARED_BYTES;
-    let is_aligned = [launch.expert_width, launch.shared].iter().all(|n| n.is_multiple_of(8));
-    let tiles = launch.num_tokens.div_ceil(TOKEN_TILE[0]) * launch.d_model.div_ceil(TOKEN_TILE[1]);
-    let stages = tiles.div_ceil(launch.multiprocessors)
-        * (neurons.div_ceil(TOKEN_DEPTH) + TOKEN_TILE_STAGES);
-    let experts_of_stage = TOKEN_DEPTH as f64 / launch.expert_width.max(1) as f64;
-    let stage_us = TOKEN_STAGE_US + TOKEN_EXPERT_US * experts_of_stage;
-    (launch.is_wide && fits && is_aligned).then_some(stages as f64 * stage_us)
+/// Bytes of a row of y.
+fn row_bytes(launch: &Launch) -> Option<usize> {
+    launch.d_model.checked_next_multiple_of(8)?.checked_mul(launch.dtype.bytes())
 }
 
-/// What a pair's output takes: written, read and added.
-fn pair_us(launch: &Launch) -> f64 {
-    (launch.d_model * launch.dtype.bytes()) as f64 * PAIR_BYTE_US
+/// Rows of y of what all tokens run: the shared and the linear neurons.
+fn rows_of_all(launch: &Launch) -> Option<usize> {
+    launch.num_tokens.checked_mul(groups_of_all(launch))
+}
+
+fn groups_of_all(launch: &Launch) -> usize {
+    usize::from(launch.shared > 0) + usize::from(launch.rank > 0)
+}
+
+/// Microseconds on an H100 (kernels/NOTES.md).
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    base: f64,
+    of_pair: f64,
+}
+
+impl std::ops::Add for Cost {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { base: self.base + other.base, of_pair: self.of_pair + other.of_pair }
+    }
+}
+
+impl Cost {
+    fn us(self, pairs: f64) -> f64 {
+        self.base + pairs * self.of_pair
+    }
+
+    /// Up to how many pairs it is less than another that grows more slowly.
+    fn pairs_up_to(self, other: Self) -> usize {
+        ((other.base - self.base).max(0.0) / (self.of_pair - other.of_pair)) as usize
+    }
+
+    /// Of one kernel for both products: the rows of a tile, of which each expert leaves some empty, with its weights.
+    fn of_in_one(launch: &Launch, size: usize) -> Self {
+        let of_pair = launch.d_model as f64 * (0.85e-6 + 5e-9 * IN_ONE_ROWS[size] as f64);
+        let others = 32 * launch.num_experts + groups_of_all(launch) * launch.num_tokens;
+        Self { base: 4.0 + others as f64 * of_pair, of_pair }
+    }
+
+    /// Of the sums after it: rows of pairs read, and y written.
+    fn of_sum(launch: &Launch) -> Self {
+        let row = (launch.d_model * launch.dtype.bytes()) as f64;
+        let (of_pair, tokens) = (row / 2.42e6, launch.num_tokens as f64);
+        let base = 1.0 + tokens * (row * 1.5e-6 + groups_of_all(launch) as f64 * of_pair);
+        Self { base, of_pair }
+    }
+
+    /// Of the launches of two kernels, and of what all tokens run there.
+    fn of_all(launch: &Launch) -> Self {
+        let (d_model, neurons) =
+            (launch.d_model as f64, launch.halves * launch.shared + launch.rank);
+        let outputs = if neurons > 0 { d_model * launch.dtype.bytes() as f64 / 1e6 } else { 0.0 };
+        let of_token = neurons as f64 * d_model / 2e8 + outputs;
+        Self { base: 44.0 + launch.num_tokens as f64 * of_token, of_pair: 0.0 }
+    }
+
+    /// Of the first product: tiles of 128 tokens, of which each expert leaves half of one empty; each reads its tokens and its
+    /// weights.
+    fn of_hidden(launch: &Launch) -> Self {
+        let row = (launch.d_model * launch.dtype.bytes()) as f64;
+        let of_expert = (launch.halves * launch.expert_width) as f64;
+        let tokens_again = (of_expert / 256.0).max(1.0);
+        let of_pair = row * (tokens_again + of_expert / 128.0) / 6.2e6;
+        Self { base: (64 * launch.num_experts) as f64 * of_pair, of_pair }
+    }
+
+    /// Of the second product pair by pair: a byte of y of a pair, written, read and added.
+    fn of_pair_output(launch: &Launch) -> Self {
+        let row = (launch.d_model * launch.dtype.bytes()) as f64;
+        Self { base: 15.0, of_pair: row / 1.02e6 }
+    }
+
+    /// Of the same by tiles of tokens, where that is possible: a stage of a round of tiles, and to find the rows of an expert
+    /// in it, and to begin and end a tile as so many stages.
+    fn of_token_output(launch: &Launch) -> Option<Self> {
+        const STAGE_US: f64 = 0.65;
+        const EXPERT_US: f64 = 0.14;
+        const TILE_STAGES: usize = 8;
+        let neurons = launch.d_ff + launch.rank;
+        let fits = token_output_shared_bytes(launch.num_experts, neurons) <= WIDE_SHARED_BYTES;
+        let is_aligned = [launch.expert_width, launch.shared].iter().all(|n| n.is_multiple_of(8));
+        let across = launch.d_model.div_ceil(TOKEN_TILE[1]);
+        let tiles = launch.num_tokens.div_ceil(TOKEN_TILE[0]) * across;
+        let stages =
+            tiles.div_ceil(launch.multiprocessors) * (neurons.div_ceil(TOKEN_DEPTH) + TILE_STAGES);
+        let experts_of_stage = TOKEN_DEPTH as f64 / launch.expert_width.max(1) as f64;
+        let base = stages as f64 * (STAGE_US + EXPERT_US * experts_of_stage);
+        (launch.is_wide && fits && is_aligned).then_some(Self { base, of_pair: 0.0 })
+    }
+}
+
+/// What both products take for so many pairs, of `max_pairs` that there could be.
+pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 {
+    /// A tile for both products, however few pairs it has.
+    const TILE_US: f64 = 19.5;
+    /// Two launches of kernels that end at once.
+    const IDLE_US: f64 = 3.5;
+    let Some(ways) = Ways::new(launch, max_pairs) else { return f64::INFINITY };
+    // Weights are read at least once.
+    let read_us = |rows: usize| (rows * launch.d_model * launch.dtype.bytes()) as f64 / 2.9e6;
+    let in_us = read_us(launch.halves * launch.d_ff + launch.rank);
+    let out_us = read_us(launch.d_ff + launch.rank);
+    let by_tokens = || Cost::of_token_output(launch).map_or(f64::INFINITY, |cost| cost.base);
+    let second_us = match ways.in_one {
+        Some(size) if pairs < ways.min_token_pairs as f64 => {
+            let idle_us = if max_pairs >= ways.min_token_pairs { IDLE_US } else { 0.0 };
+            let products = Cost::of_in_one(launch, size).us(pairs).max(TILE_US);
+            return idle_us + products.max(in_us + out_us) + Cost::of_sum(launch).us(pairs);
+        }
+        Some(_) => by_tokens(),
+        None => by_tokens().min(Cost::of_pair_output(launch).us(pairs)),
+    };
+    Cost::of_all(launch).base + Cost::of_hidden(launch).us(pairs).max(in_us) + second_us.max(out_us)
 }
 
 /// Which rows of a block: few beyond the expert's, and each block reads its tokens once more, which takes as long as 32
@@ -466,4 +656,91 @@ fn pair_us(launch: &Launch) -> f64 {
 fn wide_size(rows: usize) -> usize {
     let cost = |&size: &usize| rows.div_ceil(WIDE_ROWS[size]) * (WIDE_ROWS[size] + 32);
     (0..WIDE_ROWS.len()).rev().min_by_key(cost).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn launch(
+        num_tokens: usize,
+        d_model: usize,
+        num_experts: usize,
+        expert_width: usize,
+    ) -> Launch {
+        Launch {
+            dtype: DType::BF16,
+            num_tokens,
+            d_model,
+            d_ff: num_experts * expert_width,
+            num_experts,
+            expert_width,
+            shared: 0,
+            rank: 0,
+            halves: 1,
+            multiprocessors: 132,
+            is_wide: true,
+        }
+    }
+
+    /// The kernel does not ask whether there is room.
+    #[test]
+    fn outputs_of_what_goes_in_one_launch_have_room() {
+        let mut seen = Vec::new();
+        for num_experts in [1, 24, 96, 448] {
+            for (expert_width, shared, rank) in [(32, 0, 0), (20, 64, 0), (64, 128, 3)] {
+                let mut bytes = 0;
+                for num_tokens in [1, 512, 2048, 4096, 8192, 1 << 20] {
+                    let launch = launch(num_tokens, 1000, num_experts, expert_width);
+                    let launch = Launch { d_ff: launch.d_ff + shared, shared, rank, ..launch };
+                    let shape = Shape::new(&launch, num_tokens * num_experts).expect("sizes fit");
+                    assert!(shape.bytes >= bytes, "fewer tokens need more: {launch:?}");
+                    bytes = shape.bytes;
+                    let Ways { in_one, min_token_pairs, .. } = shape.ways;
+                    seen.push((in_one, shape.max_pairs >= min_token_pairs));
+                    if in_one.is_none() {
+                        continue;
+                    }
+                    let most = shape.max_pairs.min(min_token_pairs);
+                    let rows = most + rows_of_all(&launch).expect("few");
+                    assert!(rows * 2000 <= shape.rows_bytes && shape.rows_bytes <= MAX_ROWS_BYTES);
+                    assert_eq!(shape.num_slabs, 1);
+                }
+            }
+        }
+        for kind in
+            [(Some(0), false), (Some(0), true), (Some(1), false), (Some(2), true), (None, false)]
+        {
+            assert!(seen.contains(&kind), "{kind:?}: {seen:?}");
+        }
+    }
+
+    /// On an H100, bf16, random routing at a density: `experts_us` of `moefy bench ffn --path expert-major`.
+    #[test]
+    fn estimates_are_near_what_was_measured() {
+        for (num_tokens, d_model, num_experts, expert_width, density, us) in [
+            (512, 768, 24, 128, 0.1, 24.7),
+            (2048, 768, 24, 128, 0.1, 24.8),
+            (2048, 1024, 64, 64, 0.05, 29.7),
+            (4096, 768, 24, 128, 0.2, 48.0),
+            (4096, 1024, 64, 64, 0.1, 79.6),
+            (8192, 768, 24, 128, 0.05, 45.4),
+            (8192, 768, 24, 128, 0.1, 55.1),
+            (8192, 768, 24, 128, 0.2, 92.4),
+            (8192, 768, 96, 32, 0.05, 88.0),
+            (8192, 768, 96, 32, 0.1, 146.2),
+            (8192, 768, 96, 32, 0.2, 198.4),
+            (8192, 1024, 64, 64, 0.05, 85.0),
+            (8192, 1024, 64, 64, 0.1, 134.6),
+            (8192, 1024, 64, 64, 0.2, 232.6),
+        ] {
+            let launch = launch(num_tokens, d_model, num_experts, expert_width);
+            let max_pairs = num_tokens * num_experts;
+            let estimate = products_us(&launch, max_pairs, max_pairs as f64 * density);
+            assert!(
+                (estimate / us - 1.0).abs() < 0.15,
+                "{launch:?} {density}: {estimate} for {us}"
+            );
+        }
+    }
 }

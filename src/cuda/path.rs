@@ -244,7 +244,7 @@ impl MoeFfn {
         let union_us = (shared + (1.0 - shared) * union) * all_us;
         let of_products = tokens * (rows_in + rows_out) * d_model / 3.6e8;
         let dense_us = 9.2 + (0.965 * all_us).max(of_products);
-        let router_us = 11.0 + 0.8e-6 * tokens * d_model;
+        let router_us = |num_tokens: usize| 11.0 + 0.8e-6 * num_tokens as f64 * d_model;
         match path {
             Path::FewFused
                 if self
@@ -261,8 +261,11 @@ impl MoeFfn {
             Path::Few => 9.7 + 0.96 * union_us + 0.4 * tokens,
             Path::DenseExact => dense_us,
             Path::DenseMasked => {
-                let router_us =
-                    if self.routes_beside(num_tokens) { 3.0 + 0.005 * tokens } else { router_us };
+                let router_us = if self.routes_beside(num_tokens) {
+                    3.0 + 0.005 * tokens
+                } else {
+                    router_us(num_tokens)
+                };
                 // Either zeros are written over what a token does not run, or all of h is gone through.
                 let masks_later =
                     self.masked().is_ok_and(|layer| layer.fused_activation().is_some());
@@ -275,39 +278,20 @@ impl MoeFfn {
             }
             Path::TokenTile => f64::INFINITY,
             Path::ExpertMajor => {
-                let chunks = tokens / (MAX_CHUNK as f64).min(tokens);
-                20.0 * chunks + router_us + chunks * self.expert_major_us(tokens / chunks, density)
+                let chunk = num_tokens.min(MAX_CHUNK);
+                let lists_us = 6.0 + 1.2e-5 * (chunk * neurons.num_experts) as f64;
+                let chunk_us = router_us(chunk) + lists_us + self.expert_major_us(chunk, density);
+                tokens / chunk as f64 * chunk_us
             }
         }
     }
 
     /// Both products of [`Path::ExpertMajor`].
-    fn expert_major_us(&self, tokens: f64, density: f64) -> f64 {
+    fn expert_major_us(&self, num_tokens: usize, density: f64) -> f64 {
         let neurons = self.neurons();
-        let element = self.dtype().bytes() as f64;
-        let d_model = neurons.d_model() as f64;
-        let num_experts = neurons.num_experts as f64;
-        let [bytes_in, bytes_out] =
-            [&neurons.w_in, &neurons.w_out].map(|w| w.shape[0] as f64 * d_model * element / 2.9e6);
-        let of_expert = (neurons.halves() * neurons.expert_width) as f64;
-        let pairs = tokens * num_experts * density;
-        let always = (neurons.halves() * neurons.shared + neurons.rank) as f64;
-        // Tiles of 128 tokens, of which each expert leaves half of one empty; each reads its tokens and its weights.
-        let padded = pairs + 64.0 * num_experts;
-        let tokens_again = (of_expert / 256.0).max(1.0);
-        let hidden = padded * d_model * element * (tokens_again + of_expert / 128.0) / 6.2e6;
-        let always = tokens * always * d_model / 2e8
-            + if always > 0.0 { tokens * d_model * element / 1e6 } else { 0.0 };
-        30.0 + hidden.max(bytes_in)
-            + experts::second_product_us(
-                self.device(),
-                neurons,
-                self.dtype(),
-                tokens as usize,
-                pairs,
-            )
-            .max(bytes_out)
-            + always
+        let max_pairs = num_tokens * self.selection().most_experts(neurons.num_experts);
+        let pairs = (num_tokens * neurons.num_experts) as f64 * density;
+        experts::many_us(self.device(), neurons, self.dtype(), num_tokens, max_pairs, pairs)
     }
 
     /// The fused path for so many tokens, if it can do them.

@@ -25,6 +25,7 @@ pub fn tests() -> crate::Tests {
         ("experts::tiles_of_tokens", tiles_of_tokens),
         ("experts::skewed_routing", skewed_routing),
         ("experts::short_lists", short_lists),
+        ("experts::long_lists", long_lists),
         ("experts::gates", every_gate),
         ("experts::padding", padding),
     ]
@@ -275,6 +276,11 @@ fn draw_shape(rng: &mut ChaCha8Rng, num_tokens: usize) -> Shape {
     }
 }
 
+/// One that goes through both products in one launch, where the device can do that.
+fn narrow(shape: Shape) -> Shape {
+    Shape { d_model: shape.d_model.min(1000), glu: false, ..shape }
+}
+
 fn any_shape(gpu: &Gpu, which: Which, token_counts: &[usize]) {
     let mut cases = Vec::new();
     for num_tokens in sizes(token_counts, 19) {
@@ -315,9 +321,15 @@ fn dtypes(gpu: &Gpu, which: Which) -> Vec<DType> {
 fn skewed_routing(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let many = if is_small() { 19 } else { 989 };
-    for (which, num_tokens) in [(Which::Few, 19), (Which::Many, many), (Which::Tiled, many)] {
+    let any: fn(Shape) -> Shape = |shape| shape;
+    for (which, num_tokens, of) in [
+        (Which::Few, 19, any),
+        (Which::Many, many, any),
+        (Which::Many, many, narrow),
+        (Which::Tiled, many, any),
+    ] {
         for dtype in dtypes(gpu, which) {
-            let shape = draw_shape(rng, num_tokens);
+            let shape = of(draw_shape(rng, num_tokens));
             let layer = random_layer(rng, shape, dtype);
             let mut mask = ExpertMask::none(num_tokens, shape.num_experts);
             let (hot, warm) = (shape.num_experts - 1, shape.num_experts / 2);
@@ -333,11 +345,15 @@ fn skewed_routing(gpu: &Gpu) {
 fn short_lists(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let num_tokens = 150;
-    for (dtype, expert_width, num_experts) in
-        [(DType::F32, 8, 12), (DType::F16, 6, 12), (DType::BF16, 8, 12), (DType::BF16, 128, 64)]
-    {
-        let shape =
-            Shape { d_model: 64, num_experts, expert_width, shared: 0, rank: 0, glu: false };
+    for (dtype, expert_width, num_experts, glu) in [
+        (DType::F32, 8, 12, false),
+        (DType::F16, 6, 12, false),
+        (DType::F16, 6, 12, true),
+        (DType::BF16, 8, 12, true),
+        (DType::BF16, 128, 64, false),
+        (DType::BF16, 128, 64, true),
+    ] {
+        let shape = Shape { d_model: 64, num_experts, expert_width, shared: 0, rank: 0, glu };
         let layer = random_layer(rng, shape, dtype);
         let x = tokens(rng, num_tokens, shape.d_model, dtype);
         let mask = random_mask(rng, num_tokens, num_experts, 0.5);
@@ -353,17 +369,46 @@ fn short_lists(gpu: &Gpu) {
     }
 }
 
+/// Lists with room for more pairs than their outputs have: few pairs go in one launch, all of them by tiles of tokens, and
+/// where experts are not whole groups of eight neurons all go in two launches.
+fn long_lists(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let aligned =
+        Shape { d_model: 1000, num_experts: 100, expert_width: 8, shared: 16, rank: 3, glu: false };
+    let odd = Shape { expert_width: 6, ..aligned };
+    for (shape, density, dtype) in [
+        (aligned, 0.1, DType::F16),
+        (aligned, 1.0, DType::F16),
+        (aligned, 0.1, DType::BF16),
+        (aligned, 1.0, DType::BF16),
+        (odd, 0.1, DType::BF16),
+    ] {
+        let num_tokens = 700;
+        let layer = random_layer(rng, shape, dtype);
+        let x = tokens(rng, num_tokens, shape.d_model, dtype);
+        let mask = random_mask(rng, num_tokens, shape.num_experts, density);
+        let case = Case::new(Which::Many, layer, x, mask, None);
+        check(gpu, &Case { capacity: 1 << 18, ..case });
+    }
+}
+
 fn every_gate(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let mut cases = Vec::new();
     for gate in [Gate::Score, Gate::Softmax, Gate::Renormalised] {
-        for (which, num_tokens) in [(Which::Few, 7), (Which::Many, 99), (Which::Tiled, 200)] {
+        let any: fn(Shape) -> Shape = |shape| shape;
+        for (which, num_tokens, of) in [
+            (Which::Few, 7, any),
+            (Which::Many, 99, any),
+            (Which::Many, 99, narrow),
+            (Which::Tiled, 200, any),
+        ] {
             let dtypes = dtypes(gpu, which).into_iter();
-            cases.extend(dtypes.map(|dtype| (gate, which, num_tokens, dtype)));
+            cases.extend(dtypes.map(|dtype| (gate, which, num_tokens, of, dtype)));
         }
     }
-    for (gate, which, num_tokens, dtype) in thin(cases, 5) {
-        let shape = draw_shape(rng, num_tokens);
+    for (gate, which, num_tokens, of, dtype) in thin(cases, 5) {
+        let shape = of(draw_shape(rng, num_tokens));
         let layer = random_layer(rng, shape, dtype).with_gate(gate);
         let x = tokens(rng, num_tokens, shape.d_model, dtype);
         let mask = random_mask(rng, num_tokens, shape.num_experts, 0.3);
@@ -383,6 +428,8 @@ fn padding(gpu: &Gpu) {
         (odd, DType::F16),
         (aligned, DType::BF16),
         (Shape { rank: 0, ..aligned }, DType::F16),
+        (narrow(odd), DType::F16),
+        (narrow(aligned), DType::BF16),
     ] {
         padding_of(gpu, shape, dtype);
     }
