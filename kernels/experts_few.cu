@@ -1,11 +1,12 @@
 // The op `experts` for few tokens: launches that stream every executed neuron once.
 //
 // moefy_experts_few_hidden computes h of the union of the tokens' experts, moefy_experts_few_output multiplies it by the
-// output rows, each block those of a share of the neurons, and moefy_add_shares adds the shares in their order. Every block finds the union in the masks by itself, which costs less than a launch that does, and the
-// second kernel asks for its first rows while the first one still runs. Neurons, not experts, are dealt out: any width of
-// expert fills the chip. Weights go from memory straight into fragments, 16 bytes a lane, and the next ones are under way
-// while these are multiplied: a sum over k may run in any order as long as both factors agree on it, so a lane takes the
-// k that it can load at once. Every sum has a fixed order.
+// output rows, each block those of a share of the neurons, and moefy_add_shares adds the shares. Every block finds the union
+// in the masks by itself, which costs less than a launch that does, and the second kernel asks for its first rows while the
+// first one still runs. Neurons, not experts, are dealt out: any width of expert fills the chip. Weights go from memory
+// straight into fragments, 16 bytes a lane, and the next ones are under way while these are multiplied: a sum over k may
+// run in any order as long as both factors agree on it, so a lane takes the k that it can load at once. Every sum has a
+// fixed order.
 #include <type_traits>
 
 #include "dependency.cuh"

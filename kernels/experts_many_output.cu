@@ -303,8 +303,11 @@ __device__ __forceinline__ void sum_of_token(const moefy_experts_params& p, cons
         ask(slot, i + slot + kPending);
       }
     }
+    // Nobody reads these rows again, all lanes having added theirs. Given up as whole lines, they are not written back to
+    // memory.
+#pragma unroll
+    for (int k = 0; k < 8; ++k) asm volatile("" : "+f"(sum[k])::"memory");
     __syncwarp();
-    // Nobody reads these rows again. Given up as whole lines, they are not written back to memory.
     if ((reinterpret_cast<uint64_t>(p.rows) | row_bytes) % 128 == 0) {
       const uint32_t own = first + lane % kLines * kLine;
       const char* const lines = reinterpret_cast<const char*>(static_cast<const T*>(p.rows) + own);

@@ -16,8 +16,8 @@ pub const MOEFY_FFN_FEW_THREADS: u32 = 256;
 pub const MOEFY_FFN_FEW_ROUTER_ROWS: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
-pub const MOEFY_FFN_FEW_CLUSTER_STEPS: u32 = 4;
 pub const MOEFY_ROUTER_SELECT_BLOCKS: u32 = 16;
+pub const MOEFY_FFN_FEW_CLUSTER_STEPS: u32 = 4;
 pub const MOEFY_TILE_TOKENS: u32 = 128;
 pub const MOEFY_TILE_CHUNK: u32 = 256;
 pub const MOEFY_TILE_MAX_TOKENS: u32 = 8192;
@@ -708,16 +708,14 @@ pub struct moefy_ffn_few_params {
     pub partials: u64,
     pub gate: moefy_gate,
     pub num_w2: u32,
-    pub num_blocks: u32,
     pub num_stages: u32,
     pub inverse_width: f32,
     pub inverse_blocks: f32,
     pub log_stage_neurons: u32,
-    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 272usize];
+    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 264usize];
     ["Alignment of moefy_ffn_few_params"][::std::mem::align_of::<moefy_ffn_few_params>() - 8usize];
     ["Offset of field: moefy_ffn_few_params::neurons"]
         [::std::mem::offset_of!(moefy_ffn_few_params, neurons) - 0usize];
@@ -733,18 +731,14 @@ const _: () = {
         [::std::mem::offset_of!(moefy_ffn_few_params, gate) - 240usize];
     ["Offset of field: moefy_ffn_few_params::num_w2"]
         [::std::mem::offset_of!(moefy_ffn_few_params, num_w2) - 244usize];
-    ["Offset of field: moefy_ffn_few_params::num_blocks"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, num_blocks) - 248usize];
     ["Offset of field: moefy_ffn_few_params::num_stages"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, num_stages) - 252usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, num_stages) - 248usize];
     ["Offset of field: moefy_ffn_few_params::inverse_width"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, inverse_width) - 256usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, inverse_width) - 252usize];
     ["Offset of field: moefy_ffn_few_params::inverse_blocks"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, inverse_blocks) - 260usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, inverse_blocks) - 256usize];
     ["Offset of field: moefy_ffn_few_params::log_stage_neurons"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, log_stage_neurons) - 264usize];
-    ["Offset of field: moefy_ffn_few_params::reserved"]
-        [::std::mem::offset_of!(moefy_ffn_few_params, reserved) - 268usize];
+        [::std::mem::offset_of!(moefy_ffn_few_params, log_stage_neurons) - 260usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

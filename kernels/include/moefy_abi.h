@@ -45,9 +45,10 @@
 #define MOEFY_ROUTE_INDEX_CHUNK 8u
 #define MOEFY_ROUTE_INDEX_BLOCKS 128u
 
-/* Blocks of a cluster of Hopper's moefy_router_select. */
-#define MOEFY_FFN_FEW_CLUSTER_STEPS 4u /* of 32 columns of d_model that a warp can own */
+/* Blocks of a cluster of Hopper's moefy_router_select and moefy_ffn_few_cluster. */
 #define MOEFY_ROUTER_SELECT_BLOCKS 16u
+/* moefy_ffn_few_cluster: steps of 32 columns of d_model that a warp can own. */
+#define MOEFY_FFN_FEW_CLUSTER_STEPS 4u
 
 /* Tiles of tokens: tokens of a tile, tokens that are sorted by one block, most tokens. */
 #define MOEFY_TILE_TOKENS 128u
@@ -348,12 +349,10 @@ typedef struct moefy_ffn_few_params {
   MOEFY_PTR(float) partials;     /* [num_blocks, num_tokens, d_model] */
   moefy_gate gate;
   uint32_t num_w2;
-  uint32_t num_blocks; /* that share the neurons */
   uint32_t num_stages; /* of the ring of rows in shared memory */
   float inverse_width;     /* 1 / expert_width */
-  float inverse_blocks;    /* 1 / num_blocks */
+  float inverse_blocks;    /* 1 / the blocks that share the neurons */
   uint32_t log_stage_neurons; /* of base two; a stage has at most what the kernel multiplies at once */
-  uint32_t reserved;
 } moefy_ffn_few_params;
 
 /* Scores -> gates of moefy_experts_params. */

@@ -1,6 +1,6 @@
 // The op `ffn_few` in three launches, each of which begins while the one before it runs: moefy_ffn_few_router computes the
 // first layer of the router; every block of moefy_ffn_few finishes it and selects by itself, which costs less than to wait
-// for another launch, and runs its share of the executed neurons; moefy_add_shares adds the shares in their order.
+// for another launch, and runs its share of the executed neurons; moefy_add_shares adds the shares.
 #include "ffn_few_stream.cuh"
 
 namespace moefy {

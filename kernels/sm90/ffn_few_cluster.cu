@@ -1,6 +1,5 @@
 // The op `ffn_few` in two launches, the second of which begins while the first one runs: clusters of blocks route, each all
-// tokens, then every block selects by itself and runs its share of the executed neurons; moefy_add_shares adds the shares in
-// their order.
+// tokens, then every block selects by itself and runs its share of the executed neurons; moefy_add_shares adds the shares.
 #include "cluster_router.cuh"
 #include "ffn_few_stream.cuh"
 
@@ -60,6 +59,7 @@ __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char
   const uint32_t of_expert = imposed || !kTwoLayers ? 1 : score_tokens;
   make_keys(r, num_valid, fixed, stream.shared.keys,
             [&](uint32_t token, uint32_t e) { return from[token * of_token + e * of_expert]; });
+  if (!kTwoLayers) fence_for_copies();  // scores were read in the ring
   stream.run(x);
 }
 

@@ -18,7 +18,7 @@ impl Kernels {
         Ok(Self { add_shares: modules.per_dtype("add_shares", names, 0)? })
     }
 
-    /// y = b_out + Σ shares, in their order.
+    /// y = b_out + Σ shares, in a fixed order.
     ///
     /// # Safety
     /// The addresses must be what the kernel expects, for at least one token, and the context must be bound.

@@ -368,9 +368,12 @@ impl Module {
             numAttrs: 1,
         };
         let mut resident = 0;
-        unsafe { sys::cuOccupancyMaxActiveClusters(&mut resident, function.raw, &config) }
-            .result()
-            .map_err(preparing(name))?;
+        let asked =
+            unsafe { sys::cuOccupancyMaxActiveClusters(&mut resident, function.raw, &config) };
+        if asked == sys::CUresult::CUDA_ERROR_INVALID_CLUSTER_SIZE {
+            return Ok(None);
+        }
+        asked.result().map_err(preparing(name))?;
         Ok((resident > 0).then_some(function))
     }
 

@@ -23,8 +23,6 @@ const STAGES: [(usize, usize); 3] = [(1, 4), (0, 3), (0, 2)];
 /// The most tokens.
 pub(super) const MAX_TOKENS: usize = 4 * MOEFY_FFN_FEW_TILE as usize;
 pub(super) const WARPS: usize = MOEFY_FFN_FEW_THREADS as usize / 32;
-/// How far the last step may read beyond the last row.
-pub(super) const SLACK_BYTES: usize = 64;
 /// More than its rows of the widest token take.
 const MAX_ROUTER_SHARED_BYTES: usize = 96 << 10;
 /// Indices of neurons are exact in the kernel's arithmetic below this.
@@ -271,7 +269,6 @@ impl Shape {
         let mut params = *params;
         params.router.first = workspace + self.first;
         params.partials = workspace + self.partials;
-        params.num_blocks = num_blocks as u32;
         params.inverse_blocks = 1.0 / num_blocks as f32;
         params.num_stages = num_stages as u32;
         params.log_stage_neurons = log_stage_neurons as u32;
@@ -280,7 +277,7 @@ impl Shape {
             b_out: params.neurons.b_out,
             num_valid_tokens: params.router.num_valid_tokens,
             y: params.y,
-            num_shares: params.num_blocks,
+            num_shares: num_blocks as u32,
             num_tokens: params.router.num_tokens,
             d_model: params.neurons.d_model,
         };
@@ -289,7 +286,7 @@ impl Shape {
             if let Some(first_layer) = &self.first_layer {
                 first_layer.launch(stream, &params)?;
             }
-            let (grid, threads) = ([params.num_blocks, 1, 1], MOEFY_FFN_FEW_THREADS);
+            let (grid, threads) = ([num_blocks as u32, 1, 1], MOEFY_FFN_FEW_THREADS);
             kernel.launch(stream, grid, threads, shared_bytes, &params)?;
             device.add_shares.launch(stream, self.dtype, &shares)
         }
@@ -321,13 +318,13 @@ fn stream(device: &Device, sizes: &Sizes) -> Option<Stream> {
         let (kernel, available) = kernels.stream[size][which];
         let stage_bytes =
             neuron_bytes(neurons, neurons.d_model() * dtype.bytes()) << log_stage_neurons;
-        let left = available.checked_sub(fixed)?.checked_sub(SLACK_BYTES)?;
+        let left = available.checked_sub(fixed)?;
         // No more than a block has neurons for.
         let useful = (neurons.d_ff() + neurons.rank).div_ceil(num_blocks << log_stage_neurons);
         let most = useful.clamp(1, MOEFY_FFN_FEW_STAGES as usize);
         let num_stages = (left / stage_bytes).min(most);
         let ring_bytes = (num_stages * stage_bytes).max(least_bytes);
-        let shared_bytes = fixed + ring_bytes + SLACK_BYTES;
+        let shared_bytes = fixed + ring_bytes;
         let fits = num_stages >= enough.min(useful) && ring_bytes <= left;
         fits.then_some(Stream { kernel, num_blocks, log_stage_neurons, num_stages, shared_bytes })
     };

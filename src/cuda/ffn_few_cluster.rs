@@ -2,7 +2,7 @@
 //! narrow enough for two blocks on a multiprocessor and there are at most eight tokens.
 
 use super::Device;
-use super::ffn_few::{SLACK_BYTES, Sizes, Stream, Variant, WARPS, neuron_bytes, scratch_bytes};
+use super::ffn_few::{Sizes, Stream, Variant, WARPS, neuron_bytes, scratch_bytes};
 use super::kernels::Modules;
 use super::router_few::cluster_router_bytes;
 use crate::abi::{
@@ -76,7 +76,11 @@ pub(super) fn stream(device: &Device, sizes: &Sizes) -> Option<Stream> {
     let (kernel, available) = of_dtype[usize::from(router.hidden() > 0)][usize::from(!neurons.glu)];
     // As in the kernel.
     let round_up = |bytes: usize| bytes.next_multiple_of(128);
-    let score_tokens = if num_tokens == 1 { 1 } else { num_tokens.next_multiple_of(4) };
+    let score_tokens = match (router.hidden(), num_tokens) {
+        (0, _) => 0,
+        (_, 1) => 1,
+        _ => num_tokens.next_multiple_of(4),
+    };
     let fixed = round_up(4 * num_tokens * num_experts.next_multiple_of(32))
         + round_up(4 * score_tokens * num_experts);
     let of_router = cluster_router_bytes(d_model, router.hidden(), num_experts, num_tokens, dtype)?;
@@ -86,9 +90,9 @@ pub(super) fn stream(device: &Device, sizes: &Sizes) -> Option<Stream> {
     let num_clusters = num_clusters(num_tokens, expected_neurons.div_ceil(1 << log_stage_neurons));
     let num_blocks = num_clusters * BLOCKS;
     let stage_bytes = neuron_bytes(neurons, d_model * dtype.bytes()) << log_stage_neurons;
-    let left = available.checked_sub(kernels.of_second_block)?.checked_sub(fixed + SLACK_BYTES)?;
+    let left = available.checked_sub(kernels.of_second_block)?.checked_sub(fixed)?;
     let ring_bytes = (num_stages * stage_bytes).max(least_bytes);
-    let shared_bytes = fixed + ring_bytes + SLACK_BYTES;
+    let shared_bytes = fixed + ring_bytes;
     (ring_bytes <= left).then_some(Stream {
         kernel,
         num_blocks,

@@ -110,8 +110,9 @@ impl FfnPlan {
     /// # Errors
     /// When the layer differs in size, type, activation, biases, selection or gate, or its density lets it take other paths.
     pub fn with_ffn(&self, ffn: &Arc<MoeFfn>) -> Result<Self> {
-        let many = ffn.places(self.max_tokens, &self.options)?.many;
-        if !self.ffn.is_like(ffn) || many != self.places.many {
+        // By its density another layer may need more workspace.
+        let places = ffn.places(self.max_tokens, &self.options)?;
+        if !self.ffn.is_like(ffn) || places.many != self.places.many {
             let check = Arguments { device: self.ffn.device(), op: "plan" };
             return Err(check.error("ffn", "of the sizes and rules of the plan's", "another"));
         }
@@ -126,7 +127,7 @@ impl FfnPlan {
         };
         let paths = ffn.paths(&self.options, self.places.many);
         let branch = self.branch.clone();
-        Ok(Self { ffn: ffn.clone(), paths, dense, counters, branch, ..*self })
+        Ok(Self { ffn: ffn.clone(), places, paths, dense, counters, branch, ..*self })
     }
 
     /// Bytes of workspace that a run needs.

@@ -19,6 +19,7 @@ pub fn tests() -> crate::Tests {
         ("plan::sparse_paths", sparse_paths),
         ("plan::chunks_and_padding", chunks_and_padding),
         ("plan::imposed_scores", imposed_scores),
+        ("plan::for_a_layer_of_another_density", for_a_layer_of_another_density),
         ("plan::statistics", statistics),
         ("plan::replays_with_other_inputs", replays_with_other_inputs),
         ("plan::memory_stays_flat", memory_stays_flat),
@@ -194,6 +195,29 @@ fn masked_activations(gpu: &Gpu) {
         let layer = biased_layer(rng, shape, dtype, activation, biased);
         one_path(gpu, rng, &layer, shape, Path::DenseMasked);
     }
+}
+
+/// With more neurons to expect, more blocks have outputs in the workspace.
+fn for_a_layer_of_another_density(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let shape = Shape { d_model: 768, num_experts: 96, expert_width: 8, ..PLAIN };
+    let layer = biased_layer(rng, shape, DType::BF16, Activation::GeluTanh, true);
+    let [sparse, other] = [0.05, 1.0].map(|density| layer.clone().with_calibrated_density(density));
+    let fused = can(gpu, Path::FewFused, DType::BF16);
+    let path = if fused { Path::FewFused } else { Path::Few };
+    let first = Case::new(gpu, &sparse, shape, 1, forced(path));
+    let on_device = Arc::new(MoeFfn::new(&gpu.device, &other).expect("memory"));
+    let plan = first.plan.with_ffn(&on_device).expect("a layer like the plan's");
+    assert!(!fused || plan.workspace_bytes() > first.plan.workspace_bytes());
+    let scratch = Output::new(gpu, plan.workspace_bytes());
+    let mut case = Case { plan, scratch, ..first };
+    let x = tokens(rng, 1, shape.d_model, DType::BF16);
+    let mask = random_mask(rng, 1, shape.num_experts, 0.9);
+    case.write(&x, &mask);
+    case.y.poison();
+    case.launch(gpu.raw_stream(), 1, false).expect("a run");
+    let error = relative_error(&case.read(1), &reference_of(path, &other, &x, &mask));
+    assert!(error <= tolerance(&other, DType::BF16), "{error:.3e}");
 }
 
 fn one_path(gpu: &Gpu, rng: &mut ChaCha8Rng, layer: &ffn::MoeFfn, shape: Shape, path: Path) {
