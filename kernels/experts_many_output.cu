@@ -259,11 +259,11 @@ __device__ __forceinline__ void sum_of_token(const moefy_experts_params& p, cons
   const moefy_neurons& n = p.neurons;
   const uint32_t lane = threadIdx.x % 32, columns = slab.end - slab.first, column = first + lane * 8;
   const uint32_t experts = listed.experts + (token < listed.tokens);
-  const uint32_t words = is_valid ? max(ceil_div(n.num_experts, 32), 1u) : 0;
+  const uint32_t words = is_valid ? ceil_div(n.num_experts, 32) : 0;
   const uint32_t row_bytes = slab.width * sizeof(T);
   const bool exists = column < columns;
-  // Lanes without columns of their own read the first ones.
-  const char* const rows = reinterpret_cast<const char*>(static_cast<const T*>(p.rows) + (exists ? column : 0));
+  // Lanes without columns of their own read the warp's first ones.
+  const char* const rows = reinterpret_cast<const char*>(static_cast<const T*>(p.rows) + (exists ? column : first));
   const auto row_at = [&](const char* from, uint32_t i) {
     return from + static_cast<uint64_t>(load_shared_word(list + i * sizeof(uint32_t))) * row_bytes;
   };

@@ -22,7 +22,8 @@ constexpr uint32_t kRowsPerPass = kCopiers / kChunks;
 constexpr uint32_t kColumns = 128;  // of y in one stage of the second product
 constexpr uint32_t kStripe = 64;    // columns of a block of weights
 
-/// A stage has rows of x, then kRows rows of w_in, or as many rows of w_out, then biases and means of those neurons.
+/// A stage has rows of x, then kRows rows of w_in, or as many rows of w_out, then biases and means of those neurons. Of a
+/// narrower expert that includes rows of the next one, which h has zeros for.
 template <int kRows>
 constexpr uint32_t kStageBytes = (kTokens + kRows) * kRowBytes;
 template <int kRows>

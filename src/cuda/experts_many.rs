@@ -255,7 +255,7 @@ pub(super) struct Shape {
     hidden_stride: usize,
     hidden_shared: usize,
     hidden_linear: usize,
-    /// Launches of the second product.
+    /// Launches of the second product, where it is one of its own, and of the sums.
     num_slabs: usize,
     rows: u64,
     rows_bytes: usize,
@@ -289,7 +289,8 @@ impl Shape {
         let hidden_bytes =
             hidden_linear.checked_add(of_tokens(launch.rank)?)?.checked_mul(dtype.bytes())?;
         let mut layout = Layout::default();
-        // What goes in one launch has no h, and what goes by tiles of tokens no outputs of pairs.
+        // What goes in one launch has no h, and what goes by tiles of tokens no outputs of pairs. There is room for either, also
+        // where one of them is never needed: fewer tokens must not need more.
         let rows = if ways.in_one.is_some() {
             layout.place(hidden_bytes.max(rows_bytes), 1)?
         } else {
@@ -575,10 +576,10 @@ impl Cost {
         Self { base: 4.0 + others as f64 * of_pair, of_pair }
     }
 
-    /// Of the sums after it, which read each row.
+    /// Of the sums after it, which read each row and write y.
     fn of_sum(launch: &Launch) -> Self {
         let of_pair = (launch.d_model * launch.dtype.bytes()) as f64 / 2.6e6;
-        let rows_of_all = (launch.num_tokens * groups_of_all(launch)) as f64;
+        let rows_of_all = (launch.num_tokens * (1 + groups_of_all(launch))) as f64;
         Self { base: 3.0 + rows_of_all * of_pair, of_pair }
     }
 

@@ -430,6 +430,7 @@ fn padding(gpu: &Gpu) {
         (Shape { rank: 0, ..aligned }, DType::F16),
         (narrow(odd), DType::F16),
         (narrow(aligned), DType::BF16),
+        (Shape { d_model: 24, ..narrow(odd) }, DType::BF16),
     ] {
         padding_of(gpu, shape, dtype);
     }
