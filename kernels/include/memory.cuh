@@ -7,51 +7,28 @@ namespace moefy {
 
 constexpr int kChunkBytes = 16;
 
-/// Loads 16 bytes that nobody reads again, or gives zeros.
-__device__ __forceinline__ uint4 load_streaming_if(bool valid, const void* address) {
-  uint4 v;
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];}"
-      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "l"(address), "r"(static_cast<int>(valid)));
-  return v;
-}
+// Loads of 16 bytes, or zeros. Written out, because a conditional load would become a branch, and one that waits for the load
+// before it. `qualifier` and `clobbers` say what the compiler may not move them across.
+#define MOEFY_LOAD_IF(name, load, qualifier, clobbers)                                                              \
+  __device__ __forceinline__ uint4 name(bool valid, const void* address) {                                          \
+    uint4 v;                                                                                                        \
+    asm qualifier(                                                                                                  \
+        "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"        \
+        "@p ld.global" load ".v4.u32 {%0,%1,%2,%3}, [%4];}"                                                         \
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)                                                            \
+        : "l"(address), "r"(static_cast<int>(valid))                                                                \
+        : clobbers);                                                                                                \
+    return v;                                                                                                       \
+  }
 
-/// Loads 16 bytes of weights, or gives zeros. Written out, because a conditional load would become a branch, and one that
-/// waits for the load before it.
-__device__ __forceinline__ uint4 load_vector_if(bool valid, const void* address) {
-  uint4 v;
-  asm("{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-      "@p ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];}"
-      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "l"(address), "r"(static_cast<int>(valid)));
-  return v;
-}
-
-/// The same of what another kernel wrote a moment ago: past the first-level cache.
-__device__ __forceinline__ uint4 load_fresh_vector_if(bool valid, const void* address) {
-  uint4 v;
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-      "@p ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];}"
-      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "l"(address), "r"(static_cast<int>(valid))
-      : "memory");
-  return v;
-}
-
-/// The same of what is read again and again: through the first-level cache.
-__device__ __forceinline__ uint4 load_cached_vector_if(bool valid, const void* address) {
-  uint4 v;
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-      "@p ld.global.v4.u32 {%0,%1,%2,%3}, [%4];}"
-      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "l"(address), "r"(static_cast<int>(valid))
-      : "memory");
-  return v;
-}
+/// Of weights.
+MOEFY_LOAD_IF(load_vector_if, ".nc", , )
+/// Of weights that nobody reads again.
+MOEFY_LOAD_IF(load_streaming_if, ".nc.L1::no_allocate.L2::128B", volatile, )
+/// Of what another kernel wrote a moment ago: past the first-level cache.
+MOEFY_LOAD_IF(load_fresh_vector_if, ".cg", volatile, "memory")
+/// Of that again and again: through the first-level cache.
+MOEFY_LOAD_IF(load_cached_vector_if, "", volatile, "memory")
 
 /// Loads 16 bytes that another kernel wrote a moment ago.
 __device__ __forceinline__ uint4 load_fresh_vector(const void* address) {
