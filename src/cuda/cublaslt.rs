@@ -8,6 +8,7 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver::{result as driver, sys as driver_sys};
 
 use super::driver::{RawStream, cannot};
+pub(super) use super::product::{Epilogue, Operands, ProductShape};
 use super::{Buffer, Device};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -37,29 +38,6 @@ fn fails(doing: &'static str) -> impl FnOnce(result::CublasError) -> Error {
     }
 }
 
-/// What follows a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Epilogue {
-    Nothing,
-    Bias,
-    Relu,
-    ReluBias,
-    GeluTanh,
-    GeluTanhBias,
-}
-
-/// out \[tokens, rows\] = epilogue(input \[tokens, depth\] · weights); weights are \[rows, depth\], or
-/// \[depth, rows\] where `depth_major`. Only the rows of `out` may lie apart.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct ProductShape {
-    pub(super) dtype: DType,
-    pub(super) rows: usize,
-    pub(super) out_stride: usize,
-    pub(super) depth: usize,
-    pub(super) depth_major: bool,
-    pub(super) epilogue: Epilogue,
-}
-
 impl ProductShape {
     /// Several times what all timings take. Under a sanitizer each run takes a hundred times as long: then what is known by
     /// that time has to do.
@@ -70,17 +48,6 @@ impl ProductShape {
         let timings = CANDIDATES * RUNS + FINALISTS * FINAL_RUNS;
         3.0 * of_run * (runs * timings) as f32
     }
-}
-
-/// What a product is run on.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Operands {
-    pub(super) tokens: usize,
-    pub(super) weights: u64,
-    pub(super) input: u64,
-    pub(super) out: u64,
-    /// At least [`WORKSPACE_BYTES`].
-    pub(super) workspace: u64,
 }
 
 /// The library, ready.

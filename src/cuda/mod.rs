@@ -48,6 +48,7 @@ mod padding;
 mod path;
 mod places;
 mod plan;
+mod product;
 #[cfg(feature = "cuda")]
 mod read_bandwidth;
 mod route_index;

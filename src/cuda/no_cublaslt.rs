@@ -4,41 +4,10 @@ use std::convert::Infallible;
 
 use super::Device;
 use super::driver::RawStream;
-use crate::dtype::DType;
+pub(super) use super::product::{Epilogue, Operands, ProductShape};
 use crate::error::{Error, Result};
 
 pub(super) const WORKSPACE_BYTES: usize = 0;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Epilogue {
-    Nothing,
-    Bias,
-    Relu,
-    ReluBias,
-    GeluTanh,
-    GeluTanhBias,
-}
-
-#[expect(dead_code, reason = "nothing reads it here")]
-#[derive(Clone, Copy, Debug)]
-pub(super) struct ProductShape {
-    pub(super) dtype: DType,
-    pub(super) rows: usize,
-    pub(super) out_stride: usize,
-    pub(super) depth: usize,
-    pub(super) depth_major: bool,
-    pub(super) epilogue: Epilogue,
-}
-
-#[expect(dead_code, reason = "nothing reads it here")]
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Operands {
-    pub(super) tokens: usize,
-    pub(super) weights: u64,
-    pub(super) input: u64,
-    pub(super) out: u64,
-    pub(super) workspace: u64,
-}
 
 pub(super) struct CublasLt(Infallible);
 

@@ -208,6 +208,17 @@ pub fn uniform(rng: &mut ChaCha8Rng, len: usize) -> Vec<f32> {
     (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
 }
 
+/// Random masks of which only so many tokens are valid.
+pub fn check_padding(gpu: &Gpu, check: impl Fn(&Gpu, &ExpertMask, usize)) {
+    let rng = &mut gpu.rng();
+    for [num_tokens, num_experts] in [[40, 12], [989, 448]] {
+        let mask = random_mask(rng, num_tokens, num_experts, 0.3);
+        for valid in [0, 1, 32, 33, num_tokens - 1] {
+            check(gpu, &mask, valid);
+        }
+    }
+}
+
 /// Every bit set with this probability.
 pub fn random_mask(
     rng: &mut ChaCha8Rng,

@@ -8,7 +8,7 @@ use moefy::ffn::ExpertMask;
 use moefy::reference;
 use rand::RngExt;
 
-use crate::harness::{Gpu, Output, is_small, random_mask, sizes, thin};
+use crate::harness::{Gpu, Output, check_padding, is_small, random_mask, sizes, thin};
 
 pub fn tests() -> crate::Tests {
     vec![
@@ -155,13 +155,7 @@ fn skewed_routing(gpu: &Gpu) {
 }
 
 fn padding(gpu: &Gpu) {
-    let rng = &mut gpu.rng();
-    for [num_tokens, num_experts] in [[40, 12], [989, 448]] {
-        let mask = random_mask(rng, num_tokens, num_experts, 0.3);
-        for valid in [0, 1, 32, 33, num_tokens - 1] {
-            check(gpu, &mask, valid);
-        }
-    }
+    check_padding(gpu, check);
 }
 
 fn stray_bits(gpu: &Gpu) {
