@@ -6,7 +6,7 @@ use super::neurons::Neurons;
 use super::select::check_num_experts;
 use super::token_tiles::{self, TILE_TOKENS, TILE_WORDS};
 use super::view::{Arguments, Format, View, Workspace};
-use super::{Device, TokenTiles, experts_few, experts_many, experts_tiled};
+use super::{Device, TokenTiles, experts_few, experts_many, experts_many_ways, experts_tiled};
 use crate::abi::{moefy_experts_params, moefy_experts_tiled_params, moefy_neurons};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -297,7 +297,11 @@ pub(super) fn many_us(
     max_pairs: usize,
     pairs: f64,
 ) -> f64 {
-    experts_many::products_us(&Launch::new(device, neurons, dtype, num_tokens), max_pairs, pairs)
+    experts_many_ways::products_us(
+        &Launch::new(device, neurons, dtype, num_tokens),
+        max_pairs,
+        pairs,
+    )
 }
 
 fn without_addresses(neurons: moefy_neurons) -> moefy_experts_params {

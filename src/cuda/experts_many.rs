@@ -2,6 +2,7 @@
 
 use super::driver::{Function, RawStream, tensor_map};
 use super::experts::{Launch, THREADS, Variants, variants};
+use super::experts_many_ways::{Ways, row_bytes, rows_of_all};
 use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
 use crate::abi::{
@@ -23,7 +24,7 @@ const PAIRS: usize = 128;
 const OUTPUT_STAGES: [usize; 2] = [5, 2];
 const OUTPUT_STAGE_BYTES: usize = 2 * PAIRS * ROW_BYTES;
 /// Outputs of pairs that wait for their sums are at most so many bytes, whatever the masks select.
-const MAX_ROWS_BYTES: usize = 448 << 20;
+pub(super) const MAX_ROWS_BYTES: usize = 448 << 20;
 /// Blocks of the kernel that sums for each multiprocessor.
 const SUM_BLOCKS: usize = 4;
 
@@ -59,18 +60,16 @@ const WIDE_ROWS: [usize; 4] = [32, 64, 128, 256];
 const WIDE_STAGES: [usize; 4] = [8, 8, 6, 4];
 const WIDE_OUTPUT_BYTES: usize = 192 << 10;
 /// Tokens and columns of a tile of the second product that goes by tokens, neurons of a stage, and bytes of all stages.
-const TOKEN_TILE: [usize; 2] = [128, 256];
-const TOKEN_DEPTH: usize = 64;
+pub(super) const TOKEN_TILE: [usize; 2] = [128, 256];
+pub(super) const TOKEN_DEPTH: usize = 64;
 const TOKEN_STAGES_BYTES: usize = 192 << 10;
 /// What a block has on every device that has these kernels, less what is the kernel's own.
-const WIDE_SHARED_BYTES: usize = 226 << 10;
+pub(super) const WIDE_SHARED_BYTES: usize = 226 << 10;
 /// Both products in one launch: threads of a block, pairs of its tile, neurons of a group at most, and its stages.
 const IN_ONE_THREADS: u32 = 512;
 const IN_ONE_PAIRS: usize = 192;
-const IN_ONE_ROWS: [usize; 3] = [32, 64, 128];
+pub(super) const IN_ONE_ROWS: [usize; 3] = [32, 64, 128];
 const IN_ONE_STAGES: [usize; 3] = [7, 6, 5];
-/// Nobody has measured it for wider tokens.
-const IN_ONE_MAX_D_MODEL: usize = 1024;
 
 macro_rules! in_one {
     ($dtype:literal) => {
@@ -138,7 +137,7 @@ fn in_one_shared_bytes(size: usize, num_experts: usize) -> usize {
 }
 
 /// Its lists beside the stages: five words and a bit for each expert, a bit for every stage, and what says which is the last.
-fn token_output_shared_bytes(num_experts: usize, num_neurons: usize) -> usize {
+pub(super) fn token_output_shared_bytes(num_experts: usize, num_neurons: usize) -> usize {
     let bits = |count: usize| count.div_ceil(32) * 4;
     TOKEN_STAGES_BYTES
         + num_experts * 20
@@ -485,172 +484,6 @@ impl Shape {
     }
 }
 
-/// How many pairs go which way.
-#[derive(Clone, Copy, Debug)]
-struct Ways {
-    /// Which kernel does both products in one launch of fewer pairs than `min_token_pairs`, where one does: then the
-    /// outputs of all of them have room, whole rows.
-    in_one: Option<usize>,
-    /// From so many pairs on, the second product goes by tiles of tokens.
-    min_token_pairs: usize,
-    /// So many can have outputs. Not fewer with more tokens: a workspace serves fewer tokens too.
-    pairs_with_rows: usize,
-}
-
-impl Ways {
-    /// `None` where the sizes overflow.
-    fn new(launch: &Launch, max_pairs: usize) -> Option<Self> {
-        let room = (MAX_ROWS_BYTES / row_bytes(launch)?).checked_sub(rows_of_all(launch)?);
-        let by_tokens = Cost::of_token_output(launch);
-        Some(match (in_one_size(launch).zip(room), by_tokens) {
-            (Some((size, room)), _) if max_pairs <= room => {
-                Self { in_one: Some(size), min_token_pairs: usize::MAX, pairs_with_rows: max_pairs }
-            }
-            (Some((size, room)), Some(by_tokens)) => {
-                let in_one = Cost::of_in_one(launch, size) + Cost::of_sum(launch);
-                let in_two = Cost::of_all(launch) + Cost::of_hidden(launch) + by_tokens;
-                let min_token_pairs = in_one.pairs_up_to(in_two).min(room);
-                Self { in_one: Some(size), min_token_pairs, pairs_with_rows: room }
-            }
-            _ => {
-                let by_pairs = Cost::of_pair_output(launch);
-                let min_token_pairs =
-                    by_tokens.map_or(usize::MAX, |by_tokens| by_pairs.pairs_up_to(by_tokens));
-                let pairs_with_rows = max_pairs.min(min_token_pairs);
-                Self { in_one: None, min_token_pairs, pairs_with_rows }
-            }
-        })
-    }
-}
-
-/// Which kernel can do both products in one launch.
-fn in_one_size(launch: &Launch) -> Option<usize> {
-    let widest = launch.expert_width.max(launch.shared).max(launch.rank);
-    let can = launch.is_wide && launch.halves == 1 && launch.d_model <= IN_ONE_MAX_D_MODEL;
-    IN_ONE_ROWS.iter().position(|&rows| can && widest <= rows)
-}
-
-/// Bytes of a row of y.
-fn row_bytes(launch: &Launch) -> Option<usize> {
-    launch.d_model.checked_next_multiple_of(8)?.checked_mul(launch.dtype.bytes())
-}
-
-/// Rows of y of what all tokens run: the shared and the linear neurons.
-fn rows_of_all(launch: &Launch) -> Option<usize> {
-    launch.num_tokens.checked_mul(groups_of_all(launch))
-}
-
-fn groups_of_all(launch: &Launch) -> usize {
-    usize::from(launch.shared > 0) + usize::from(launch.rank > 0)
-}
-
-/// Microseconds on an H100 (kernels/NOTES.md).
-#[derive(Clone, Copy, Debug)]
-struct Cost {
-    base: f64,
-    of_pair: f64,
-}
-
-impl std::ops::Add for Cost {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self { base: self.base + other.base, of_pair: self.of_pair + other.of_pair }
-    }
-}
-
-impl Cost {
-    fn us(self, pairs: f64) -> f64 {
-        self.base + pairs * self.of_pair
-    }
-
-    /// Up to how many pairs it is less than another that grows more slowly.
-    fn pairs_up_to(self, other: Self) -> usize {
-        ((other.base - self.base).max(0.0) / (self.of_pair - other.of_pair)) as usize
-    }
-
-    /// Of one kernel for both products: the rows of a tile, of which each expert leaves some empty, with its weights.
-    fn of_in_one(launch: &Launch, size: usize) -> Self {
-        let of_pair = launch.d_model as f64 * (0.85e-6 + 5e-9 * IN_ONE_ROWS[size] as f64);
-        let others = 32 * launch.num_experts + groups_of_all(launch) * launch.num_tokens;
-        Self { base: 4.0 + others as f64 * of_pair, of_pair }
-    }
-
-    /// Of the sums after it, which read each row and write y.
-    fn of_sum(launch: &Launch) -> Self {
-        let of_pair = (launch.d_model * launch.dtype.bytes()) as f64 / 2.6e6;
-        let rows_of_all = (launch.num_tokens * (1 + groups_of_all(launch))) as f64;
-        Self { base: 3.0 + rows_of_all * of_pair, of_pair }
-    }
-
-    /// Of the launches of two kernels, and of what all tokens run there.
-    fn of_all(launch: &Launch) -> Self {
-        let (d_model, neurons) =
-            (launch.d_model as f64, launch.halves * launch.shared + launch.rank);
-        let outputs = if neurons > 0 { d_model * launch.dtype.bytes() as f64 / 1e6 } else { 0.0 };
-        let of_token = neurons as f64 * d_model / 2e8 + outputs;
-        Self { base: 44.0 + launch.num_tokens as f64 * of_token, of_pair: 0.0 }
-    }
-
-    /// Of the first product: tiles of 128 tokens, of which each expert leaves half of one empty; each reads its tokens and its
-    /// weights.
-    fn of_hidden(launch: &Launch) -> Self {
-        let row = (launch.d_model * launch.dtype.bytes()) as f64;
-        let of_expert = (launch.halves * launch.expert_width) as f64;
-        let tokens_again = (of_expert / 256.0).max(1.0);
-        let of_pair = row * (tokens_again + of_expert / 128.0) / 6.2e6;
-        Self { base: (64 * launch.num_experts) as f64 * of_pair, of_pair }
-    }
-
-    /// Of the second product pair by pair: a byte of y of a pair, written, read and added.
-    fn of_pair_output(launch: &Launch) -> Self {
-        let row = (launch.d_model * launch.dtype.bytes()) as f64;
-        Self { base: 15.0, of_pair: row / 1.02e6 }
-    }
-
-    /// Of the same by tiles of tokens, where that is possible: a stage of a round of tiles, and to find the rows of an expert
-    /// in it, and to begin and end a tile as so many stages.
-    fn of_token_output(launch: &Launch) -> Option<Self> {
-        const STAGE_US: f64 = 0.65;
-        const EXPERT_US: f64 = 0.14;
-        const TILE_STAGES: usize = 8;
-        let neurons = launch.d_ff + launch.rank;
-        let fits = token_output_shared_bytes(launch.num_experts, neurons) <= WIDE_SHARED_BYTES;
-        let is_aligned = [launch.expert_width, launch.shared].iter().all(|n| n.is_multiple_of(8));
-        let across = launch.d_model.div_ceil(TOKEN_TILE[1]);
-        let tiles = launch.num_tokens.div_ceil(TOKEN_TILE[0]) * across;
-        let stages =
-            tiles.div_ceil(launch.multiprocessors) * (neurons.div_ceil(TOKEN_DEPTH) + TILE_STAGES);
-        let experts_of_stage = TOKEN_DEPTH as f64 / launch.expert_width.max(1) as f64;
-        let base = stages as f64 * (STAGE_US + EXPERT_US * experts_of_stage);
-        (launch.is_wide && fits && is_aligned).then_some(Self { base, of_pair: 0.0 })
-    }
-}
-
-/// What both products take for so many pairs, of `max_pairs` that there could be.
-pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 {
-    /// A tile for both products, however few pairs it has.
-    const TILE_US: f64 = 19.5;
-    /// Two launches of kernels that end at once.
-    const IDLE_US: f64 = 3.5;
-    let Some(ways) = Ways::new(launch, max_pairs) else { return f64::INFINITY };
-    // Weights are read at least once.
-    let read_us = |rows: usize| (rows * launch.d_model * launch.dtype.bytes()) as f64 / 2.9e6;
-    let in_us = read_us(launch.halves * launch.d_ff + launch.rank);
-    let out_us = read_us(launch.d_ff + launch.rank);
-    let by_tokens = || Cost::of_token_output(launch).map_or(f64::INFINITY, |cost| cost.base);
-    let second_us = match ways.in_one {
-        Some(size) if pairs < ways.min_token_pairs as f64 => {
-            let idle_us = if max_pairs >= ways.min_token_pairs { IDLE_US } else { 0.0 };
-            let products = Cost::of_in_one(launch, size).us(pairs).max(TILE_US);
-            return idle_us + products.max(in_us + out_us) + Cost::of_sum(launch).us(pairs);
-        }
-        Some(_) => by_tokens(),
-        None => by_tokens().min(Cost::of_pair_output(launch).us(pairs)),
-    };
-    Cost::of_all(launch).base + Cost::of_hidden(launch).us(pairs).max(in_us) + second_us.max(out_us)
-}
-
 /// Which rows of a block: few beyond the expert's, and each block reads its tokens once more, which takes as long as 32
 /// rows.
 fn wide_size(rows: usize) -> usize {
@@ -660,28 +493,8 @@ fn wide_size(rows: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::experts_many_ways::tests::launch;
     use super::*;
-
-    fn launch(
-        num_tokens: usize,
-        d_model: usize,
-        num_experts: usize,
-        expert_width: usize,
-    ) -> Launch {
-        Launch {
-            dtype: DType::BF16,
-            num_tokens,
-            d_model,
-            d_ff: num_experts * expert_width,
-            num_experts,
-            expert_width,
-            shared: 0,
-            rank: 0,
-            halves: 1,
-            multiprocessors: 132,
-            is_wide: true,
-        }
-    }
 
     /// The kernel does not ask whether there is room.
     #[test]
@@ -712,29 +525,6 @@ mod tests {
             [(Some(0), false), (Some(0), true), (Some(1), false), (Some(2), true), (None, false)]
         {
             assert!(seen.contains(&kind), "{kind:?}: {seen:?}");
-        }
-    }
-
-    /// On an H100, bf16, random routing at a density: `experts_us` of `moefy bench ffn --path expert-major` less what the sums
-    /// have become faster by since, which was measured apart (kernels/NOTES.md).
-    #[test]
-    fn estimates_are_near_what_was_measured() {
-        for (num_tokens, d_model, num_experts, expert_width, density, us) in [
-            (512, 768, 24, 128, 0.1, 23.7),
-            (2048, 768, 24, 128, 0.1, 25.3),
-            (8192, 768, 24, 128, 0.1, 46.4),
-            (8192, 768, 96, 32, 0.1, 130.2),
-            (8192, 768, 96, 32, 0.2, 198.4),
-            (8192, 1024, 64, 64, 0.1, 121.8),
-            (8192, 1024, 64, 64, 0.2, 232.6),
-        ] {
-            let launch = launch(num_tokens, d_model, num_experts, expert_width);
-            let max_pairs = num_tokens * num_experts;
-            let estimate = products_us(&launch, max_pairs, max_pairs as f64 * density);
-            assert!(
-                (estimate / us - 1.0).abs() < 0.15,
-                "{launch:?} {density}: {estimate} for {us}"
-            );
         }
     }
 }

@@ -35,6 +35,7 @@ mod encoder_graphs;
 mod experts;
 mod experts_few;
 mod experts_many;
+mod experts_many_ways;
 mod experts_tiled;
 mod ffn_few;
 mod ffn_few_cluster;

@@ -1,0 +1,226 @@
+//! Which way the pairs of many tokens go, by what each way costs on an H100 (kernels/NOTES.md).
+
+use super::experts::Launch;
+use super::experts_many::{
+    IN_ONE_ROWS, MAX_ROWS_BYTES, TOKEN_DEPTH, TOKEN_TILE, WIDE_SHARED_BYTES,
+    token_output_shared_bytes,
+};
+
+/// Nobody has measured both products in one launch for wider tokens.
+const IN_ONE_MAX_D_MODEL: usize = 1024;
+
+/// How many pairs go which way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ways {
+    /// Which kernel does both products in one launch of fewer pairs than `min_token_pairs`, where one does: then the
+    /// outputs of all of them have room, whole rows.
+    pub(super) in_one: Option<usize>,
+    /// From so many pairs on, the second product goes by tiles of tokens.
+    pub(super) min_token_pairs: usize,
+    /// So many can have outputs. Not fewer with more tokens: a workspace serves fewer tokens too.
+    pub(super) pairs_with_rows: usize,
+}
+
+impl Ways {
+    /// `None` where the sizes overflow.
+    pub(super) fn new(launch: &Launch, max_pairs: usize) -> Option<Self> {
+        let room = (MAX_ROWS_BYTES / row_bytes(launch)?).checked_sub(rows_of_all(launch)?);
+        let by_tokens = Cost::of_token_output(launch);
+        Some(match (in_one_size(launch).zip(room), by_tokens) {
+            (Some((size, room)), _) if max_pairs <= room => {
+                Self { in_one: Some(size), min_token_pairs: usize::MAX, pairs_with_rows: max_pairs }
+            }
+            (Some((size, room)), Some(by_tokens)) => {
+                let in_one = Cost::of_in_one(launch, size) + Cost::of_sum(launch);
+                let in_two = Cost::of_all(launch) + Cost::of_hidden(launch) + by_tokens;
+                let min_token_pairs = in_one.pairs_up_to(in_two).min(room);
+                Self { in_one: Some(size), min_token_pairs, pairs_with_rows: room }
+            }
+            _ => {
+                let by_pairs = Cost::of_pair_output(launch);
+                let min_token_pairs =
+                    by_tokens.map_or(usize::MAX, |by_tokens| by_pairs.pairs_up_to(by_tokens));
+                let pairs_with_rows = max_pairs.min(min_token_pairs);
+                Self { in_one: None, min_token_pairs, pairs_with_rows }
+            }
+        })
+    }
+}
+
+/// Which kernel can do both products in one launch.
+fn in_one_size(launch: &Launch) -> Option<usize> {
+    let widest = launch.expert_width.max(launch.shared).max(launch.rank);
+    let can = launch.is_wide && launch.halves == 1 && launch.d_model <= IN_ONE_MAX_D_MODEL;
+    IN_ONE_ROWS.iter().position(|&rows| can && widest <= rows)
+}
+
+/// Bytes of a row of y.
+pub(super) fn row_bytes(launch: &Launch) -> Option<usize> {
+    launch.d_model.checked_next_multiple_of(8)?.checked_mul(launch.dtype.bytes())
+}
+
+/// Rows of y of what all tokens run: the shared and the linear neurons.
+pub(super) fn rows_of_all(launch: &Launch) -> Option<usize> {
+    launch.num_tokens.checked_mul(groups_of_all(launch))
+}
+
+fn groups_of_all(launch: &Launch) -> usize {
+    usize::from(launch.shared > 0) + usize::from(launch.rank > 0)
+}
+
+/// Microseconds on an H100 (kernels/NOTES.md).
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    base: f64,
+    of_pair: f64,
+}
+
+impl std::ops::Add for Cost {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { base: self.base + other.base, of_pair: self.of_pair + other.of_pair }
+    }
+}
+
+impl Cost {
+    fn us(self, pairs: f64) -> f64 {
+        self.base + pairs * self.of_pair
+    }
+
+    /// Up to how many pairs it is less than another that grows more slowly.
+    fn pairs_up_to(self, other: Self) -> usize {
+        ((other.base - self.base).max(0.0) / (self.of_pair - other.of_pair)) as usize
+    }
+
+    /// Of one kernel for both products: the rows of a tile, of which each expert leaves some empty, with its weights.
+    fn of_in_one(launch: &Launch, size: usize) -> Self {
+        let of_pair = launch.d_model as f64 * (0.85e-6 + 5e-9 * IN_ONE_ROWS[size] as f64);
+        let others = 32 * launch.num_experts + groups_of_all(launch) * launch.num_tokens;
+        Self { base: 4.0 + others as f64 * of_pair, of_pair }
+    }
+
+    /// Of the sums after it, which read each row and write y.
+    fn of_sum(launch: &Launch) -> Self {
+        let of_pair = (launch.d_model * launch.dtype.bytes()) as f64 / 2.6e6;
+        let rows_of_all = (launch.num_tokens * (1 + groups_of_all(launch))) as f64;
+        Self { base: 3.0 + rows_of_all * of_pair, of_pair }
+    }
+
+    /// Of the launches of two kernels, and of what all tokens run there.
+    fn of_all(launch: &Launch) -> Self {
+        let (d_model, neurons) =
+            (launch.d_model as f64, launch.halves * launch.shared + launch.rank);
+        let outputs = if neurons > 0 { d_model * launch.dtype.bytes() as f64 / 1e6 } else { 0.0 };
+        let of_token = neurons as f64 * d_model / 2e8 + outputs;
+        Self { base: 44.0 + launch.num_tokens as f64 * of_token, of_pair: 0.0 }
+    }
+
+    /// Of the first product: tiles of 128 tokens, of which each expert leaves half of one empty; each reads its tokens and its
+    /// weights.
+    fn of_hidden(launch: &Launch) -> Self {
+        let row = (launch.d_model * launch.dtype.bytes()) as f64;
+        let of_expert = (launch.halves * launch.expert_width) as f64;
+        let tokens_again = (of_expert / 256.0).max(1.0);
+        let of_pair = row * (tokens_again + of_expert / 128.0) / 6.2e6;
+        Self { base: (64 * launch.num_experts) as f64 * of_pair, of_pair }
+    }
+
+    /// Of the second product pair by pair: a byte of y of a pair, written, read and added.
+    fn of_pair_output(launch: &Launch) -> Self {
+        let row = (launch.d_model * launch.dtype.bytes()) as f64;
+        Self { base: 15.0, of_pair: row / 1.02e6 }
+    }
+
+    /// Of the same by tiles of tokens, where that is possible: a stage of a round of tiles, and to find the rows of an expert
+    /// in it, and to begin and end a tile as so many stages.
+    fn of_token_output(launch: &Launch) -> Option<Self> {
+        const STAGE_US: f64 = 0.65;
+        const EXPERT_US: f64 = 0.14;
+        const TILE_STAGES: usize = 8;
+        let neurons = launch.d_ff + launch.rank;
+        let fits = token_output_shared_bytes(launch.num_experts, neurons) <= WIDE_SHARED_BYTES;
+        let is_aligned = [launch.expert_width, launch.shared].iter().all(|n| n.is_multiple_of(8));
+        let across = launch.d_model.div_ceil(TOKEN_TILE[1]);
+        let tiles = launch.num_tokens.div_ceil(TOKEN_TILE[0]) * across;
+        let stages =
+            tiles.div_ceil(launch.multiprocessors) * (neurons.div_ceil(TOKEN_DEPTH) + TILE_STAGES);
+        let experts_of_stage = TOKEN_DEPTH as f64 / launch.expert_width.max(1) as f64;
+        let base = stages as f64 * (STAGE_US + EXPERT_US * experts_of_stage);
+        (launch.is_wide && fits && is_aligned).then_some(Self { base, of_pair: 0.0 })
+    }
+}
+
+/// What both products take for so many pairs, of `max_pairs` that there could be.
+pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 {
+    /// A tile for both products, however few pairs it has.
+    const TILE_US: f64 = 19.5;
+    /// Two launches of kernels that end at once.
+    const IDLE_US: f64 = 3.5;
+    let Some(ways) = Ways::new(launch, max_pairs) else { return f64::INFINITY };
+    // Weights are read at least once.
+    let read_us = |rows: usize| (rows * launch.d_model * launch.dtype.bytes()) as f64 / 2.9e6;
+    let in_us = read_us(launch.halves * launch.d_ff + launch.rank);
+    let out_us = read_us(launch.d_ff + launch.rank);
+    let by_tokens = || Cost::of_token_output(launch).map_or(f64::INFINITY, |cost| cost.base);
+    let second_us = match ways.in_one {
+        Some(size) if pairs < ways.min_token_pairs as f64 => {
+            let idle_us = if max_pairs >= ways.min_token_pairs { IDLE_US } else { 0.0 };
+            let products = Cost::of_in_one(launch, size).us(pairs).max(TILE_US);
+            return idle_us + products.max(in_us + out_us) + Cost::of_sum(launch).us(pairs);
+        }
+        Some(_) => by_tokens(),
+        None => by_tokens().min(Cost::of_pair_output(launch).us(pairs)),
+    };
+    Cost::of_all(launch).base + Cost::of_hidden(launch).us(pairs).max(in_us) + second_us.max(out_us)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::dtype::DType;
+
+    pub(in crate::cuda) fn launch(
+        num_tokens: usize,
+        d_model: usize,
+        num_experts: usize,
+        expert_width: usize,
+    ) -> Launch {
+        Launch {
+            dtype: DType::BF16,
+            num_tokens,
+            d_model,
+            d_ff: num_experts * expert_width,
+            num_experts,
+            expert_width,
+            shared: 0,
+            rank: 0,
+            halves: 1,
+            multiprocessors: 132,
+            is_wide: true,
+        }
+    }
+
+    /// On an H100, bf16, random routing at a density: `experts_us` of `moefy bench ffn --path expert-major` less what the sums
+    /// have become faster by since, which was measured apart (kernels/NOTES.md).
+    #[test]
+    fn estimates_are_near_what_was_measured() {
+        for (num_tokens, d_model, num_experts, expert_width, density, us) in [
+            (512, 768, 24, 128, 0.1, 23.7),
+            (2048, 768, 24, 128, 0.1, 25.3),
+            (8192, 768, 24, 128, 0.1, 46.4),
+            (8192, 768, 96, 32, 0.1, 130.2),
+            (8192, 768, 96, 32, 0.2, 198.4),
+            (8192, 1024, 64, 64, 0.1, 121.8),
+            (8192, 1024, 64, 64, 0.2, 232.6),
+        ] {
+            let launch = launch(num_tokens, d_model, num_experts, expert_width);
+            let max_pairs = num_tokens * num_experts;
+            let estimate = products_us(&launch, max_pairs, max_pairs as f64 * density);
+            assert!(
+                (estimate / us - 1.0).abs() < 0.15,
+                "{launch:?} {density}: {estimate} for {us}"
+            );
+        }
+    }
+}
