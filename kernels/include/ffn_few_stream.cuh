@@ -27,7 +27,7 @@ struct RingEntry {
 template <int kTiles>
 struct Fixed {
   uint64_t barriers[2][MOEFY_FFN_FEW_STAGES];  // rows of w_in, rows of w_out
-  uint32_t least_keys[kTiles * kTile];  // that a token selects: kNoKey for padding, 0 where that takes the other keys
+  uint32_t least_keys[kTiles * kTile];  // that a token selects; kNoKey: none, 0: select_rows has to find out
   uint32_t masks[kTiles * kTile][kMaskWords];
   alignas(16) uint32_t warp_counts[kWarps];
   uint32_t union_ids[MOEFY_FFN_FEW_EXPERTS];
@@ -211,8 +211,8 @@ struct Stream {
   using X = typename Slice<T, kTiles, kSteps>::X;
   using Y = float[kSteps * 2][kTiles][4];
 
-  /// The row of every block of neurons that this thread asks for: first come those of w_in, of a GLU those of the gates, then
-  /// those of w_out. Known before anything else is.
+  /// The row that this thread asks for in every stage: first come those of w_in, of a GLU those of the gates, then those of
+  /// w_out. Known before anything else is.
   struct RowPlace {
     uint32_t kind, slot;
     uint32_t to, stage_bytes;  // in the first stage, and from stage to stage
@@ -273,7 +273,7 @@ struct Stream {
     copy_async_commit();
   }
 
-  /// Neurons of a block of them that exist.
+  /// Neurons of the n-th stage that exist. All stages' neurons are the block's own.
   __device__ uint32_t count(uint32_t block) const {
     return min(my_neurons - block * stage_neurons(), stage_neurons());
   }
@@ -300,7 +300,7 @@ struct Stream {
             static_cast<const char*>(kind == out_kind() ? p.neurons.w_out : p.neurons.w_in)};
   }
 
-  /// Asks for the rows of w_in of a block of neurons, of w_out, or of both. All warps do it together, a lane for a row:
+  /// Asks for a stage's rows of w_in, of w_out, or of both. All warps do it together, a lane for a row:
   /// to ask takes long enough to be shared.
   __device__ void ask(uint32_t block, uint32_t stage, bool in, bool out) const {
     const moefy_neurons& n = p.neurons;
@@ -314,7 +314,7 @@ struct Stream {
               slice.row_bytes, place.barrier + stage * sizeof(uint64_t));
   }
 
-  /// How many bytes of a block come, which the barriers may count before. The last warp has the fewest rows to ask for.
+  /// Tells the barriers how many bytes come; some may have come already. The last warp has the fewest rows to ask for.
   __device__ void expect(uint32_t block, uint32_t stage, bool in, bool out) const {
     if (threadIdx.x != kThreads - 1) return;
     const uint32_t bytes = count(block) * slice.row_bytes;

@@ -1,6 +1,6 @@
 // Selection: which experts run, given the f32 scores of one token. Exact: the bits are those of the reference.
 //
-// One warp does a row, from its keys in shared memory. The loops stay loops: this runs inside kernels whose code must
+// One warp does a row, from its keys in shared memory (router.cuh has a block do plain ones). The loops stay loops: this runs inside kernels whose code must
 // fit the instruction cache.
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace moefy {
 
 // Scores as integers of the same order. 0: never selected (NaN and -inf).
-constexpr uint32_t kZeroKey = 0x80000000u, kInfinityKey = 0xff800000u, kNoKey = 0xffffffffu;  // the last of no score
+constexpr uint32_t kZeroKey = 0x80000000u, kInfinityKey = 0xff800000u, kNoKey = 0xffffffffu;  // the last: more than any score's
 
 __device__ __forceinline__ uint32_t score_key(float score) {
   if (!(score > -__int_as_float(0x7f800000))) return 0;

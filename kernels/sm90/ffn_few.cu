@@ -72,7 +72,7 @@ struct SecondLayer {
   }
 };
 
-/// From what the first launch left to the keys of all tokens.
+/// From what the first launch left to this block's share of y.
 template <class T, int kTiles, int kSteps, int kNeurons>
 __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char* memory) {
   __shared__ Fixed<kTiles> fixed;

@@ -27,7 +27,7 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
 
   typename Slice<T, 1, kSteps>::X x;
   slice.load(p.x, p.num_tokens, x);
-  // Scores to be read instead, of at most kExperts experts.
+  // Scores to be read instead, of at most MOEFY_FFN_FEW_EXPERTS experts.
   constexpr int kOfThread = MOEFY_FFN_FEW_EXPERTS / kThreads;
   float imposed[kOfThread] = {};
   if (selects && p.imposed != nullptr) {
@@ -40,7 +40,7 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
   }
   const bool valid = token < valid_tokens(p);
   router.first_layer(x);
-  float* const scores = router.end;  // [round_up_32(num_experts)], then keys, then what selection sorts
+  float* const scores = router.end;  // [round_up_32(num_experts)], which become keys; then what selection sorts
   const auto send = [&](uint32_t e, uint32_t token0, const auto& of_tokens) {
     constexpr uint32_t kTokens = sizeof(of_tokens) / sizeof(float);
 #pragma unroll

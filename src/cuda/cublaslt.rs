@@ -25,8 +25,8 @@ const FINAL_RUNS: usize = 12;
 /// microsecond is much of one; more of them, and the host would not be ahead of the device.
 const SHORT_TOKENS: usize = 1024;
 const SHORT_RUNS: usize = 8;
-/// Where weights are too large for copies, from so many tokens on so many runs: what is read again is near then, as it is in a
-/// layer.
+/// Where weights are too large to be copied, from so many tokens on so many runs: what a run reads again is in the
+/// second-level cache then, as in a layer.
 const MANY_TOKENS: usize = 256;
 const MANY_RUNS: usize = 4;
 

@@ -23,7 +23,7 @@ const ROWS: [usize; 3] = [32, 64, 128];
 const PAIRS: usize = 128;
 const OUTPUT_STAGES: [usize; 2] = [5, 2];
 const OUTPUT_STAGE_BYTES: usize = 2 * PAIRS * ROW_BYTES;
-/// Outputs of pairs that wait for their sums are at most so many bytes, whatever the masks select.
+/// Room for outputs of pairs that wait for their sums, unless 256 columns of every pair that could be take more.
 pub(super) const MAX_ROWS_BYTES: usize = 448 << 20;
 /// Blocks of the kernel that sums for each multiprocessor.
 const SUM_BLOCKS: usize = 4;

@@ -6,14 +6,14 @@ use super::experts_many::{
     token_output_shared_bytes,
 };
 
-/// Nobody has measured both products in one launch for wider tokens.
+/// Both products in one launch: wider tokens were not measured.
 const IN_ONE_MAX_D_MODEL: usize = 1024;
 
 /// How many pairs go which way.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ways {
-    /// Which kernel does both products in one launch of fewer pairs than `min_token_pairs`, where one does: then the
-    /// outputs of all of them have room, whole rows.
+    /// The kernel that does both products in one launch while there are fewer pairs than `min_token_pairs`, if one can:
+    /// whole rows of all their outputs have room then.
     pub(super) in_one: Option<usize>,
     /// From so many pairs on, the second product goes by tiles of tokens.
     pub(super) min_token_pairs: usize,

@@ -1,5 +1,5 @@
 //! The stream of [`super::ffn_few`] by clusters of blocks, each of which routes all tokens: a launch less, where the layer is
-//! narrow enough for two blocks on a multiprocessor and there are at most eight tokens.
+//! narrow enough (d_model at most 1024) for two blocks on a multiprocessor and there are at most eight tokens.
 
 use super::Device;
 use super::ffn_few::{Sizes, Stream, Variant, WARPS, neuron_bytes, scratch_bytes};

@@ -11,7 +11,7 @@ use super::{MoeFfn, Tuning, experts, ffn_few, token_tiles};
 use crate::error::Result;
 use crate::ffn::Selection;
 
-/// Most tokens for which a choice streams the union of their experts.
+/// Most tokens for which a choice considers [`Path::Few`].
 pub(super) const MAX_FEW_TOKENS: usize = 8;
 /// Fewest tokens for which a choice goes expert by expert: with fewer, tiles are mostly empty.
 pub(super) const MIN_MANY_TOKENS: usize = 512;

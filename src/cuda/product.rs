@@ -13,7 +13,7 @@ pub(super) enum Epilogue {
     GeluTanhBias,
 }
 
-/// out \[tokens, rows\] = epilogue(input \[tokens, depth\] · weights); weights are \[rows, depth\], or
+/// out \[tokens, rows\] = epilogue(input \[tokens, depth\] · weightsᵀ); weights are \[rows, depth\], stored as
 /// \[depth, rows\] where `depth_major`. Only the rows of `out` may lie apart.
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "nothing multiplies"))]
 #[derive(Clone, Copy, Debug)]

@@ -14,8 +14,8 @@ use crate::abi::{
 use crate::dtype::DType;
 use crate::error::Result;
 
-/// Most tokens, which is one cluster (with more, two launches are faster), steps of 32 columns that a warp can
-/// own, of the variants, rows of the first layer that a block can have, and most shared memory.
+/// Most tokens (with more, two launches are faster); of the variants, steps of 32 columns of d_model that a warp can
+/// own; rows of the first layer that a block can have, and most shared memory.
 const CLUSTER_TOKENS: usize = MOEFY_FFN_FEW_TILE as usize;
 const CLUSTER_STEPS: [usize; 2] = [4, 16];
 const MAX_CLUSTER_ROWS: usize = 16;
