@@ -438,7 +438,7 @@ pub struct moefy_experts_params {
     pub num_splits: u32,
     pub slab: u32,
     pub min_token_pairs: u32,
-    pub in_one: u32,
+    pub fused: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -486,8 +486,8 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_params, slab) - 212usize];
     ["Offset of field: moefy_experts_params::min_token_pairs"]
         [::std::mem::offset_of!(moefy_experts_params, min_token_pairs) - 216usize];
-    ["Offset of field: moefy_experts_params::in_one"]
-        [::std::mem::offset_of!(moefy_experts_params, in_one) - 220usize];
+    ["Offset of field: moefy_experts_params::fused"]
+        [::std::mem::offset_of!(moefy_experts_params, fused) - 220usize];
 };
 #[repr(C)]
 #[repr(align(64))]
@@ -513,7 +513,7 @@ const _: () = {
 #[repr(C)]
 #[repr(align(64))]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct moefy_experts_pairs_params {
+pub struct moefy_experts_fused_params {
     pub w_in: moefy_tensor_map,
     pub w_out: moefy_tensor_map,
     pub experts: moefy_experts_params,
@@ -521,18 +521,18 @@ pub struct moefy_experts_pairs_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_experts_pairs_params"]
-        [::std::mem::size_of::<moefy_experts_pairs_params>() - 512usize];
-    ["Alignment of moefy_experts_pairs_params"]
-        [::std::mem::align_of::<moefy_experts_pairs_params>() - 64usize];
-    ["Offset of field: moefy_experts_pairs_params::w_in"]
-        [::std::mem::offset_of!(moefy_experts_pairs_params, w_in) - 0usize];
-    ["Offset of field: moefy_experts_pairs_params::w_out"]
-        [::std::mem::offset_of!(moefy_experts_pairs_params, w_out) - 128usize];
-    ["Offset of field: moefy_experts_pairs_params::experts"]
-        [::std::mem::offset_of!(moefy_experts_pairs_params, experts) - 256usize];
-    ["Offset of field: moefy_experts_pairs_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_pairs_params, reserved) - 480usize];
+    ["Size of moefy_experts_fused_params"]
+        [::std::mem::size_of::<moefy_experts_fused_params>() - 512usize];
+    ["Alignment of moefy_experts_fused_params"]
+        [::std::mem::align_of::<moefy_experts_fused_params>() - 64usize];
+    ["Offset of field: moefy_experts_fused_params::w_in"]
+        [::std::mem::offset_of!(moefy_experts_fused_params, w_in) - 0usize];
+    ["Offset of field: moefy_experts_fused_params::w_out"]
+        [::std::mem::offset_of!(moefy_experts_fused_params, w_out) - 128usize];
+    ["Offset of field: moefy_experts_fused_params::experts"]
+        [::std::mem::offset_of!(moefy_experts_fused_params, experts) - 256usize];
+    ["Offset of field: moefy_experts_fused_params::reserved"]
+        [::std::mem::offset_of!(moefy_experts_fused_params, reserved) - 480usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

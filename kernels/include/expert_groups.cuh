@@ -66,7 +66,7 @@ __device__ __forceinline__ uint32_t row_of_pair(const moefy_experts_params& p, u
 __device__ __forceinline__ bool by_tokens(const moefy_experts_params& p) { return num_pairs(p) >= p.min_token_pairs; }
 
 /// Whether one launch does both products: then outputs of all pairs fit in memory, and nothing writes h.
-__device__ __forceinline__ bool in_one(const moefy_experts_params& p) { return p.in_one != 0 && !by_tokens(p); }
+__device__ __forceinline__ bool is_fused(const moefy_experts_params& p) { return p.fused != 0 && !by_tokens(p); }
 
 /// First of a group's rows among the outputs of a slab; an expert's are where its pairs are.
 __device__ __forceinline__ uint64_t place_of_rows(const moefy_experts_params& p, const Group& group) {

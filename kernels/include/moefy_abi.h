@@ -252,7 +252,7 @@ typedef struct moefy_experts_params {
   uint32_t slab;       /* many tokens: which */
   /* From so many pairs on, the second product goes by tiles of tokens, with fewer pair by pair. */
   uint32_t min_token_pairs;
-  uint32_t in_one; /* many tokens: 1 where moefy_experts_many_pairs does both products of those fewer */
+  uint32_t fused; /* many tokens: 1 where moefy_experts_many_fused does both products of those fewer */
 } moefy_experts_params;
 
 /* Products for many tokens where the copy engine brings the weights, as an array of four dimensions. First product, of w_in:
@@ -266,12 +266,12 @@ typedef struct moefy_experts_engine_params {
 
 /* Both products of narrow experts in one launch. Each of w_in and w_out is an array of d_model; neurons; 1; 1. A box is as
  * many neurons as the kernel's name says by 64 of d_model. */
-typedef struct moefy_experts_pairs_params {
+typedef struct moefy_experts_fused_params {
   moefy_tensor_map w_in;
   moefy_tensor_map w_out;
   moefy_experts_params experts;
   uint64_t reserved[4]; /* to a multiple of the alignment */
-} moefy_experts_pairs_params;
+} moefy_experts_fused_params;
 
 /* Masks -> tiles of tokens whose masks are alike: the tokens in the order of their rarest experts, and of each tile what
  * its tokens select. */

@@ -7,7 +7,7 @@ use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
 use crate::abi::{
     MOEFY_EXPERTS_MANY_SLAB, MOEFY_EXPERTS_MANY_SUM_COLUMNS, MOEFY_MAX_EXPERTS,
-    moefy_experts_engine_params, moefy_experts_pairs_params, moefy_experts_params,
+    moefy_experts_engine_params, moefy_experts_fused_params, moefy_experts_params,
     moefy_tensor_map,
 };
 use crate::dtype::DType;
@@ -45,14 +45,14 @@ struct Wide {
     output: Function,
     token_output: Function,
     /// Both in one launch, for narrow experts.
-    in_one: [Function; 3],
+    fused: [Function; 3],
 }
 
 const WIDE_MODULES: [&str; 4] = [
     "sm90_experts_many_hidden",
     "sm90_experts_many_output",
     "sm90_experts_many_token_output",
-    "sm90_experts_many_pairs",
+    "sm90_experts_many_fused",
 ];
 /// Threads of a block, input rows of a block of the first kernel, its stages, and bytes of those of the second.
 const WIDE_THREADS: u32 = 384;
@@ -66,17 +66,17 @@ const TOKEN_STAGES_BYTES: usize = 192 << 10;
 /// What a block has on every device that has these kernels, less what is the kernel's own.
 pub(super) const WIDE_SHARED_BYTES: usize = 226 << 10;
 /// Both products in one launch: threads of a block, pairs of its tile, neurons of a group at most, and its stages.
-const IN_ONE_THREADS: u32 = 512;
-const IN_ONE_PAIRS: usize = 192;
-pub(super) const IN_ONE_ROWS: [usize; 3] = [32, 64, 128];
-const IN_ONE_STAGES: [usize; 3] = [7, 6, 5];
+const FUSED_THREADS: u32 = 512;
+const FUSED_PAIRS: usize = 192;
+pub(super) const FUSED_ROWS: [usize; 3] = [32, 64, 128];
+const FUSED_STAGES: [usize; 3] = [7, 6, 5];
 
-macro_rules! in_one {
+macro_rules! fused {
     ($dtype:literal) => {
         [
-            concat!("moefy_experts_many_pairs_", $dtype, "_32"),
-            concat!("moefy_experts_many_pairs_", $dtype, "_64"),
-            concat!("moefy_experts_many_pairs_", $dtype, "_128"),
+            concat!("moefy_experts_many_fused_", $dtype, "_32"),
+            concat!("moefy_experts_many_fused_", $dtype, "_64"),
+            concat!("moefy_experts_many_fused_", $dtype, "_128"),
         ]
     };
 }
@@ -100,7 +100,7 @@ impl Wide {
         modules: &Modules,
         [hidden, engine_hidden]: [[&'static str; 4]; 2],
         [output, token_output]: [&'static str; 2],
-        in_one: [&'static str; 3],
+        fused: [&'static str; 3],
     ) -> Result<Self> {
         let most = MOEFY_MAX_EXPERTS as usize;
         let load = |names: [&'static str; 4]| -> Result<[Function; 4]> {
@@ -110,8 +110,8 @@ impl Wide {
             };
             Ok([load(0)?, load(1)?, load(2)?, load(3)?])
         };
-        let load_in_one = |size: usize| {
-            modules.function(WIDE_MODULES[3], in_one[size], in_one_shared_bytes(size, most))
+        let load_fused = |size: usize| {
+            modules.function(WIDE_MODULES[3], fused[size], fused_shared_bytes(size, most))
         };
         let bytes = wide_output_shared_bytes(most);
         Ok(Self {
@@ -119,7 +119,7 @@ impl Wide {
             engine_hidden: load(engine_hidden)?,
             output: modules.function(WIDE_MODULES[1], output, bytes)?,
             token_output: modules.function(WIDE_MODULES[2], token_output, WIDE_SHARED_BYTES)?,
-            in_one: [load_in_one(0)?, load_in_one(1)?, load_in_one(2)?],
+            fused: [load_fused(0)?, load_fused(1)?, load_fused(2)?],
         })
     }
 }
@@ -132,8 +132,8 @@ fn wide_output_shared_bytes(num_experts: usize) -> usize {
     WIDE_OUTPUT_BYTES + list_bytes(num_experts)
 }
 
-fn in_one_shared_bytes(size: usize, num_experts: usize) -> usize {
-    IN_ONE_STAGES[size] * (IN_ONE_PAIRS + IN_ONE_ROWS[size]) * ROW_BYTES + list_bytes(num_experts)
+fn fused_shared_bytes(size: usize, num_experts: usize) -> usize {
+    FUSED_STAGES[size] * (FUSED_PAIRS + FUSED_ROWS[size]) * ROW_BYTES + list_bytes(num_experts)
 }
 
 /// Its lists beside the stages: five words and a bit for each expert, a bit for every stage, and what says which is the last.
@@ -176,13 +176,13 @@ impl Kernels {
                     modules,
                     wide_hidden!("f16"),
                     ["moefy_experts_many_wide_output_f16", "moefy_experts_many_token_output_f16"],
-                    in_one!("f16"),
+                    fused!("f16"),
                 )?,
                 Wide::load(
                     modules,
                     wide_hidden!("bf16"),
                     ["moefy_experts_many_wide_output_bf16", "moefy_experts_many_token_output_bf16"],
-                    in_one!("bf16"),
+                    fused!("bf16"),
                 )?,
             ])
         };
@@ -290,7 +290,7 @@ impl Shape {
         let mut layout = Layout::default();
         // What goes in one launch has no h, and what goes by tiles of tokens no outputs of pairs. There is room for either, also
         // where one of them is never needed: fewer tokens must not need more.
-        let rows = if ways.in_one.is_some() {
+        let rows = if ways.fused.is_some() {
             layout.place(hidden_bytes.max(rows_bytes), 1)?
         } else {
             layout.place(hidden_bytes, 1)?;
@@ -329,11 +329,11 @@ impl Shape {
 
     /// Bytes of shared memory that a block of the kernels needs at most.
     pub(super) fn shared_bytes(&self, kernels: &Kernels) -> usize {
-        let in_one = self.ways.in_one.map_or(0, |size| in_one_shared_bytes(size, self.num_experts));
+        let fused = self.ways.fused.map_or(0, |size| fused_shared_bytes(size, self.num_experts));
         match kernels.wide(self.dtype) {
             Some(_) => wide_output_shared_bytes(self.num_experts)
                 .max(wide_hidden_shared_bytes(self.wide_size, self.num_experts))
-                .max(in_one),
+                .max(fused),
             None => output_shared_bytes(kernels.output_stages, self.num_experts)
                 .max(hidden_shared_bytes(self.size, self.num_experts)),
         }
@@ -359,7 +359,7 @@ impl Shape {
             rows_bytes: self.rows_bytes as u64,
             pair_rows: workspace + self.pair_rows,
             min_token_pairs: u32::try_from(self.ways.min_token_pairs).unwrap_or(u32::MAX),
-            in_one: self.ways.in_one.is_some().into(),
+            fused: self.ways.fused.is_some().into(),
             ..*params
         };
         let blocks = self.multiprocessors as u32;
@@ -401,19 +401,19 @@ impl Shape {
         let wide = kernels.wide(self.dtype);
         // The device knows how many pairs there are: what they do not need ends at once.
         let may_go_by_tokens = self.max_pairs >= self.ways.min_token_pairs;
-        if let Some((wide, size)) = wide.zip(self.ways.in_one) {
-            let map = |weights| self.map_of_rows(weights, IN_ONE_ROWS[size]);
-            let params = moefy_experts_pairs_params {
+        if let Some((wide, size)) = wide.zip(self.ways.fused) {
+            let map = |weights| self.map_of_rows(weights, FUSED_ROWS[size]);
+            let params = moefy_experts_fused_params {
                 w_in: map(params.neurons.w_in)?,
                 w_out: map(params.neurons.w_out)?,
                 experts: params,
                 reserved: [0; 4],
             };
-            let (kernel, shared) = (&wide.in_one[size], in_one_shared_bytes(size, experts));
+            let (kernel, shared) = (&wide.fused[size], fused_shared_bytes(size, experts));
             // SAFETY: the caller's promise.
-            unsafe { kernel.launch(stream, [blocks, 1, 1], IN_ONE_THREADS, shared, &params)? };
+            unsafe { kernel.launch(stream, [blocks, 1, 1], FUSED_THREADS, shared, &params)? };
         }
-        if self.ways.in_one.is_none() || may_go_by_tokens {
+        if self.ways.fused.is_none() || may_go_by_tokens {
             match wide {
                 Some(wide) if self.has_engine => {
                     let kernel = &wide.engine_hidden[self.wide_size];
@@ -444,7 +444,7 @@ impl Shape {
         }
         for slab in 0..self.num_slabs {
             let params = moefy_experts_params { slab: slab as u32, ..params };
-            if self.ways.in_one.is_none() {
+            if self.ways.fused.is_none() {
                 run(output, &params)?;
             }
             // SAFETY: the caller's promise.
@@ -509,9 +509,9 @@ mod tests {
                     let shape = Shape::new(&launch, num_tokens * num_experts).expect("sizes fit");
                     assert!(shape.bytes >= bytes, "fewer tokens need more: {launch:?}");
                     bytes = shape.bytes;
-                    let Ways { in_one, min_token_pairs, .. } = shape.ways;
-                    seen.push((in_one, shape.max_pairs >= min_token_pairs));
-                    if in_one.is_none() {
+                    let Ways { fused, min_token_pairs, .. } = shape.ways;
+                    seen.push((fused, shape.max_pairs >= min_token_pairs));
+                    if fused.is_none() {
                         continue;
                     }
                     let most = shape.max_pairs.min(min_token_pairs);

@@ -2,19 +2,19 @@
 
 use super::experts::Launch;
 use super::experts_many::{
-    IN_ONE_ROWS, MAX_ROWS_BYTES, TOKEN_DEPTH, TOKEN_TILE, WIDE_SHARED_BYTES,
+    FUSED_ROWS, MAX_ROWS_BYTES, TOKEN_DEPTH, TOKEN_TILE, WIDE_SHARED_BYTES,
     token_output_shared_bytes,
 };
 
 /// Both products in one launch: wider tokens were not measured.
-const IN_ONE_MAX_D_MODEL: usize = 1024;
+const FUSED_MAX_D_MODEL: usize = 1024;
 
 /// How many pairs go which way.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ways {
     /// The kernel that does both products in one launch while there are fewer pairs than `min_token_pairs`, if one can:
     /// whole rows of all their outputs have room then.
-    pub(super) in_one: Option<usize>,
+    pub(super) fused: Option<usize>,
     /// From so many pairs on, the second product goes by tiles of tokens.
     pub(super) min_token_pairs: usize,
     /// So many can have outputs. Not fewer with more tokens: a workspace serves fewer tokens too.
@@ -26,32 +26,32 @@ impl Ways {
     pub(super) fn new(launch: &Launch, max_pairs: usize) -> Option<Self> {
         let room = (MAX_ROWS_BYTES / row_bytes(launch)?).checked_sub(rows_of_all(launch)?);
         let by_tokens = Cost::of_token_output(launch);
-        Some(match (in_one_size(launch).zip(room), by_tokens) {
+        Some(match (fused_size(launch).zip(room), by_tokens) {
             (Some((size, room)), _) if max_pairs <= room => {
-                Self { in_one: Some(size), min_token_pairs: usize::MAX, pairs_with_rows: max_pairs }
+                Self { fused: Some(size), min_token_pairs: usize::MAX, pairs_with_rows: max_pairs }
             }
             (Some((size, room)), Some(by_tokens)) => {
-                let in_one = Cost::of_in_one(launch, size) + Cost::of_sum(launch);
+                let fused = Cost::of_fused(launch, size) + Cost::of_sum(launch);
                 let in_two = Cost::of_all(launch) + Cost::of_hidden(launch) + by_tokens;
-                let min_token_pairs = in_one.pairs_up_to(in_two).min(room);
-                Self { in_one: Some(size), min_token_pairs, pairs_with_rows: room }
+                let min_token_pairs = fused.pairs_up_to(in_two).min(room);
+                Self { fused: Some(size), min_token_pairs, pairs_with_rows: room }
             }
             _ => {
                 let by_pairs = Cost::of_pair_output(launch);
                 let min_token_pairs =
                     by_tokens.map_or(usize::MAX, |by_tokens| by_pairs.pairs_up_to(by_tokens));
                 let pairs_with_rows = max_pairs.min(min_token_pairs);
-                Self { in_one: None, min_token_pairs, pairs_with_rows }
+                Self { fused: None, min_token_pairs, pairs_with_rows }
             }
         })
     }
 }
 
 /// Which kernel can do both products in one launch.
-fn in_one_size(launch: &Launch) -> Option<usize> {
+fn fused_size(launch: &Launch) -> Option<usize> {
     let widest = launch.expert_width.max(launch.shared).max(launch.rank);
-    let can = launch.is_wide && launch.halves == 1 && launch.d_model <= IN_ONE_MAX_D_MODEL;
-    IN_ONE_ROWS.iter().position(|&rows| can && widest <= rows)
+    let can = launch.is_wide && launch.halves == 1 && launch.d_model <= FUSED_MAX_D_MODEL;
+    FUSED_ROWS.iter().position(|&rows| can && widest <= rows)
 }
 
 /// Bytes of a row of y.
@@ -94,8 +94,8 @@ impl Cost {
     }
 
     /// Of one kernel for both products: the rows of a tile, of which each expert leaves some empty, with its weights.
-    fn of_in_one(launch: &Launch, size: usize) -> Self {
-        let of_pair = launch.d_model as f64 * (0.85e-6 + 5e-9 * IN_ONE_ROWS[size] as f64);
+    fn of_fused(launch: &Launch, size: usize) -> Self {
+        let of_pair = launch.d_model as f64 * (0.85e-6 + 5e-9 * FUSED_ROWS[size] as f64);
         let others = 32 * launch.num_experts + groups_of_all(launch) * launch.num_tokens;
         Self { base: 4.0 + others as f64 * of_pair, of_pair }
     }
@@ -163,10 +163,10 @@ pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 
     let in_us = read_us(launch.halves * launch.d_ff + launch.rank);
     let out_us = read_us(launch.d_ff + launch.rank);
     let by_tokens = || Cost::of_token_output(launch).map_or(f64::INFINITY, |cost| cost.base);
-    let second_us = match ways.in_one {
+    let second_us = match ways.fused {
         Some(size) if pairs < ways.min_token_pairs as f64 => {
             let idle_us = if max_pairs >= ways.min_token_pairs { IDLE_US } else { 0.0 };
-            let products = Cost::of_in_one(launch, size).us(pairs).max(TILE_US);
+            let products = Cost::of_fused(launch, size).us(pairs).max(TILE_US);
             return idle_us + products.max(in_us + out_us) + Cost::of_sum(launch).us(pairs);
         }
         Some(_) => by_tokens(),

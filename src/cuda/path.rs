@@ -314,6 +314,17 @@ impl MoeFfn {
         ffn_few::Shape::new(self.device(), &sizes)
     }
 
+    /// The same for 1, 2, … tokens of a plan, where a choice or a caller may take it.
+    pub(super) fn few_fused_shapes(
+        &self,
+        max_tokens: usize,
+        options: &PlanOptions,
+    ) -> Vec<Option<ffn_few::Shape>> {
+        let may = options.path.is_none_or(|forced| forced == Path::FewFused);
+        let most = if may { max_tokens.min(ffn_few::MAX_TOKENS) } else { 0 };
+        (1..=most).map(|tokens| self.few_fused(tokens, options)).collect()
+    }
+
     /// Whether the router of a masked dense layer runs beside its first product.
     pub(super) fn routes_beside(&self, num_tokens: usize) -> bool {
         num_tokens.saturating_mul(self.neurons().w_in.shape[0]) <= MAX_BESIDE

@@ -6,7 +6,7 @@ use super::token_tiles::{MAX_TOKENS, TILE_TOKENS, TILE_WORDS};
 use super::view::{Arguments, Format, View};
 use super::workspace::Layout;
 use super::{
-    ExpertLists, MoeFfn, Path, PlanOptions, TokenTiles, experts_workspace_bytes, ffn_few,
+    ExpertLists, MoeFfn, Path, PlanOptions, TokenTiles, experts_workspace_bytes,
     route_index_workspace_bytes, router_select_workspace_bytes, token_tiles_workspace_bytes,
 };
 use crate::error::Result;
@@ -143,14 +143,8 @@ impl MoeFfn {
             include(dense_workspace_bytes(&layer, places.chunk));
         }
         let runs = |path| options.path.is_none_or(|forced| forced == path);
-        if runs(Path::FewFused) {
-            let most = (1..=ffn_few::MAX_TOKENS.min(max_tokens)).rev();
-            include(Some(
-                most.filter_map(|tokens| self.few_fused(tokens, options))
-                    .map(|s| s.bytes)
-                    .max()
-                    .unwrap_or(0),
-            ));
+        for shape in self.few_fused_shapes(max_tokens, options).iter().flatten() {
+            include(Some(shape.bytes));
         }
         if places.many {
             let lists = places.lists(0, neurons.num_experts, places.chunk);

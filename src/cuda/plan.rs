@@ -35,6 +35,8 @@ pub struct FfnPlan {
     options: PlanOptions,
     places: Places,
     paths: Paths,
+    /// The fused path for 1, 2, … tokens.
+    few_fused: Vec<Option<ffn_few::Shape>>,
     dense: Option<Dense>,
     counters: Option<Counters>,
     /// For the router of a masked dense layer.
@@ -86,6 +88,7 @@ impl MoeFfn {
             max_tokens,
             options,
             paths: self.paths(&options, places.many),
+            few_fused: self.few_fused_shapes(max_tokens, &options),
             places,
             dense: None,
             counters: None,
@@ -126,8 +129,9 @@ impl FfnPlan {
             None => None,
         };
         let paths = ffn.paths(&self.options, self.places.many);
+        let few_fused = ffn.few_fused_shapes(self.max_tokens, &self.options);
         let branch = self.branch.clone();
-        Ok(Self { ffn: ffn.clone(), places, paths, dense, counters, branch, ..*self })
+        Ok(Self { ffn: ffn.clone(), places, paths, few_fused, dense, counters, branch, ..*self })
     }
 
     /// Bytes of workspace that a run needs.
@@ -388,7 +392,7 @@ impl FfnPlan {
         let check = Arguments { device, op: "ffn_few" };
         let num_tokens = inputs.x.shape[0];
         let shape =
-            ffn.few_fused(num_tokens, &self.options).expect("the path was chosen because it can");
+            self.few_fused[num_tokens - 1].as_ref().expect("the path was chosen because it can");
         let (neurons, _) = ffn.neurons().check(&check)?;
         let selection = inputs.selection.unwrap_or(ffn.selection());
         let view = ffn.router().view();

@@ -79,7 +79,7 @@ __device__ __forceinline__ Tile tile_of(const moefy_experts_params& p, const uin
 // ---- copies ----
 
 template <int kRows>
-__device__ __forceinline__ void copy_tiles(const moefy_experts_pairs_params& pairs, const uint32_t* tile_offsets,
+__device__ __forceinline__ void copy_tiles(const moefy_experts_fused_params& pairs, const uint32_t* tile_offsets,
                                            uint32_t memory, const Pipeline<kStages<kRows>, true>& pipeline) {
   constexpr int kPasses = kTokens / kRowsPerPass;
   const moefy_experts_params& p = pairs.experts;
@@ -284,14 +284,14 @@ __device__ __forceinline__ void multiply_tiles(const moefy_experts_params& p, co
 }
 
 template <class T, int kRows>
-__device__ __forceinline__ void many_pairs(const moefy_experts_pairs_params& pairs) {
+__device__ __forceinline__ void many_fused(const moefy_experts_fused_params& pairs) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const moefy_experts_params& p = pairs.experts;
   uint32_t* tile_offsets = reinterpret_cast<uint32_t*>(memory + kStages<kRows> * kStageBytes<kRows>);
   const Pipeline<kStages<kRows>, true> pipeline(kCopiers + 1, kGroups * 4);
   begin();
   // Both ask for where the experts' pairs end, and wait for it together.
-  const bool runs = in_one(p);
+  const bool runs = is_fused(p);
   const uint32_t size = find_size<kRows>(p);
   if (!runs) return;
   count_tiles<kThreads>(p, tile_offsets, [&](const Group& group) { return ceil_div(rows_of(p, group).count, size); });
@@ -311,8 +311,8 @@ __device__ __forceinline__ void many_pairs(const moefy_experts_pairs_params& pai
 // num_experts + 3 words.
 #define MOEFY_EXPERTS_MANY_PAIRS(name, type, rows)                                                     \
   extern "C" __global__ void __launch_bounds__(moefy::kThreads, 1)                                     \
-      moefy_experts_many_pairs_##name##_##rows(const __grid_constant__ moefy_experts_pairs_params p) { \
-    moefy::many_pairs<type, rows>(p);                                                                  \
+      moefy_experts_many_fused_##name##_##rows(const __grid_constant__ moefy_experts_fused_params p) { \
+    moefy::many_fused<type, rows>(p);                                                                  \
   }
 
 MOEFY_EXPERTS_MANY_PAIRS(f16, __half, 32)
