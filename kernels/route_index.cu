@@ -76,44 +76,76 @@ __device__ __forceinline__ uint32_t prefix_sum(uint32_t value) {
 
 }  // namespace moefy
 
-// Everything in one block, one thread per expert, and later one per word of the transpose: for num_experts *
-// ceil(num_tokens/32) within MOEFY_ROUTE_INDEX_SMALL.
-extern "C" __global__ void __launch_bounds__(MOEFY_ROUTE_INDEX_SMALL)
-    moefy_route_index_small(const __grid_constant__ moefy_route_index_params p) {
+// Everything at once, one block per expert, which reads the masks up to its own word: what tokens run before it in the order of
+// the experts is the number of bits there. A warp takes consecutive tokens.
+extern "C" __global__ void __launch_bounds__(1024) moefy_route_index_direct(
+    const __grid_constant__ moefy_route_index_params p) {
   using namespace moefy;
-  __shared__ uint32_t offsets[MOEFY_ROUTE_INDEX_SMALL];
-  const Team<MOEFY_ROUTE_INDEX_SMALL / 32> team;
+  constexpr uint32_t kBlocks = MOEFY_ROUTE_INDEX_WARP_BLOCKS;
+  __shared__ uint32_t pairs_of_warps[32], tokens_of_warps[32], unions[MOEFY_ROUTE_INDEX_DIRECT_WORDS][32];
+  const uint32_t expert = blockIdx.x, last_word = expert / 32, bit = expert % 32;
+  const uint32_t row_words = (p.num_experts + 31) / 32, num_blocks = (p.num_tokens + 31) / 32;
+  const uint32_t warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   begin();
   const uint32_t num_valid = num_valid_tokens(p);
-  const uint32_t num_blocks = (p.num_tokens + 31) / 32;
 
-  const uint32_t expert = threadIdx.x;
-  uint32_t count = 0;
-  if (team.warp() * 32 < p.num_experts) {
-    for (uint32_t tokens = 0; tokens < num_blocks; ++tokens) {
-      const uint32_t selected_by = transpose(p, num_valid, tokens, team.warp());
-      if (expert < p.num_experts) p.expert_masks[expert * num_blocks + tokens] = selected_by;
-      count += __popc(selected_by);
+  uint32_t pairs = 0, selected_by[kBlocks];
+#pragma unroll 1
+  for (uint32_t word = 0; word <= last_word; ++word) {
+    uint32_t experts[kBlocks], any = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < kBlocks; ++i) {
+      const uint32_t token = (warp * kBlocks + i) * 32 + lane_id();
+      experts[i] = token < num_valid ? p.mask[token * row_words + word] : 0;
+    }
+    const uint32_t before = word < last_word ? kFullWarp : (1u << bit) - 1;
+#pragma unroll
+    for (uint32_t i = 0; i < kBlocks; ++i) {
+      any |= experts[i];
+      pairs += __popc(experts[i] & before);
+      selected_by[i] = __ballot_sync(kFullWarp, experts[i] >> bit & 1);
+    }
+    any = __reduce_or_sync(kFullWarp, any);
+    if (lane_id() == 0) unions[word][warp] = any & before;
+    const uint32_t tail = p.num_experts - word * 32;
+    if (expert + 1 == p.num_experts && tail < 32 && any >> tail != 0 && lane_id() == 0 && p.status != nullptr) {
+      atomicOr(p.status, MOEFY_STATUS_MASK_BEYOND_EXPERTS);
     }
   }
-  const uint32_t nonempty = __ballot_sync(kFullWarp, count > 0);
-  const uint32_t counted = prefix_sum(count);
-  const uint32_t warp_count = __shfl_sync(kFullWarp, counted, 31);
-  const uint32_t offset = team.sum_of_warps_before(warp_count) + counted - count;
-  const uint32_t rank = team.sum_of_warps_before(__popc(nonempty)) + __popc(nonempty & ((1u << lane_id()) - 1));
-  offsets[expert] = offset;
-  if (expert < p.num_experts) {
-    p.counts[expert] = count;
-    write_expert(p, expert, offset, count, rank);
+  uint32_t tokens = 0;
+#pragma unroll
+  for (uint32_t i = 0; i < kBlocks; ++i) tokens += __popc(selected_by[i]);
+  pairs = __reduce_add_sync(kFullWarp, pairs);
+  if (lane_id() == 0) {
+    pairs_of_warps[warp] = pairs;
+    tokens_of_warps[warp] = tokens;
   }
   __syncthreads();
 
-  const bool exists = threadIdx.x < p.num_experts * num_blocks;
-  const uint32_t mine = exists ? threadIdx.x / num_blocks : 0, tokens = exists ? threadIdx.x % num_blocks : 0;
-  const uint32_t* words = p.expert_masks + mine * num_blocks;
-  uint64_t position = offsets[mine];
-  for (uint32_t before = 0; before < tokens; ++before) position += __popc(words[before]);
-  write_ids(p, tokens, exists ? words[tokens] : 0, position);
+  const bool exists = lane_id() < num_warps;
+  const uint32_t of_warp = exists ? tokens_of_warps[lane_id()] : 0;
+  const uint32_t offset = __reduce_add_sync(kFullWarp, exists ? pairs_of_warps[lane_id()] : 0);
+  if (warp == 0) {
+    uint32_t rank = 0;
+#pragma unroll 1
+    for (uint32_t word = 0; word <= last_word; ++word) {
+      rank += __popc(__reduce_or_sync(kFullWarp, exists ? unions[word][lane_id()] : 0));
+    }
+    const uint32_t count = __reduce_add_sync(kFullWarp, of_warp);
+    if (lane_id() == 0) {
+      p.counts[expert] = count;
+      write_expert(p, expert, offset, count, rank);
+    }
+  }
+  uint64_t position = uint64_t(offset) + __reduce_add_sync(kFullWarp, lane_id() < warp ? of_warp : 0);
+#pragma unroll
+  for (uint32_t i = 0; i < kBlocks; ++i) {
+    const uint32_t block = warp * kBlocks + i, selected = selected_by[i];
+    const uint64_t at = position + __popc(selected & ((1u << lane_id()) - 1));
+    if ((selected >> lane_id() & 1) != 0 && at < p.capacity) p.token_ids[at] = block * 32 + lane_id();
+    if (lane_id() == i && block < num_blocks) p.expert_masks[expert * num_blocks + block] = selected;
+    position += __popc(selected);
+  }
 }
 
 // The transpose, one block per 32 experts and chunk of tokens, and each expert's tokens in the chunk.

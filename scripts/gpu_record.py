@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Runs the tests, the sanitizers and the benchmarks of a bundle on the GPU of this machine and writes the record.
 
-    record.py [RECORD]                          everything, within ten minutes; RECORD is record.json by default
-    record.py [RECORD] --tests-only             only the tests
-    record.py [RECORD] --sanitizers-only        only the sanitizers
-    record.py [RECORD] --bench-only SET...      only these sets of `moefy bench ffn`
-    record.py [RECORD] --models-only            only whole models beside PyTorch
+    record.py [RECORD] [--only PART...] [--within SECONDS]
+
+RECORD is record.json by default, in the folder $OUT where that is set. Parts are tests, sanitizers, bench and models; where
+RECORD is of the same code on the same GPU, what runs now takes the place of what it has, so that the parts of a record can be
+made one after another.
 
 The bundle's model is checked against the reference and the CPU, and whole models are timed beside PyTorch where this
 Python has it. What the programs say goes to RECORD.log. Exit code 1 when a test failed, a skip included, a sanitizer found something,
-or a benchmark did not end well. The record of a part is none to commit.
+or a benchmark did not end well.
 """
 
 import argparse
@@ -41,22 +41,25 @@ SANITIZER_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", 
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards?)")
 RESULTS = {"ok": "passed", "failed": "failed", "ignored": "skipped"}
 SETS = ("b4", "few", "many")
-# What reads the device's free memory has the device to itself; the other tests run in these parts beside each other.
+PARTS = ("tests", "sanitizers", "bench", "models")
+# What says whether a record can be gone on with.
+IDENTITY = ("device", "driver", "toolkit", "digest")
+# What reads the device's free memory has the device to itself; the other tests run in these groups beside each other.
 ALONE = "memory_stays_flat"
-# racecheck takes seconds for each launch of clusters, so the tests of those are parts of their own.
+# racecheck takes seconds for each launch of clusters, so the tests of those are groups of their own.
 BEGINNINGS = ("ffn_few::any", "ffn_few::rules", "ffn_few::gates", "ffn_few::padding", "router_select::one_launch",
               "router_select::few", "router_select::many", "plan::", "experts::", "dense::", "transformer::", "body::",
               "layers::", "token_tiles::")
-PARTS = [[beginning, "--skip", ALONE] for beginning in BEGINNINGS]
-PARTS.append([argument for name in (ALONE, *BEGINNINGS) for argument in ("--skip", name)])
+GROUPS = [[beginning, "--skip", ALONE] for beginning in BEGINNINGS]
+GROUPS.append([argument for name in (ALONE, *BEGINNINGS) for argument in ("--skip", name)])
 # Only this project's kernels: those of cuBLASLt take most of the time. Of them, memcheck sees which addresses they get.
 SANITIZER_ARGUMENTS = {tool: [] if tool == "memcheck" else ["--kernel-name", "kns=moefy_"] for tool in SANITIZERS}
 # racecheck (2025.3) fails as soon as cuBLASLt's kernels for Hopper run, even when told to check none. Of the kernels in the
 # tests that need them, those with shared memory, which is all that racecheck looks at, are in other tests as well.
 # initcheck does not see what kernels write that it is told to leave out, and a model's memory begins empty.
 LEFT_OUT = {"racecheck": ("dense::", "transformer::"), "initcheck": ("transformer::",)}
-# Seconds that each run may take, and all together.
-TESTS_LIMIT, SANITIZERS_LIMIT, SET_LIMIT, MODEL_LIMIT, LIMIT = 200, 340, 150, 90, 590
+# Seconds that each run may take.
+TESTS_LIMIT, SANITIZERS_LIMIT, SET_LIMIT, MODEL_LIMIT = 200, 560, 150, 90
 
 
 class Machine:
@@ -114,7 +117,7 @@ def run_tests(machine, pool):
     def results_of(part):
         return test_results(*machine.run([TESTS, "--format", "json", *part], TESTS_LIMIT, MOEFY_REQUIRE_GPU="1"))
 
-    parts = pool.map(results_of, PARTS)
+    parts = pool.map(results_of, GROUPS)
     return lambda: [test for tests in parts for test in tests]
 
 
@@ -168,7 +171,7 @@ def run_sanitizers(machine, pool):
         command = [program, "--tool", tool, "--report-api-errors", "no", *SANITIZER_ARGUMENTS[tool], TESTS, *part]
         return sanitizer_errors(*machine.run(command, SANITIZERS_LIMIT, MOEFY_REQUIRE_GPU="1", MOEFY_TEST_SMALL="1"))
 
-    parts = {tool: [pool.submit(errors_of, tool, part) for part in PARTS if part[0] not in LEFT_OUT.get(tool, ())]
+    parts = {tool: [pool.submit(errors_of, tool, part) for part in GROUPS if part[0] not in LEFT_OUT.get(tool, ())]
              for tool in SANITIZERS}
 
     def wait():
@@ -218,60 +221,71 @@ def is_good(record):
     return all(result in ("passed", True) for result in results)
 
 
+def begun(path, identity):
+    """The record to go on with: the one at `path`, if it is of the same code on the same GPU."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+        if {key: record[key] for key in IDENTITY} == identity:
+            return record
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {"date": "", **identity, "tests": [], "sanitizers": {}, "bench": [], "model_bench": []}
+
+
+def replaced(tests, names, results):
+    """The tests but those with such names, then the results of these."""
+    return [test for test in tests if test["name"] not in names] + results
+
+
 def arguments():
     parser = argparse.ArgumentParser(usage=__doc__.split("\n\n")[1].strip())
-    parser.add_argument("record", nargs="?", default="record.json")
-    part = parser.add_mutually_exclusive_group()
-    part.add_argument("--tests-only", action="store_true")
-    part.add_argument("--sanitizers-only", action="store_true")
-    part.add_argument("--bench-only", nargs="+", metavar="SET")
-    part.add_argument("--models-only", action="store_true")
+    parser.add_argument("record", nargs="?", default=os.path.join(os.environ.get("OUT", ""), "record.json"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--within", type=float, default=3600.0)
     return parser.parse_args()
 
 
 def main():
     wanted = arguments()
-    everything = not (wanted.tests_only or wanted.sanitizers_only or wanted.bench_only or wanted.models_only)
     path = os.path.abspath(wanted.record)
-    with open(path + ".log", "w", encoding="utf-8") as log:
-        machine = Machine(log, LIMIT)
+    with open(path + ".log", "a", encoding="utf-8") as log:
+        machine = Machine(log, wanted.within)
         gpu = gpu_of(machine)
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "device": gpu.get("device", ""),
-            "driver": driver_version(machine, gpu),
-            "toolkit": gpu.get("toolkit", ""),
-            "digest": gpu.get("digest", ""),
-            "tests": [],
-            "sanitizers": {},
-            "bench": [],
-            "model_bench": [],
-        }
+        identity = {"device": gpu.get("device", ""), "driver": driver_version(machine, gpu),
+                    "toolkit": gpu.get("toolkit", ""), "digest": gpu.get("digest", "")}
+        record = begun(path, identity)
+        record["date"] = datetime.date.today().isoformat()
+        # What a benchmark adds to the tests when it does not end well.
+        benches = {"bench " + name for name in (*SETS, "model")}
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            if everything or wanted.sanitizers_only:
+            if "sanitizers" in wanted.only:
                 errors = run_sanitizers(machine, pool)
-            if everything or wanted.tests_only:
+            if "tests" in wanted.only:
                 tests = run_tests(machine, pool)
-        if everything or wanted.tests_only:
-            record["tests"] = tests() + run_tests_alone(machine) + check_model(machine)
-            for test in record["tests"]:
+        if "tests" in wanted.only:
+            results = tests() + run_tests_alone(machine) + check_model(machine)
+            record["tests"] = results + [test for test in record["tests"] if test["name"] in benches]
+            for test in results:
                 print("{result:8} {name}".format(**test), flush=True)
-        if everything or wanted.sanitizers_only:
+        if "sanitizers" in wanted.only:
             record["sanitizers"] = errors()
             for tool, count in record["sanitizers"].items():
                 print("{}: {} errors".format(tool, count), flush=True)
-        for name in wanted.bench_only or (SETS if everything else ()):
-            rows, is_whole = run_bench(machine, name)
-            record["bench"] += rows
-            print("bench {}: {} rows{}".format(name, len(rows), "" if is_whole else ", not all"), flush=True)
-            if not is_whole:
-                record["tests"].append(test_of("bench " + name, False))
-        if everything or wanted.models_only:
+        if "bench" in wanted.only:
+            record["bench"] = []
+            for name in SETS:
+                rows, is_whole = run_bench(machine, name)
+                record["bench"] += rows
+                print("bench {}: {} rows{}".format(name, len(rows), "" if is_whole else ", not all"), flush=True)
+                failed = [] if is_whole else [test_of("bench " + name, False)]
+                record["tests"] = replaced(record["tests"], {"bench " + name}, failed)
+        if "models" in wanted.only:
             rows, is_whole = run_model_bench(machine)
             record["model_bench"] = rows
             print("bench model: {} rows{}".format(len(rows), "" if is_whole else ", not all, or PyTorch's are missing"))
-            if not is_whole:
-                record["tests"].append(test_of("bench model", False))
+            failed = [] if is_whole else [test_of("bench model", False)]
+            record["tests"] = replaced(record["tests"], {"bench model"}, failed)
     with open(path, "w", encoding="utf-8") as file:
         file.write(text_of(record))
     rows = len(record["bench"]) + len(record["model_bench"])

@@ -1,8 +1,11 @@
 import io
 import json
+import os
+import tempfile
 import unittest
 
-from gpu_record import Machine, events, is_good, model_checks, sanitizer_errors, test_results, text_of
+from gpu_record import (Machine, begun, events, is_good, model_checks, replaced, sanitizer_errors, test_results,
+                        text_of)
 
 
 class GpuRecordTest(unittest.TestCase):
@@ -42,6 +45,22 @@ class GpuRecordTest(unittest.TestCase):
         text = text_of(record)
         self.assertEqual(json.loads(text), record)
         self.assertIn('\n  {"us": 1.5},\n  {"us": 2}\n', text)
+
+    def test_a_record_goes_on_where_it_is_of_the_same_code(self):
+        identity = {"device": "a GPU", "driver": "1", "toolkit": "13", "digest": "ab"}
+        record = {"date": "today", **identity, "tests": [], "sanitizers": {"memcheck": 0}, "bench": [], "model_bench": []}
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "record.json")
+            self.assertEqual(begun(path, identity)["sanitizers"], {})
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text_of(record))
+            self.assertEqual(begun(path, identity), record)
+            self.assertEqual(begun(path, {**identity, "digest": "cd"})["sanitizers"], {})
+
+    def test_results_take_the_place_of_older_ones(self):
+        old, other = {"name": "bench few", "result": "failed"}, {"name": "a", "result": "passed"}
+        self.assertEqual(replaced([old, other], {"bench few"}, []), [other])
+        self.assertEqual(replaced([other], {"bench few"}, [old]), [other, old])
 
     def test_time_limits(self):
         log = io.StringIO()

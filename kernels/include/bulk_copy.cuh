@@ -54,6 +54,11 @@ __device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+/// The same, where no thread has written what those of other blocks read next.
+__device__ __forceinline__ void sync_readers_of_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 /// Loads from the shared memory of any block of the cluster. Not moved across its barriers, which are volatile too.
 __device__ __forceinline__ float4 load_in_cluster(uint32_t address) {
   float4 v;

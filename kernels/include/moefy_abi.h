@@ -22,8 +22,9 @@
 
 #define MOEFY_MAX_EXPERTS 4096u
 
-/* Threads of moefy_route_index_small. */
-#define MOEFY_ROUTE_INDEX_SMALL 256u
+/* moefy_route_index_direct: blocks of 32 tokens of a warp; words of a token's mask, at most. */
+#define MOEFY_ROUTE_INDEX_WARP_BLOCKS 8u
+#define MOEFY_ROUTE_INDEX_DIRECT_WORDS 16u
 
 /* Columns of y whose pair outputs are in memory together: a multiple of it, unless they are all. */
 #define MOEFY_EXPERTS_MANY_SLAB 256u
@@ -58,7 +59,8 @@
 /* Tokens and outputs of a block of moefy_router_layer. */
 #define MOEFY_ROUTER_TILE 64u
 
-/* moefy_router_many: threads of a block; stages of inputs, and of each of two warpgroups pieces of the second layer, at most. */
+/* moefy_router_many: tokens of a cluster; threads of a block; stages of inputs, and of each of two warpgroups pieces of the second layer, at most. */
+#define MOEFY_ROUTER_MANY_TOKENS 64u
 #define MOEFY_ROUTER_MANY_THREADS 384u
 #define MOEFY_ROUTER_MANY_STAGES 8u
 #define MOEFY_ROUTER_MANY_PIECES 4u
@@ -158,8 +160,8 @@ typedef struct __attribute__((aligned(64))) moefy_tensor_map {
   uint64_t opaque[16];
 } moefy_tensor_map;
 
-/* Tokens -> scores -> masks in one launch, for many tokens. A cluster of `num_blocks` blocks takes the tokens of the kernel's
- * name and shares d_model. Of `router`, `first` is not written. A box is 64 columns: of x all tokens of a cluster, of w1 all
+/* Tokens -> scores -> masks in one launch, for many tokens. A cluster of `num_blocks` blocks takes 64 tokens and shares
+ * d_model. Of `router`, `first` is not written. A box is 64 columns: of x all tokens of a cluster, of w1 all
  * outputs, or 256, of w2 64 experts. */
 typedef struct moefy_router_many_params {
   moefy_tensor_map x;
@@ -186,7 +188,7 @@ typedef struct moefy_route_index_params {
   MOEFY_PTR(uint32_t) union_ids;              /* [num_experts]: experts with a token, ascending */
   MOEFY_PTR(uint32_t) num_union;              /* [1] */
   MOEFY_PTR(uint32_t) status;                 /* [1] or null */
-  MOEFY_PTR(uint32_t) chunk_counts;           /* [num_chunks, num_experts]; null for moefy_route_index_small */
+  MOEFY_PTR(uint32_t) chunk_counts;           /* [num_chunks, num_experts]; null for moefy_route_index_direct */
   uint64_t capacity;
   uint32_t num_chunks;
   uint32_t num_tokens;

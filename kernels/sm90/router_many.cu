@@ -1,6 +1,6 @@
 // The op `router_select` for many tokens, on Hopper: tokens -> scores -> masks in one launch.
 //
-// A cluster takes kTokens tokens, and each of its blocks a share of d_model: the weights are read once for all of them, and
+// A cluster takes 64 tokens, and each of its blocks a share of d_model: the weights are read once for all of them, and
 // few tokens fill the chip too. Sums over a share stay in shared memory, where each block reads those of its own tokens from
 // all blocks, in the order of the blocks. With these tokens alone it goes on: activation, second layer, selection.
 //
@@ -19,6 +19,7 @@ namespace {
 constexpr uint32_t kThreads = MOEFY_ROUTER_MANY_THREADS, kWarps = kThreads / 32;
 constexpr uint32_t kGroup = 128;  // threads of a warpgroup: the first one copies, two multiply
 constexpr uint32_t kMultipliers = kThreads - kGroup;
+constexpr uint32_t kTokens = MOEFY_ROUTER_MANY_TOKENS;  // of a cluster, and of a product of a warpgroup
 constexpr uint32_t kDepth = 64;  // columns of a stage, and of a piece of W2
 constexpr uint32_t kRowBytes = 128;
 constexpr uint32_t kPieceExperts = 64;
@@ -31,9 +32,9 @@ struct Fixed {
   float scales[64];  // of the scores of each token
 };
 
-/// What a block knows of its place. kTokens: of a cluster. kOutputs: of the first layer, at most. kColumns: tokens of a block
-/// at most, as many as the second layer multiplies.
-template <uint32_t kTokens, uint32_t kOutputs, uint32_t kColumns>
+/// What a block knows of its place. kOutputs: of the first layer, at most. kColumns: tokens of a block at most, as many as the
+/// second layer multiplies.
+template <uint32_t kOutputs, uint32_t kColumns>
 struct Place {
   static constexpr uint32_t kStageBytes = (kTokens + kOutputs) * kRowBytes;
   /// Words of a row of sums: eight more, so that rows meet different banks. The first of those has the sum of squares.
@@ -87,7 +88,7 @@ struct Place {
 // ---- first layer ----
 
 /// One thread asks for everything. Weights do not depend on what ran before.
-template <class Place, uint32_t kTokens, uint32_t kOutputs>
+template <class Place, uint32_t kOutputs>
 __device__ __forceinline__ void copy(const Place& place, const Fixed& fixed) {
   constexpr uint32_t kBoxRows = kOutputs < 256 ? kOutputs : 256;
   const moefy_router_many_params& p = place.p;
@@ -125,10 +126,10 @@ __device__ __forceinline__ void copy(const Place& place, const Fixed& fixed) {
 }
 
 /// Sums of one thread: products of this block's share of d_model, and squares of a part of a token's inputs.
-template <uint32_t kTokens, uint32_t kOutputs>
+template <uint32_t kOutputs>
 struct FirstSums {
-  static constexpr uint32_t kGroupOutputs = kTokens == 128 ? kOutputs : kOutputs / 2;  // that a warpgroup takes
-  static constexpr uint32_t kAcross = kGroupOutputs < 128 ? kGroupOutputs : 128;       // of one instruction
+  static constexpr uint32_t kGroupOutputs = kOutputs / 2;                         // that a warpgroup takes
+  static constexpr uint32_t kAcross = kGroupOutputs < 128 ? kGroupOutputs : 128;  // of one instruction
   static constexpr uint32_t kInstructions = kGroupOutputs / kAcross;
   static constexpr uint32_t kThreadsOfToken = kMultipliers / kTokens;
 
@@ -136,12 +137,11 @@ struct FirstSums {
   float square = 0.0f;
 };
 
-template <class T, class Place, uint32_t kTokens, uint32_t kOutputs>
-__device__ __forceinline__ void multiply(const Place& place, const Fixed& fixed, FirstSums<kTokens, kOutputs>& sums) {
-  using Sums = FirstSums<kTokens, kOutputs>;
+template <class T, class Place, uint32_t kOutputs>
+__device__ __forceinline__ void multiply(const Place& place, const Fixed& fixed, FirstSums<kOutputs>& sums) {
+  using Sums = FirstSums<kOutputs>;
   const moefy_router_many_params& p = place.p;
-  const uint32_t thread = threadIdx.x - kGroup, group = thread / kGroup;
-  const uint32_t token0 = kTokens == 128 ? group * 64 : 0, out0 = kTokens == 128 ? 0 : group * Sums::kGroupOutputs;
+  const uint32_t thread = threadIdx.x - kGroup, out0 = thread / kGroup * Sums::kGroupOutputs;
   const uint32_t count = place.end - place.begin;
   const bool unit_norm = has_unit_norm(p.router.kind);
   const auto free = [&](uint32_t index) {
@@ -152,7 +152,7 @@ __device__ __forceinline__ void multiply(const Place& place, const Fixed& fixed,
   for (uint32_t i = 0; i < count; ++i) {
     const uint32_t slot = i % p.num_stages, from = place.stage(slot);
     barrier_wait(shared_address(&fixed.full[slot]), i / p.num_stages & 1);
-    const uint64_t a = operand_of_rows(from + token0 * kRowBytes);
+    const uint64_t a = operand_of_rows(from);
     const uint64_t b = operand_of_rows(from + (kTokens + out0) * kRowBytes);
     wgmma_fence();
 #pragma unroll
@@ -187,12 +187,11 @@ __device__ __forceinline__ void multiply(const Place& place, const Fixed& fixed,
 }
 
 /// Leaves the sums where the blocks of the cluster look for them.
-template <class Place, uint32_t kTokens, uint32_t kOutputs>
-__device__ __forceinline__ void leave(const Place& place, FirstSums<kTokens, kOutputs>& sums) {
-  using Sums = FirstSums<kTokens, kOutputs>;
-  const uint32_t thread = threadIdx.x - kGroup, group = thread / kGroup, warp = thread % kGroup / 32;
-  const uint32_t token0 = (kTokens == 128 ? group * 64 : 0) + warp * 16 + lane_id() / 4;
-  const uint32_t out0 = (kTokens == 128 ? 0 : group * Sums::kGroupOutputs) + lane_id() % 4 * 2;
+template <class Place, uint32_t kOutputs>
+__device__ __forceinline__ void leave(const Place& place, FirstSums<kOutputs>& sums) {
+  using Sums = FirstSums<kOutputs>;
+  const uint32_t thread = threadIdx.x - kGroup, token0 = thread % kGroup / 32 * 16 + lane_id() / 4;
+  const uint32_t out0 = thread / kGroup * Sums::kGroupOutputs + lane_id() % 4 * 2;
 #pragma unroll
   for (uint32_t half = 0; half < 2; ++half) {
     const uint32_t row = place.sums(token0 + half * 8) + out0 * 4;
@@ -391,105 +390,104 @@ __device__ __forceinline__ void second_layer(const Place& place, const Fixed& fi
   }
 }
 
-/// Rows become scores, which go to memory if anyone wants them, then keys, by which experts are selected. A warp takes two
-/// tokens, so that one need not wait for the other.
+/// Rows become scores, which go to memory if anyone wants them, then keys, by which experts are selected. Eight lanes take a
+/// token, so that a warp has four of them side by side.
 template <class Place>
 __device__ __forceinline__ void select_tokens(const Place& place, const Fixed& fixed, uint32_t token0, float* rows,
                                               uint32_t num_valid, uint32_t* scratch) {
-  constexpr uint32_t kBatch = 2, kWords = 4;
+  constexpr uint32_t kLanes = 8, kWords = 4;
   const moefy_router_select_params& r = place.p.router;
   const uint32_t end = round_up_32(r.num_experts), row_words = end / 32;
   const bool is_imposed = rows_are_imposed(r), is_sigmoid = r.kind == MOEFY_ROUTER_MOEFICATION;
   const bool is_absolute = r.kind != MOEFY_ROUTER_CENTROID;
-  if (place.first_token + token0 >= r.num_tokens) return;
-  // Where there is no second token, the first one's row is read again.
-  uint32_t index[kBatch], largest[kBatch] = {};
-  float* row[kBatch];
-  float scale[kBatch];
-  bool exists[kBatch], valid[kBatch];
-#pragma unroll
-  for (uint32_t b = 0; b < kBatch; ++b) {
-    const uint32_t token = token0 + b * kWarps;
-    index[b] = place.first_token + token;
-    exists[b] = token < place.num_tokens && index[b] < r.num_tokens;
-    valid[b] = index[b] < num_valid;
-    row[b] = rows + (exists[b] ? token : token0) * place.row_words();
-    scale[b] = fixed.scales[exists[b] ? token : token0];
-  }
+  const uint32_t lane = lane_id() % kLanes, token = token0 + lane_id() / kLanes, index = place.first_token + token;
+  const bool exists = index < r.num_tokens, valid = index < num_valid;
+  float* const row = rows + token * place.row_words();
+  uint32_t* const mask = r.mask + uint64_t(index) * row_words;
+  const float scale = fixed.scales[token];
+  uint32_t largest = 0;
 #pragma unroll 1
-  for (uint32_t first = lane_id(); first < end; first += kWords * 32) {
-    float score[kBatch][kWords];
+  for (uint32_t first = lane * 4; first < end; first += kWords * 32) {
+    float score[kWords][4];
 #pragma unroll
-    for (uint32_t i = 0; i < kBatch * kWords; ++i) {
-      const uint32_t e = first + i % kWords * 32;
-      score[i / kWords][i % kWords] = row[i / kWords][e < end ? e : first];
+    for (uint32_t i = 0; i < kWords; ++i) {
+      const uint32_t e = first + i * 32;
+      const float4 four = *reinterpret_cast<const float4*>(row + (e < end ? e : first));
+      score[i][0] = four.x, score[i][1] = four.y, score[i][2] = four.z, score[i][3] = four.w;
     }
     if (!is_imposed) {
 #pragma unroll
-      for (uint32_t i = 0; i < kBatch * kWords; ++i) {
-        const uint32_t b = i / kWords, e = first + i % kWords * 32;
-        float& s = score[b][i % kWords];
-        s *= scale[b];
+      for (uint32_t i = 0; i < kWords * 4; ++i) {
+        const uint32_t e = first + i / 4 * 32 + i % 4;
+        float& s = score[i / 4][i % 4];
+        s *= scale;
         if (r.w1_scale != nullptr) s *= r.w1_scale[min(e, r.num_experts - 1)];
         s = is_sigmoid ? s : is_absolute ? fabsf(s) : fmaxf(s, 0.0f);
       }
       if (is_sigmoid) {
 #pragma unroll
-        for (uint32_t i = 0; i < kBatch * kWords; ++i) {
-          float& s = score[i / kWords][i % kWords];
+        for (uint32_t i = 0; i < kWords * 4; ++i) {
+          float& s = score[i / 4][i % 4];
           s = activate(MOEFY_ROUTER_ACTIVATION_SIGMOID, s);
         }
       }
       if (r.scores != nullptr) {
 #pragma unroll
-        for (uint32_t i = 0; i < kBatch * kWords; ++i) {
-          const uint32_t b = i / kWords, e = first + i % kWords * 32;
-          const uint64_t at = static_cast<uint64_t>(index[b]) * r.num_experts + e;
-          if (!exists[b] || e >= r.num_experts) continue;
-          r.scores[at] = valid[b] ? score[b][i % kWords] : 0.0f;
-          if (r.imposed != nullptr) score[b][i % kWords] = __ldcg(r.imposed + at);
+        for (uint32_t i = 0; i < kWords * 4; ++i) {
+          const uint32_t e = first + i / 4 * 32 + i % 4;
+          const uint64_t at = static_cast<uint64_t>(index) * r.num_experts + e;
+          if (!exists || e >= r.num_experts) continue;
+          r.scores[at] = valid ? score[i / 4][i % 4] : 0.0f;
+          if (r.imposed != nullptr) score[i / 4][i % 4] = __ldcg(r.imposed + at);
         }
       }
     }
 #pragma unroll
-    for (uint32_t i = 0; i < kBatch * kWords; ++i) {
-      const uint32_t b = i / kWords, e = first + i % kWords * 32;
-      const uint32_t key = valid[b] && e < r.num_experts ? score_key(score[b][i % kWords]) : 0;
-      largest[b] = max(largest[b], key);
-      if (exists[b] && e < end) row[b][e] = __uint_as_float(key);
+    for (uint32_t i = 0; i < kWords; ++i) {
+      const uint32_t e = first + i * 32;
+      uint32_t key[4];
+#pragma unroll
+      for (uint32_t k = 0; k < 4; ++k) {
+        key[k] = valid && e + k < r.num_experts ? score_key(score[i][k]) : 0;
+        largest = max(largest, key[k]);
+      }
+      if (e < end) *reinterpret_cast<uint4*>(row + e) = make_uint4(key[0], key[1], key[2], key[3]);
     }
   }
+#pragma unroll
+  for (uint32_t step = 1; step < kLanes; step *= 2) largest = max(largest, __shfl_xor_sync(kFullWarp, largest, step));
+  const uint32_t least = plain_threshold(r.selection, r.num_experts, largest);
+  const uint32_t is_plain = __ballot_sync(kFullWarp, least > 0);
+  uint32_t count = 0;
+#pragma unroll 1
+  for (uint32_t first = 0; is_plain != 0 && first < end; first += kWords * 32) {
+    uint32_t words[kWords];
+#pragma unroll
+    for (uint32_t i = 0; i < kWords; ++i) {
+      const uint32_t e = first + i * 32 + lane * 4;
+      const uint4 key = *reinterpret_cast<const uint4*>(row + (e < end ? e : lane * 4));
+      words[i] = (key.x >= least ? 1u : 0) | (key.y >= least ? 2u : 0) | (key.z >= least ? 4u : 0) | (key.w >= least ? 8u : 0);
+      words[i] <<= lane * 4;
+#pragma unroll
+      for (uint32_t step = 1; step < kLanes; step *= 2) words[i] |= __shfl_xor_sync(kFullWarp, words[i], step);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kWords; ++i) {
+      if (first + i * 32 >= end) break;
+      count += __popc(words[i]);
+      if (lane == i && exists && least > 0) mask[first / 32 + i] = words[i];
+    }
+  }
+  if (r.counts != nullptr && lane == 0 && exists && least > 0) r.counts[index] = count;
+  // The others one by one.
   __syncwarp();
-  uint32_t least[kBatch];
-#pragma unroll
-  for (uint32_t b = 0; b < kBatch; ++b) {
-    least[b] = plain_threshold(r.selection, r.num_experts, __reduce_max_sync(kFullWarp, largest[b]));
-  }
-  const bool plain = least[0] > 0 && (least[1] > 0 || !exists[1]);
 #pragma unroll 1
-  for (uint32_t first = 0; plain && first < end; first += kWords * 32) {
-    uint32_t words[kBatch] = {};  // lane i has word i
-#pragma unroll
-    for (uint32_t i = 0; i < kBatch * kWords; ++i) {
-      const uint32_t b = i / kWords, e = first + i % kWords * 32 + lane_id();
-      const uint32_t key = __float_as_uint(row[b][e < end ? e : lane_id()]);
-      const uint32_t word = __ballot_sync(kFullWarp, key >= least[b]);
-      if (lane_id() == i % kWords) words[b] = word;
-    }
-#pragma unroll
-    for (uint32_t b = 0; b < kBatch; ++b) {
-      const uint32_t word = first / 32 + lane_id();
-      if (exists[b] && lane_id() < kWords && word < row_words) r.mask[uint64_t(index[b]) * row_words + word] = words[b];
-    }
-  }
-#pragma unroll 1
-  for (uint32_t b = 0; b < kBatch; ++b) {
-    const uint32_t token = token0 + b * kWarps, place_of_token = place.first_token + token;
-    if (token >= place.num_tokens || place_of_token >= r.num_tokens) break;
-    uint32_t* const keys = reinterpret_cast<uint32_t*>(rows + token * place.row_words());
-    const RowSelection selection{keys, scratch, r.num_experts, r.mask + uint64_t(place_of_token) * row_words};
-    const bool has_score = plain || selection.run(r.selection);
-    report({r.mask, r.counts, r.status}, selection, place_of_token, has_score, place_of_token < num_valid);
+  for (uint32_t others = __ballot_sync(kFullWarp, exists && lane == 0 && least == 0); others != 0; others &= others - 1) {
+    const uint32_t from = __ffs(others) - 1, its_token = token0 + from / kLanes, its_index = place.first_token + its_token;
+    uint32_t* const keys = reinterpret_cast<uint32_t*>(rows + its_token * place.row_words());
+    const RowSelection selection{keys, scratch, r.num_experts, r.mask + uint64_t(its_index) * row_words};
+    const bool has_score = selection.run(r.selection);
+    report({r.mask, r.counts, r.status}, selection, its_index, has_score, its_index < num_valid);
   }
 }
 
@@ -498,9 +496,9 @@ __device__ __forceinline__ uint32_t scratch_words(const moefy_router_select_para
   return r.selection.rule == MOEFY_RULE_CUMULATIVE_SHARE ? next_power_of_two(round_up_32(r.num_experts)) : 0;
 }
 
-template <class T, uint32_t kTokens, uint32_t kOutputs, uint32_t kColumns>
+template <class T, uint32_t kOutputs, uint32_t kColumns>
 __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
-  using Place = Place<kTokens, kOutputs, kColumns>;
+  using Place = Place<kOutputs, kColumns>;
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ Fixed fixed;
   const moefy_router_select_params& r = p.router;
@@ -526,13 +524,13 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
   __syncthreads();
 
   if (multiplies) {
-    FirstSums<kTokens, kOutputs> sums;
+    FirstSums<kOutputs> sums;
     multiply<T>(place, fixed, sums);
     // The other warpgroup is done with the stages too.
     asm volatile("bar.sync 1, 256;" ::: "memory");
     leave(place, sums);
   } else if (threadIdx.x == 0) {
-    copy<Place, kTokens, kOutputs>(place, fixed);
+    copy<Place, kOutputs>(place, fixed);
   } else if (threadIdx.x >= 32 && r.imposed != nullptr) {
     wait_for_dependencies();
     const uint64_t first = static_cast<uint64_t>(place.first_token) * r.num_experts;
@@ -549,7 +547,8 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
   fence_for_copies();
   if (r.w2 != nullptr && p.rows_offset == 0) {
     // Rows will lie where other blocks read sums.
-    sync_cluster();
+    __syncthreads();
+    sync_readers_of_cluster();
   } else {
     __syncthreads();
   }
@@ -566,11 +565,12 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
   copy_async_commit();
   copy_async_wait<0>();
   __syncwarp();
-  // Not only the block's: others may still read its sums. And racecheck sees no other barrier in a cluster.
-  sync_cluster();
+  // Others may still read this block's sums, and racecheck sees no barrier in a cluster but its own.
+  __syncthreads();
+  sync_readers_of_cluster();
   uint32_t* const scratch = reinterpret_cast<uint32_t*>(memory + p.parts_offset) + warp * scratch_words(r);
 #pragma unroll 1
-  for (uint32_t token = warp; token < place.num_tokens; token += 2 * kWarps) {
+  for (uint32_t token = warp * 4; token < place.num_tokens; token += 4 * kWarps) {
     select_tokens(place, fixed, token, rows, num_valid, scratch);
   }
 }
@@ -580,18 +580,15 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
 
 // Dynamic shared memory: the stages, and in their place later the sums, in whose place keys are where there is no room for them
 // beyond the parts, then the parts; then pieces of w2.
-#define MOEFY_ROUTER_MANY(name, type, tokens, outputs, columns, blocks)                      \
+#define MOEFY_ROUTER_MANY(name, type, outputs, columns, blocks)                              \
   extern "C" __global__ void __launch_bounds__(MOEFY_ROUTER_MANY_THREADS, blocks)            \
-      moefy_router_many_##name##_##tokens##_##outputs(                                       \
-          const __grid_constant__ moefy_router_many_params p) {                              \
-    moefy::router_many<type, tokens, outputs, columns>(p);                                   \
+      moefy_router_many_##name##_##outputs(const __grid_constant__ moefy_router_many_params p) { \
+    moefy::router_many<type, outputs, columns>(p);                                           \
   }
 
-MOEFY_ROUTER_MANY(f16, __half, 64, 128, 32, 2)
-MOEFY_ROUTER_MANY(f16, __half, 128, 128, 64, 1)
-MOEFY_ROUTER_MANY(f16, __half, 64, 256, 64, 1)
-MOEFY_ROUTER_MANY(f16, __half, 64, 512, 64, 1)
-MOEFY_ROUTER_MANY(bf16, __nv_bfloat16, 64, 128, 32, 2)
-MOEFY_ROUTER_MANY(bf16, __nv_bfloat16, 128, 128, 64, 1)
-MOEFY_ROUTER_MANY(bf16, __nv_bfloat16, 64, 256, 64, 1)
-MOEFY_ROUTER_MANY(bf16, __nv_bfloat16, 64, 512, 64, 1)
+MOEFY_ROUTER_MANY(f16, __half, 128, 32, 2)
+MOEFY_ROUTER_MANY(f16, __half, 256, 64, 1)
+MOEFY_ROUTER_MANY(f16, __half, 512, 64, 1)
+MOEFY_ROUTER_MANY(bf16, __nv_bfloat16, 128, 32, 2)
+MOEFY_ROUTER_MANY(bf16, __nv_bfloat16, 256, 64, 1)
+MOEFY_ROUTER_MANY(bf16, __nv_bfloat16, 512, 64, 1)

@@ -244,7 +244,7 @@ impl MoeFfn {
         let union_us = (shared + (1.0 - shared) * union) * all_us;
         let of_products = tokens * (rows_in + rows_out) * d_model / 3.6e8;
         let dense_us = 9.2 + (0.965 * all_us).max(of_products);
-        let router_us = |num_tokens: usize| 11.0 + 0.8e-6 * num_tokens as f64 * d_model;
+        let router_us = |num_tokens: usize| 8.5 + 1e-6 * num_tokens as f64 * d_model;
         match path {
             Path::FewFused
                 if self
@@ -279,7 +279,7 @@ impl MoeFfn {
             Path::TokenTile => f64::INFINITY,
             Path::ExpertMajor => {
                 let chunk = num_tokens.min(MAX_CHUNK);
-                let lists_us = 6.0 + 1.2e-5 * (chunk * neurons.num_experts) as f64;
+                let lists_us = 2.5 + 4e-6 * (chunk * neurons.num_experts) as f64;
                 let chunk_us = router_us(chunk) + lists_us + self.expert_major_us(chunk, density);
                 tokens / chunk as f64 * chunk_us
             }

@@ -6,16 +6,19 @@ use super::kernels::Modules;
 use super::select::check_num_experts;
 use super::view::{Arguments, Format, View, Workspace};
 use crate::abi::{
-    MOEFY_ROUTE_INDEX_BLOCKS, MOEFY_ROUTE_INDEX_CHUNK, MOEFY_ROUTE_INDEX_SMALL,
-    moefy_route_index_params,
+    MOEFY_ROUTE_INDEX_BLOCKS, MOEFY_ROUTE_INDEX_CHUNK, MOEFY_ROUTE_INDEX_DIRECT_WORDS,
+    MOEFY_ROUTE_INDEX_WARP_BLOCKS, moefy_route_index_params,
 };
 use crate::error::Result;
 
-/// Blocks of 32 tokens that one block indexes alone: it takes them one after another.
-const MAX_SMALL_BLOCKS: usize = 8;
+/// Tokens of a warp where each expert reads the masks itself, warps of an expert, and words that all experts read: 128
+/// experts read those of 8192 tokens in less time than a second launch takes.
+const WARP_TOKENS: usize = 32 * MOEFY_ROUTE_INDEX_WARP_BLOCKS as usize;
+const MAX_WARPS: usize = 32;
+const MAX_DIRECT_WORDS: usize = 128 * 8192 * 4;
 
 pub(super) struct Kernels {
-    small: Function,
+    direct: Function,
     transpose: Function,
     lists: Function,
 }
@@ -23,7 +26,7 @@ pub(super) struct Kernels {
 impl Kernels {
     pub(super) fn load(modules: &Modules) -> Result<Self> {
         Ok(Self {
-            small: modules.function("route_index", "moefy_route_index_small", 0)?,
+            direct: modules.function("route_index", "moefy_route_index_direct", 0)?,
             transpose: modules.function("route_index", "moefy_route_index_transpose", 0)?,
             lists: modules.function("route_index", "moefy_route_index_lists", 0)?,
         })
@@ -54,17 +57,24 @@ pub struct RouteIndexOutputs {
 
 /// Bytes of workspace that [`route_index`] needs for at most `num_tokens` tokens.
 pub fn route_index_workspace_bytes(num_tokens: usize, num_experts: usize) -> usize {
+    if is_direct(num_tokens, num_experts) {
+        return 0;
+    }
     num_chunks(num_tokens, num_experts).saturating_mul(num_experts).saturating_mul(4)
 }
 
-/// Chunks of tokens that are counted apart, as many as keep the GPU busy; 0 where one block does
-/// everything.
+/// Whether one launch does everything.
+fn is_direct(num_tokens: usize, num_experts: usize) -> bool {
+    let row_words = num_experts.div_ceil(32);
+    let words = num_experts.saturating_mul(num_tokens).saturating_mul(row_words);
+    row_words <= MOEFY_ROUTE_INDEX_DIRECT_WORDS as usize
+        && num_tokens <= WARP_TOKENS * MAX_WARPS
+        && words <= MAX_DIRECT_WORDS
+}
+
+/// Chunks of tokens that are counted apart, as many as keep the GPU busy.
 pub(super) fn num_chunks(num_tokens: usize, num_experts: usize) -> usize {
     let num_blocks = num_tokens.div_ceil(32);
-    let small = num_experts.saturating_mul(num_blocks) <= MOEFY_ROUTE_INDEX_SMALL as usize;
-    if small && num_experts <= MOEFY_ROUTE_INDEX_SMALL as usize && num_blocks <= MAX_SMALL_BLOCKS {
-        return 0;
-    }
     let most = MOEFY_ROUTE_INDEX_BLOCKS as usize / num_experts.div_ceil(32).max(1);
     num_blocks.div_ceil(MOEFY_ROUTE_INDEX_CHUNK as usize).clamp(1, most.max(1))
 }
@@ -93,7 +103,7 @@ pub unsafe fn route_index(
     let num_tokens = mask.shape[0];
     let num_blocks = num_tokens.div_ceil(32);
     check.size("num_tokens * num_experts", num_tokens.saturating_mul(num_experts))?;
-    let num_chunks = num_chunks(num_tokens, num_experts);
+    let is_direct = is_direct(num_tokens, num_experts);
     let needed = route_index_workspace_bytes(num_tokens, num_experts);
     let chunk_counts = check.workspace(workspace, needed)?;
     let capacity = outputs.token_ids.shape[1];
@@ -115,7 +125,7 @@ pub unsafe fn route_index(
         status: check.optional_words("status", outputs.status, 1)?,
         chunk_counts,
         capacity: capacity as u64,
-        num_chunks: num_chunks as u32,
+        num_chunks: num_chunks(num_tokens, num_experts) as u32,
         num_tokens: num_tokens as u32,
         num_experts: num_experts as u32,
         reserved: 0,
@@ -124,11 +134,13 @@ pub unsafe fn route_index(
     let kernels = &device.route_index;
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe {
-        if num_chunks == 0 {
-            return kernels.small.launch(stream, [1, 1, 1], MOEFY_ROUTE_INDEX_SMALL, 0, &params);
+        let grid = [num_experts as u32, 1, 1];
+        if is_direct {
+            let threads = 32 * num_tokens.div_ceil(WARP_TOKENS).max(1) as u32;
+            return kernels.direct.launch(stream, grid, threads, 0, &params);
         }
         count_experts(device, stream, &params)?;
-        kernels.lists.launch(stream, [num_experts as u32, 1, 1], 256, 0, &params)
+        kernels.lists.launch(stream, grid, 256, 0, &params)
     }
 }
 

@@ -6,7 +6,8 @@ use super::router_select::first_width;
 use super::{Device, Properties};
 use crate::abi::{
     MOEFY_ROUTER_MANY_PIECES, MOEFY_ROUTER_MANY_STAGES, MOEFY_ROUTER_MANY_THREADS,
-    moefy_router_many_params, moefy_router_select_params, moefy_rule,
+    MOEFY_ROUTER_MANY_TOKENS as TOKENS, moefy_router_many_params, moefy_router_select_params,
+    moefy_rule,
 };
 use crate::dtype::DType;
 use crate::error::Result;
@@ -29,8 +30,6 @@ const SMALL_SHARED_BYTES: usize = 110 << 10;
 /// What a kernel is made for, as its template's arguments say.
 #[derive(Clone, Copy, Debug)]
 struct Size {
-    /// Of a cluster.
-    tokens: u32,
     /// Of the first layer, at most.
     outputs: u32,
     /// Tokens of a block, at most.
@@ -39,30 +38,27 @@ struct Size {
     resident: u32,
 }
 
-const SIZES: [Size; 4] = [
-    Size { tokens: 64, outputs: 128, columns: 32, resident: 2 },
-    Size { tokens: 128, outputs: 128, columns: 64, resident: 1 },
-    Size { tokens: 64, outputs: 256, columns: 64, resident: 1 },
-    Size { tokens: 64, outputs: 512, columns: 64, resident: 1 },
+const SIZES: [Size; 3] = [
+    Size { outputs: 128, columns: 32, resident: 2 },
+    Size { outputs: 256, columns: 64, resident: 1 },
+    Size { outputs: 512, columns: 64, resident: 1 },
 ];
-const WIDE: usize = 1;
 
 /// A kernel, and how much dynamic shared memory it can have.
 type Variant = (Function, usize);
 
 pub(super) struct Kernels {
-    f16: [Variant; 4],
-    bf16: [Variant; 4],
+    f16: [Variant; SIZES.len()],
+    bf16: [Variant; SIZES.len()],
     multiprocessors: u32,
 }
 
 macro_rules! names {
     ($dtype:literal) => {
         [
-            concat!("moefy_router_many_", $dtype, "_64_128"),
-            concat!("moefy_router_many_", $dtype, "_128_128"),
-            concat!("moefy_router_many_", $dtype, "_64_256"),
-            concat!("moefy_router_many_", $dtype, "_64_512"),
+            concat!("moefy_router_many_", $dtype, "_128"),
+            concat!("moefy_router_many_", $dtype, "_256"),
+            concat!("moefy_router_many_", $dtype, "_512"),
         ]
     };
 }
@@ -71,8 +67,8 @@ impl Kernels {
     /// `None` where the device is no Hopper.
     pub(super) fn load(modules: &Modules, properties: &Properties) -> Result<Option<Self>> {
         let Some(module) = modules.module("sm90_router_many") else { return Ok(None) };
-        let load = |names: [&'static str; 4]| {
-            let mut variants = Vec::with_capacity(4);
+        let load = |names: [&'static str; SIZES.len()]| {
+            let mut variants = Vec::with_capacity(SIZES.len());
             for (name, size) in names.into_iter().zip(SIZES) {
                 let (function, all) =
                     module.function_with_all_shared(name, properties.max_shared_bytes)?;
@@ -91,15 +87,12 @@ impl Kernels {
     /// The best kernel and number of blocks that share its tokens.
     fn choose(&self, num_tokens: u32, outputs: u32) -> Option<(usize, u32)> {
         let fitting = SIZES.iter().position(|size| outputs <= size.outputs)?;
-        let narrow = SIZES[fitting];
-        let tiles = num_tokens.div_ceil(narrow.tokens);
-        if fitting == 0 && 2 * tiles > self.multiprocessors {
-            return Some((WIDE, SIZES[WIDE].tokens / SIZES[WIDE].columns));
-        }
+        let size = SIZES[fitting];
+        let tiles = num_tokens.div_ceil(TOKENS);
         // Enough blocks to fill the chip, but not more clusters than there is room for at a time: large ones leave gaps.
-        let least = narrow.tokens / narrow.columns;
+        let least = TOKENS / size.columns;
         let room = |blocks: u32| {
-            let all = self.multiprocessors * narrow.resident / blocks;
+            let all = self.multiprocessors * size.resident / blocks;
             if blocks > 2 { all * 10 / 11 } else { all }
         };
         let mut blocks = least;
@@ -172,10 +165,10 @@ impl Shape {
         };
         // Sums, in whose place the rows of scores are where stages leave no other room; then parts of the hidden units, in whose
         // place selection sorts.
-        let sums = size.tokens * (size.outputs + 8) * 4;
+        let sums = TOKENS * (size.outputs + 8) * 4;
         let depths = router.hidden.div_ceil(PIECE);
         let row = router.num_experts.next_multiple_of(PIECE) + 4;
-        let rows = if router.w2 == 0 { 0 } else { size.tokens / num_blocks * row * 4 };
+        let rows = if router.w2 == 0 { 0 } else { TOKENS / num_blocks * row * 4 };
         let (first, second) = if router.w2 == 0 {
             (sums, WARPS * sorted * 4)
         } else {
@@ -191,7 +184,7 @@ impl Shape {
         let room = available.checked_sub(least)? / of_pieces;
         let num_pieces = wanted.min(MOEFY_ROUTER_MANY_PIECES).min(room);
         // Stages lie where all that will be, and take what pieces leave.
-        let stage = (size.tokens + size.outputs) * ROW_BYTES;
+        let stage = (TOKENS + size.outputs) * ROW_BYTES;
         let useful = router.d_model.div_ceil(PIECE).div_ceil(num_blocks);
         let room = (available - num_pieces * of_pieces) / stage;
         let num_stages = room.min(MOEFY_ROUTER_MANY_STAGES).min(useful);
@@ -220,8 +213,7 @@ impl Shape {
         dtype: DType,
         router: &moefy_router_select_params,
     ) -> Result<()> {
-        let Size { tokens, outputs, .. } = self.size;
-        let r = router;
+        let (r, outputs) = (router, self.size.outputs);
         let (d_model, width) = (r.d_model, first_width(r));
         let w1 = matrix_map(dtype, r.w1, [width, d_model], d_model.into(), outputs.min(256))?;
         let w2 = match r.w2 {
@@ -229,7 +221,7 @@ impl Shape {
             w2 => matrix_map(dtype, w2, [r.num_experts, r.hidden], r.hidden.into(), PIECE)?,
         };
         let params = moefy_router_many_params {
-            x: matrix_map(dtype, r.x, [r.num_tokens, d_model], r.x_stride, tokens)?,
+            x: matrix_map(dtype, r.x, [r.num_tokens, d_model], r.x_stride, TOKENS)?,
             w1,
             w2,
             router: *r,
@@ -241,7 +233,7 @@ impl Shape {
             rows_offset: self.rows_offset,
             reserved: [0; 8],
         };
-        let grid = [r.num_tokens.div_ceil(tokens) * self.num_blocks, 1, 1];
+        let grid = [r.num_tokens.div_ceil(TOKENS) * self.num_blocks, 1, 1];
         let threads = MOEFY_ROUTER_MANY_THREADS;
         // SAFETY: the caller's promise.
         unsafe {

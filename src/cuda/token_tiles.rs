@@ -75,7 +75,7 @@ struct Shape {
 
 impl Shape {
     fn new(num_tokens: usize, num_experts: usize) -> Option<Self> {
-        let num_chunks = num_chunks(num_tokens, num_experts).max(1);
+        let num_chunks = num_chunks(num_tokens, num_experts);
         let mut layout = Layout::default();
         Some(Self {
             num_chunks,
