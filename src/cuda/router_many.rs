@@ -17,8 +17,9 @@ const MIN_TOKENS: u32 = 256;
 /// Of the second layer, and of the scores of a token.
 const MAX_EXPERTS: u32 = 512;
 const MAX_HIDDEN: u32 = 256;
-/// The most blocks of a cluster: what eight of them save in reading they lose in adding up.
-const MAX_BLOCKS: u32 = 4;
+/// The most blocks of a cluster, and the least stages of each: with fewer, blocks lose in adding up what they save in reading.
+const MAX_BLOCKS: u32 = 8;
+const MIN_STAGES: u32 = 3;
 /// Experts, and columns, of a piece of the second layer; columns of a stage.
 const PIECE: u32 = 64;
 /// Bytes of a row of 64 columns.
@@ -36,6 +37,13 @@ struct Size {
     columns: u32,
     /// Blocks that fit a multiprocessor.
     resident: u32,
+}
+
+impl Size {
+    /// The same, of a cluster of so many blocks: where wide tokens make it large, more stages are worth more.
+    fn resident(&self, blocks: u32) -> u32 {
+        if blocks == MAX_BLOCKS { 1 } else { self.resident }
+    }
 }
 
 const SIZES: [Size; 3] = [
@@ -69,11 +77,9 @@ impl Kernels {
         let Some(module) = modules.module("sm90_router_many") else { return Ok(None) };
         let load = |names: [&'static str; SIZES.len()]| {
             let mut variants = Vec::with_capacity(SIZES.len());
-            for (name, size) in names.into_iter().zip(SIZES) {
-                let (function, all) =
-                    module.function_with_all_shared(name, properties.max_shared_bytes)?;
-                let most = if size.resident == 1 { all } else { SMALL_SHARED_BYTES };
-                variants.push((function, most));
+            for name in names {
+                let all = properties.max_shared_bytes;
+                variants.push(module.function_with_all_shared(name, all)?);
             }
             Ok(std::array::from_fn(|i| variants[i]))
         };
@@ -85,18 +91,19 @@ impl Kernels {
     }
 
     /// The best kernel and number of blocks that share its tokens.
-    fn choose(&self, num_tokens: u32, outputs: u32) -> Option<(usize, u32)> {
+    fn choose(&self, num_tokens: u32, d_model: u32, outputs: u32) -> Option<(usize, u32)> {
         let fitting = SIZES.iter().position(|size| outputs <= size.outputs)?;
         let size = SIZES[fitting];
         let tiles = num_tokens.div_ceil(TOKENS);
         // Enough blocks to fill the chip, but not more clusters than there is room for at a time: large ones leave gaps.
         let least = TOKENS / size.columns;
         let room = |blocks: u32| {
-            let all = self.multiprocessors * size.resident / blocks;
+            let all = self.multiprocessors * size.resident(blocks) / blocks;
             if blocks > 2 { all * 10 / 11 } else { all }
         };
         let mut blocks = least;
         while blocks < MAX_BLOCKS
+            && 2 * blocks * MIN_STAGES <= d_model.div_ceil(PIECE)
             && 4 * tiles * blocks < 3 * self.multiprocessors
             && tiles <= room(2 * blocks)
         {
@@ -141,11 +148,14 @@ impl Shape {
         if !fits {
             return None;
         }
-        let (which, least) = kernels.choose(router.num_tokens, first_width(router))?;
+        let (which, least) =
+            kernels.choose(router.num_tokens, router.d_model, first_width(router))?;
         // With more blocks, each has fewer tokens to keep scores of.
         let blocks = (0..).map(|power| least << power).take_while(|&blocks| blocks <= MAX_BLOCKS);
+        let ((function, all), size) = (variants[which], SIZES[which]);
         { blocks }.find_map(|blocks| {
-            Self::with_blocks(variants[which], SIZES[which], blocks, dtype, router)
+            let available = if size.resident(blocks) == 1 { all } else { SMALL_SHARED_BYTES };
+            Self::with_blocks((function, available), size, blocks, dtype, router)
         })
     }
 
