@@ -4,19 +4,19 @@
 use std::sync::Arc;
 
 use criterion::{BenchmarkId, Criterion};
-use moefy::cuda::bench::{FfnBench, LayerSpec, Limits, Routing, RunSpec, TimedGraph};
+use moefy::cuda::bench::{FfnBench, Limits, Routing, RunSpec, TimedGraph};
 use moefy::cuda::interop::cudarc::driver::CudaStream;
 use moefy::cuda::{
-    Buffer, Device, DeviceRouter, Fallback, Format, Path, RouteIndexOutputs, RouterSelectOutputs,
-    SelectOutputs, View, Workspace, route_index, route_index_workspace_bytes, router_select,
-    router_select_workspace_bytes,
+    Buffer, Device, DeviceRouter, Fallback, Format, LayerShape, Path, RouteIndexOutputs,
+    RouterSelectOutputs, SelectOutputs, View, Workspace, route_index, route_index_workspace_bytes,
+    router_select, router_select_workspace_bytes,
 };
 use moefy::ffn::{Activation, ExpertMask, MlpKind, Router, Selection};
 use moefy::{DType, Error, Result, Tensor};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-const BERT: LayerSpec = LayerSpec {
+const BERT: LayerShape = LayerShape {
     d_model: 768,
     d_ff: 3072,
     glu: false,
@@ -25,9 +25,9 @@ const BERT: LayerSpec = LayerSpec {
     shared: 0,
     dtype: DType::BF16,
     router_hidden: 128,
-    seed: 0,
+    rank: 0,
 };
-const LLAMA: LayerSpec = LayerSpec {
+const LLAMA: LayerShape = LayerShape {
     d_model: 4096,
     d_ff: 14336,
     glu: true,

@@ -9,7 +9,8 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use super::synthetic::{LayerSpec, Routing, imposed_scores, random};
+use super::LayerShape;
+use super::synthetic::{Routing, imposed_scores, random};
 use super::{
     Buffer, Device, FfnInputs, Format, MoeFfn, Path, PlanOptions, RawStream, RouteIndexOutputs,
     RouterSelectOutputs, SelectOutputs, View, Workspace, route_index, route_index_workspace_bytes,
@@ -77,18 +78,18 @@ pub fn check(device: &Arc<Device>, mut found: impl FnMut(Checked)) -> Result<()>
         let mask = Routing::Random { density: 0.1 }.draw(rng, 0, num_tokens, num_experts)?;
         found(check_route_index(device, &mask)?);
     }
-    let plain = LayerSpec {
+    let plain = LayerShape {
         d_model: 384,
         d_ff: 1160,
         glu: false,
         activation: Activation::Gelu,
         num_experts: 48,
         shared: 8,
+        rank: 0,
         dtype: DType::F32,
         router_hidden: 64,
-        seed: 1,
     };
-    let gated = LayerSpec {
+    let gated = LayerShape {
         d_model: 1000,
         d_ff: 1200,
         glu: true,
@@ -100,7 +101,7 @@ pub fn check(device: &Arc<Device>, mut found: impl FnMut(Checked)) -> Result<()>
     };
     for spec in [plain, gated] {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
-            let layer = Layer::new(device, LayerSpec { dtype, ..spec })?;
+            let layer = Layer::new(device, LayerShape { dtype, ..spec })?;
             for num_tokens in TOKENS {
                 layer.check_router_select(rng, num_tokens, &mut found)?;
                 layer.check_paths(rng, num_tokens, &mut found)?;
@@ -226,20 +227,20 @@ fn check_route_index(device: &Device, mask: &ExpertMask) -> Result<Checked> {
 /// A layer here and there.
 struct Layer<'a> {
     device: &'a Device,
-    spec: LayerSpec,
+    spec: LayerShape,
     host: ffn::MoeFfn,
     on_device: Arc<MoeFfn>,
 }
 
 impl<'a> Layer<'a> {
-    fn new(device: &'a Arc<Device>, spec: LayerSpec) -> Result<Self> {
+    fn new(device: &'a Arc<Device>, spec: LayerShape) -> Result<Self> {
         let host = spec.draw()?;
         let on_device = Arc::new(MoeFfn::new(device, &host)?);
         Ok(Self { device, spec, host, on_device })
     }
 
     fn shape(&self, num_tokens: usize) -> String {
-        let LayerSpec { d_model, num_experts, glu, .. } = self.spec;
+        let LayerShape { d_model, num_experts, glu, .. } = self.spec;
         let width = self.host.expert_width();
         let glu = if glu { ", GLU" } else { "" };
         format!("T {num_tokens}, d {d_model}, E {num_experts}, s {width}{glu}")
@@ -251,7 +252,7 @@ impl<'a> Layer<'a> {
         num_tokens: usize,
         found: &mut impl FnMut(Checked),
     ) -> Result<()> {
-        let LayerSpec { d_model, num_experts, dtype, router_hidden, .. } = self.spec;
+        let LayerShape { d_model, num_experts, dtype, router_hidden, .. } = self.spec;
         let x = random(rng, [num_tokens, d_model], 1.0, dtype);
         let x_device = Buffer::from_slice(self.device, x.as_bytes())?;
         let router = self.on_device.router().view();
@@ -298,7 +299,7 @@ impl<'a> Layer<'a> {
         num_tokens: usize,
         found: &mut impl FnMut(Checked),
     ) -> Result<()> {
-        let LayerSpec { d_model, d_ff, num_experts, dtype, .. } = self.spec;
+        let LayerShape { d_model, d_ff, num_experts, dtype, .. } = self.spec;
         let mask = Routing::Random { density: 0.3 }.draw(rng, 0, num_tokens, num_experts)?;
         let x = random(rng, [num_tokens, d_model], 1.0, dtype);
         let sparse = reference::experts(&self.host, &x.to_f64(), &mask, None);

@@ -11,33 +11,10 @@ use rayon::prelude::*;
 use super::LayerShape;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::ffn::{self, Activation, DenseFfn, ExpertMask, MlpKind, Partition, Router, Selection};
+use crate::ffn::{self, DenseFfn, ExpertMask, MlpKind, Partition, Router, Selection};
 use crate::tensor::Tensor;
 
-/// A layer whose weights are random. A plain one has biases, a GLU none, as in most models.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LayerSpec {
-    /// Width of a token.
-    pub d_model: usize,
-    /// Neurons, shared ones included.
-    pub d_ff: usize,
-    /// Whether it is gated.
-    pub glu: bool,
-    /// φ.
-    pub activation: Activation,
-    /// E.
-    pub num_experts: usize,
-    /// Neurons that every token runs.
-    pub shared: usize,
-    /// Of weights and activations.
-    pub dtype: DType,
-    /// Hidden units of the D2DMoE router; 0 for the linear router.
-    pub router_hidden: usize,
-    /// Draws weights, tokens and routing.
-    pub seed: u64,
-}
-
-impl LayerSpec {
+impl LayerShape {
     /// Neurons of an expert.
     ///
     /// # Errors
@@ -50,14 +27,18 @@ impl LayerSpec {
         Partition::width_of_experts(self.d_ff, self.num_experts, self.shared)
     }
 
-    /// Draws the layer.
+    /// Draws a layer with random weights. A plain one has biases, a GLU none, as in most models; a router of two layers is a
+    /// D2DMoE router.
     ///
     /// # Errors
-    /// When the sizes do not fit together.
+    /// When the sizes do not fit together, or it should have a compensation.
     pub(super) fn draw(&self) -> Result<ffn::MoeFfn> {
         let Self { d_model, d_ff, glu, activation, num_experts, dtype, .. } = *self;
         let width = self.expert_width()?;
-        let rng = &mut ChaCha8Rng::seed_from_u64(self.seed);
+        if self.rank > 0 {
+            return Err(Error::argument("layer", "rank", "0: none is drawn", self.rank));
+        }
+        let rng = &mut ChaCha8Rng::seed_from_u64(0);
         let scale = |depth: usize| (3.0 / depth as f32).sqrt();
         let inputs = if glu { 2 * d_ff } else { d_ff };
         let w_in = random(rng, [inputs, d_model], scale(d_model), dtype);
@@ -77,14 +58,6 @@ impl LayerSpec {
         let labels = (0..d_ff).map(|n| (n / width).min(num_experts) as u32).collect();
         let partition = Partition::new(num_experts, labels)?;
         ffn::MoeFfn::from_expert_order(neurons, partition, router, IMPOSED)
-    }
-
-    /// What a layer has of it.
-    pub(super) fn of(layer: &ffn::MoeFfn) -> Self {
-        let shape = LayerShape::of(layer);
-        let LayerShape { d_model, d_ff, glu, activation, num_experts, shared, dtype, .. } = shape;
-        let router_hidden = shape.router_hidden;
-        Self { d_model, d_ff, glu, activation, num_experts, shared, dtype, router_hidden, seed: 0 }
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 
 use moefy::convert::Progress;
-use moefy::cuda::bench::{FfnBench, LayerSpec, Limits};
+use moefy::cuda::bench::{FfnBench, Limits};
 use moefy::cuda::{Device, LayerShape, Path, TunedLayer, Tuning, build_info};
 use moefy::ffn::MoeFfn;
 use moefy::model::{Ffn, Folder};
@@ -56,7 +56,7 @@ pub struct Tune {
 
 /// What to measure.
 enum Layer {
-    Drawn(LayerSpec),
+    Drawn(LayerShape),
     Stored(Box<MoeFfn>),
 }
 
@@ -175,8 +175,8 @@ impl Layer {
     }
 }
 
-fn label(layer: &LayerSpec) -> String {
-    let LayerSpec { d_model, d_ff, glu, num_experts, dtype, .. } = *layer;
+fn label(layer: &LayerShape) -> String {
+    let LayerShape { d_model, d_ff, glu, num_experts, dtype, .. } = *layer;
     format!("{} {dtype}", shapes::label(d_model, d_ff, glu, num_experts))
 }
 

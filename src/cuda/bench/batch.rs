@@ -9,9 +9,10 @@ use rand_chacha::ChaCha8Rng;
 
 use super::baseline::{Baseline, padded};
 use super::graph::TimedGraph;
+use crate::cuda::LayerShape;
 use crate::cuda::dense::Dense;
 use crate::cuda::plan::Stage;
-use crate::cuda::synthetic::{LayerSpec, imposed_scores, random};
+use crate::cuda::synthetic::{imposed_scores, random};
 use crate::cuda::view::{Format, View, Workspace};
 use crate::cuda::{Buffer, Device, FfnInputs, FfnPlan, MoeFfn, PlanOptions};
 use crate::error::Result;
@@ -21,7 +22,7 @@ use crate::ffn::ExpertMask;
 pub(super) struct Batch {
     pub(super) tokens: usize,
     pub(super) baseline: Baseline,
-    spec: LayerSpec,
+    spec: LayerShape,
     /// Of each set of weights.
     x: Vec<Buffer>,
     y: Buffer,
@@ -33,7 +34,7 @@ impl Batch {
     /// `passes` are those of the baseline over its sets.
     pub(super) fn new(
         stream: &Arc<CudaStream>,
-        spec: LayerSpec,
+        spec: LayerShape,
         sets: &[Arc<MoeFfn>],
         tokens: usize,
         passes: usize,
@@ -91,8 +92,8 @@ impl Batch {
     }
 }
 
-fn draw_tokens(device: &Device, spec: &LayerSpec, tokens: usize, set: usize) -> Result<Buffer> {
-    let rng = &mut ChaCha8Rng::seed_from_u64(spec.seed ^ (set + 1) as u64);
+fn draw_tokens(device: &Device, spec: &LayerShape, tokens: usize, set: usize) -> Result<Buffer> {
+    let rng = &mut ChaCha8Rng::seed_from_u64(set as u64 + 1);
     let drawn = random(rng, [padded(tokens), spec.d_model], 1.0, spec.dtype);
     Buffer::from_slice(device, drawn.as_bytes())
 }

@@ -23,14 +23,14 @@ pub use self::graph::TimedGraph;
 pub use self::limits::Limits;
 pub use self::model::{ModelBench, ModelRow};
 pub use self::row::FfnRow;
-pub use super::synthetic::{LayerSpec, Routing};
+pub use super::synthetic::Routing;
 
 use self::batch::{Batch, Layers};
 use self::graph::{pairs, spread};
 use super::driver::cannot;
 use super::plan::Stage;
 use super::synthetic::IMPOSED;
-use super::{Device, Fallback, MoeFfn, Path, PlanOptions};
+use super::{Device, Fallback, LayerShape, MoeFfn, Path, PlanOptions};
 use crate::error::{Error, Result};
 use crate::ffn::{self, ExpertMask};
 
@@ -64,7 +64,7 @@ pub struct RunSpec {
 pub struct FfnBench {
     device: Arc<Device>,
     stream: Arc<CudaStream>,
-    spec: LayerSpec,
+    shape: LayerShape,
     limits: Limits,
     layer: ffn::MoeFfn,
     sets: Vec<Arc<MoeFfn>>,
@@ -77,8 +77,8 @@ impl FfnBench {
     ///
     /// # Errors
     /// When the sizes do not fit together or the device has too little memory.
-    pub fn new(device: &Arc<Device>, spec: LayerSpec, limits: Limits) -> Result<Self> {
-        Self::on(device, spec.draw()?, spec, limits)
+    pub fn new(device: &Arc<Device>, shape: LayerShape, limits: Limits) -> Result<Self> {
+        Self::on(device, shape.draw()?, limits)
     }
 
     /// A layer of a model, with routing imposed on it instead of its own.
@@ -86,23 +86,18 @@ impl FfnBench {
     /// # Errors
     /// When the device has too little memory.
     pub fn of_layer(device: &Arc<Device>, layer: ffn::MoeFfn, limits: Limits) -> Result<Self> {
-        let spec = LayerSpec::of(&layer);
-        Self::on(device, layer.with_selection(IMPOSED)?, spec, limits)
+        Self::on(device, layer.with_selection(IMPOSED)?, limits)
     }
 
-    fn on(
-        device: &Arc<Device>,
-        layer: ffn::MoeFfn,
-        spec: LayerSpec,
-        limits: Limits,
-    ) -> Result<Self> {
+    fn on(device: &Arc<Device>, layer: ffn::MoeFfn, limits: Limits) -> Result<Self> {
+        let shape = LayerShape::of(&layer);
         let stream = device.cudarc_context().new_stream().map_err(cannot("create a stream"))?;
         let (free, _) =
             device.cudarc_context().mem_get_info().map_err(cannot("ask for free memory"))?;
         let mut bench = Self {
             device: device.clone(),
             stream,
-            spec,
+            shape,
             limits,
             layer,
             sets: Vec::new(),
@@ -114,8 +109,8 @@ impl FfnBench {
     }
 
     /// What it measures.
-    pub fn layer(&self) -> &LayerSpec {
-        &self.spec
+    pub fn layer(&self) -> &LayerShape {
+        &self.shape
     }
 
     /// Measures. Runs with the same number of tokens one after another share what is timed for it.
@@ -132,16 +127,16 @@ impl FfnBench {
         let ratios = column(|pair| pair[1] / pair[0]);
         let [router_select_us, index_us, experts_us] = set_up.stages(us)?;
         let bound_us = bench.bound_us(set_up.executed_bytes, set_up.mean_k, run.tokens);
-        let spec = &bench.spec;
+        let shape = &bench.shape;
         Ok(FfnRow {
-            d_model: spec.d_model,
-            d_ff: spec.d_ff,
-            glu: spec.glu,
-            activation: spec.activation,
-            num_experts: spec.num_experts,
-            shared: spec.shared,
-            dtype: spec.dtype,
-            router: match spec.router_hidden {
+            d_model: shape.d_model,
+            d_ff: shape.d_ff,
+            glu: shape.glu,
+            activation: shape.activation,
+            num_experts: shape.num_experts,
+            shared: shape.shared,
+            dtype: shape.dtype,
+            router: match shape.router_hidden {
                 0 => "linear".into(),
                 hidden => format!("d2dmoe-{hidden}"),
             },
@@ -210,14 +205,14 @@ impl FfnBench {
 
     /// Weights of so many experts, of the shared neurons and of the router.
     fn bytes(&self, num_experts: usize) -> usize {
-        let neurons = num_experts * self.layer.expert_width() + self.spec.shared;
-        let neuron = self.dense_bytes() / self.spec.d_ff;
-        neurons * neuron + self.layer.router().macs_per_token() as usize * self.spec.dtype.bytes()
+        let neurons = num_experts * self.layer.expert_width() + self.shape.shared;
+        let neuron = self.dense_bytes() / self.shape.d_ff;
+        neurons * neuron + self.layer.router().macs_per_token() as usize * self.shape.dtype.bytes()
     }
 
     /// Weights of the dense layer.
     fn dense_bytes(&self) -> usize {
-        self.layer.neurons().macs_per_token() as usize * self.spec.dtype.bytes()
+        self.layer.neurons().macs_per_token() as usize * self.shape.dtype.bytes()
     }
 
     fn bound_us(&self, bytes: usize, mean_k: f64, tokens: usize) -> f64 {
@@ -228,10 +223,10 @@ impl FfnBench {
 
     /// Masks of as many layers as a rotation has.
     fn draw_masks(&self, run: &RunSpec) -> Result<Vec<ExpertMask>> {
-        let rng = &mut ChaCha8Rng::seed_from_u64(self.spec.seed ^ run.tokens as u64);
+        let rng = &mut ChaCha8Rng::seed_from_u64(run.tokens as u64);
         let (mut masks, mut bytes) = (Vec::new(), 0);
         while masks.len() < 2 || bytes < self.rotation() && masks.len() < self.max_sets {
-            let (first, num_experts) = (masks.len() * run.tokens, self.spec.num_experts);
+            let (first, num_experts) = (masks.len() * run.tokens, self.shape.num_experts);
             let mask = run.routing.draw(rng, first, run.tokens, num_experts)?;
             bytes += self.bytes(union(&mask));
             masks.push(mask);
@@ -245,10 +240,10 @@ impl FfnBench {
         if self.batch.as_ref().is_none_or(|batch| batch.tokens != tokens) {
             // Its memory first.
             self.batch = None;
-            let all_experts = self.spec.num_experts as f64;
+            let all_experts = self.shape.num_experts as f64;
             let bound_us = self.bound_us(self.dense_bytes(), all_experts, tokens);
             let (sets, passes) = (&self.sets[..dense_sets], passes(bound_us, dense_sets));
-            self.batch = Some(Batch::new(&self.stream, self.spec, sets, tokens, passes)?);
+            self.batch = Some(Batch::new(&self.stream, self.shape, sets, tokens, passes)?);
         }
         let batch = self.batch.as_mut().expect("just made");
         batch.draw_tokens(&self.device, num_sets)

@@ -52,7 +52,7 @@ impl FfnBench {
     /// Every path that may be chosen, at every density if it matters: what to run, and the executed share of
     /// all neurons.
     fn runs(&self, tokens: &[usize], densities: &[f64]) -> Vec<(RunSpec, Option<f64>)> {
-        let num_experts = self.spec.num_experts as f64;
+        let num_experts = self.shape.num_experts as f64;
         let mut routed: Vec<f64> = densities.iter().map(|d| d.max(1.0 / num_experts)).collect();
         routed.sort_unstable_by(f64::total_cmp);
         routed.dedup();

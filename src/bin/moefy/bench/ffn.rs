@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use moefy::cuda::bench::{FfnBench, FfnRow, LayerSpec, Limits, RunSpec};
+use moefy::cuda::LayerShape;
+use moefy::cuda::bench::{FfnBench, FfnRow, Limits, RunSpec};
 use moefy::cuda::{Device, Fallback, Path};
 use moefy::{DType, Error, Result};
 
@@ -128,7 +129,7 @@ impl Ffn {
 /// Rows of one layer together, and among them those with the same number of tokens: they share weights
 /// and what was timed.
 fn in_groups(cases: &mut [Case]) {
-    let mut layers: Vec<LayerSpec> = Vec::new();
+    let mut layers: Vec<LayerShape> = Vec::new();
     for case in cases.iter() {
         if !layers.contains(&case.layer) {
             layers.push(case.layer);
@@ -177,7 +178,7 @@ fn measure(
         }
         if run.tokens != last_tokens {
             last_tokens = run.tokens;
-            let LayerSpec { d_model, d_ff, glu, num_experts, dtype, .. } = *layer;
+            let LayerShape { d_model, d_ff, glu, num_experts, dtype, .. } = *layer;
             let name = shapes::label(d_model, d_ff, glu, num_experts);
             note(format!("row {} of {}: {name} {dtype}, T {}", index + 1, cases.len(), run.tokens));
         }

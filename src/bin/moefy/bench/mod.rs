@@ -12,7 +12,8 @@ mod traces;
 
 use moefy::Result;
 use moefy::cuda::Fallback;
-use moefy::cuda::bench::{LayerSpec, RunSpec};
+use moefy::cuda::LayerShape;
+use moefy::cuda::bench::RunSpec;
 
 use crate::Common;
 
@@ -49,7 +50,7 @@ fn fallback(name: &str) -> Result<Fallback, String> {
 
 /// One row to measure.
 pub struct Case {
-    pub layer: LayerSpec,
+    pub layer: LayerShape,
     pub run: RunSpec,
     /// Whether the other rows go on where the path cannot do this one.
     pub may_be_refused: bool,

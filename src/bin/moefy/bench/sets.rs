@@ -1,6 +1,7 @@
 //! Sets of measurements that belong into a record.
 
-use moefy::cuda::bench::{LayerSpec, Routing, RunSpec};
+use moefy::cuda::LayerShape;
+use moefy::cuda::bench::{Routing, RunSpec};
 use moefy::cuda::{Fallback, Path};
 use moefy::{DType, Result};
 
@@ -46,7 +47,7 @@ fn few_paths() -> impl Iterator<Item = Path> {
     Path::ALL.into_iter().filter(move |path| !other(path))
 }
 
-fn shape(name: &str) -> LayerSpec {
+fn shape(name: &str) -> LayerShape {
     shapes::named(name).expect("a name that exists")
 }
 
@@ -62,7 +63,7 @@ fn both_traces() -> Result<Vec<Routing>> {
 struct Rows(Vec<Case>);
 
 impl Rows {
-    fn add(&mut self, layer: LayerSpec, run: RunSpec) {
+    fn add(&mut self, layer: LayerShape, run: RunSpec) {
         // A path that cannot do a case says so, and the set goes on.
         self.0.push(Case { layer, run, may_be_refused: true });
     }
@@ -70,7 +71,7 @@ impl Rows {
     /// What the plan chooses, then these paths, for each routing.
     fn auto_and(
         &mut self,
-        layer: LayerSpec,
+        layer: LayerShape,
         tokens: usize,
         routings: &[Routing],
         paths: impl Iterator<Item = Path>,
@@ -83,7 +84,7 @@ impl Rows {
         }
     }
 
-    fn masked(&mut self, layer: LayerSpec, tokens: usize, routings: &[Routing]) {
+    fn masked(&mut self, layer: LayerShape, tokens: usize, routings: &[Routing]) {
         for routing in routings {
             let run = RunSpec { fallback: Fallback::Masked, ..run(tokens, routing, None) };
             self.add(layer, run);
@@ -121,8 +122,8 @@ impl Rows {
             self.auto_and(shape(TRACE_SHAPE), tokens, &traces, few_paths());
         }
         for name in ["d4096-e112", "d768-e96"] {
-            let linear = LayerSpec { router_hidden: 0, ..shape(name) };
-            let half = LayerSpec { dtype: DType::F16, ..shape(name) };
+            let linear = LayerShape { router_hidden: 0, ..shape(name) };
+            let half = LayerShape { dtype: DType::F16, ..shape(name) };
             for layer in [linear, half] {
                 for tokens in [1, 4, 8] {
                     self.auto_and(layer, tokens, &routings, few_paths());

@@ -1,6 +1,6 @@
 //! Layers on the command line.
 
-use moefy::cuda::bench::LayerSpec;
+use moefy::cuda::LayerShape;
 use moefy::ffn::Activation;
 use moefy::{DType, Result};
 
@@ -14,7 +14,7 @@ pub struct Layers {
     /// Layers by name: d768-e96 has the d_model 768 of BERT and 96 experts; also d384, d1024, d4096
     #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = named)]
     #[arg(conflicts_with_all = ["d_model", "d_ff", "experts", "glu"])]
-    named: Vec<LayerSpec>,
+    named: Vec<LayerShape>,
     /// Width of a token
     #[arg(long, value_name = "D", requires_all = ["d_ff", "experts"])]
     d_model: Option<usize>,
@@ -41,19 +41,19 @@ pub struct Layers {
 
 impl Layers {
     /// All of them in each of these types.
-    pub fn specs(&self, dtypes: &[DType]) -> Result<Vec<LayerSpec>> {
+    pub fn specs(&self, dtypes: &[DType]) -> Result<Vec<LayerShape>> {
         let own = || {
             let num_experts = self.experts?;
             Some(layer(self.d_model?, self.d_ff?, self.glu, num_experts))
         };
-        let shapes: Vec<LayerSpec> = self.named.iter().copied().chain(own()).collect();
+        let shapes: Vec<LayerShape> = self.named.iter().copied().chain(own()).collect();
         let mut layers = Vec::new();
         for shape in shapes {
             let activation = self.activation.unwrap_or(shape.activation);
             for &dtype in dtypes {
                 for &router_hidden in &self.router {
                     let shared = self.shared;
-                    let layer = LayerSpec { activation, dtype, router_hidden, shared, ..shape };
+                    let layer = LayerShape { activation, dtype, router_hidden, shared, ..shape };
                     layer.expert_width()?;
                     layers.push(layer);
                 }
@@ -77,7 +77,7 @@ pub fn share(text: &str) -> Result<f64, String> {
 }
 
 /// `d768-e96`: the layer of models with this d_model, split into so many experts.
-pub fn named(name: &str) -> Result<LayerSpec, String> {
+pub fn named(name: &str) -> Result<LayerShape, String> {
     let sizes = name.strip_prefix('d').and_then(|rest| rest.split_once("-e"));
     let sizes = sizes.and_then(|(d, e)| Some((d.parse::<usize>().ok()?, e.parse().ok()?)));
     let found = sizes.and_then(|(d_model, num_experts)| {
@@ -94,8 +94,8 @@ pub fn named(name: &str) -> Result<LayerSpec, String> {
 }
 
 /// A layer in bf16 with a D2DMoE router of 128 hidden units.
-pub fn layer(d_model: usize, d_ff: usize, glu: bool, num_experts: usize) -> LayerSpec {
-    LayerSpec {
+pub fn layer(d_model: usize, d_ff: usize, glu: bool, num_experts: usize) -> LayerShape {
+    LayerShape {
         d_model,
         d_ff,
         glu,
@@ -103,9 +103,9 @@ pub fn layer(d_model: usize, d_ff: usize, glu: bool, num_experts: usize) -> Laye
         activation: if glu { Activation::Silu } else { Activation::GeluTanh },
         num_experts,
         shared: 0,
+        rank: 0,
         dtype: DType::BF16,
         router_hidden: 128,
-        seed: 0,
     }
 }
 
