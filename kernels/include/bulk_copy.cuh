@@ -54,6 +54,14 @@ __device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+/// The same in two steps, which make known the barriers that `fence_barriers` came after, and nothing else: threads that make
+/// known what they have written wait for the copies that they have asked for.
+__device__ __forceinline__ void arrive_in_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
 /// Loads from the shared memory of any block of the cluster. Not moved across its barriers, which are volatile too.
 __device__ __forceinline__ float4 load_in_cluster(uint32_t address) {
   float4 v;
