@@ -8,14 +8,13 @@
 namespace moefy {
 namespace {
 
-constexpr uint32_t kThreads = 256;
-constexpr uint32_t kColumns = MOEFY_ADD_SHARES_COLUMNS;
-constexpr uint32_t kFours = kColumns / 4, kGroups = kThreads / kFours, kWarps = kThreads / 32;
-constexpr int kBatch = 5;  // shares of 132 multiprocessors at once
+constexpr uint32_t kThreads = 256, kWarps = kThreads / 32;
 
 /// y of kColumns columns of one token: groups of threads take turns at the shares, then add up.
-template <class T>
+template <class T, uint32_t kColumns>
 __device__ __forceinline__ void add_shares(const moefy_add_shares_params& p) {
+  constexpr uint32_t kFours = kColumns / 4, kGroups = kThreads / kFours;
+  constexpr int kBatch = kColumns == 32 ? 5 : 7;  // shares of 132 multiprocessors, or of seven clusters, at once
   __shared__ __align__(16) float sums[kWarps][kColumns];
   const uint64_t d_model = p.d_model;
   const uint32_t token = blockIdx.y;
@@ -63,12 +62,15 @@ __device__ __forceinline__ void add_shares(const moefy_add_shares_params& p) {
 }  // namespace
 }  // namespace moefy
 
-#define MOEFY_ADD_SHARES(name, type)                                               \
-  extern "C" __global__ void __launch_bounds__(moefy::kThreads)                    \
-      moefy_add_shares_##name(const __grid_constant__ moefy_add_shares_params p) { \
-    moefy::add_shares<type>(p);                                                    \
+#define MOEFY_ADD_SHARES(name, type, columns)                                                  \
+  extern "C" __global__ void __launch_bounds__(moefy::kThreads)                                \
+      moefy_add_shares_##name##_##columns(const __grid_constant__ moefy_add_shares_params p) { \
+    moefy::add_shares<type, columns>(p);                                                       \
   }
 
-MOEFY_ADD_SHARES(f32, float)
-MOEFY_ADD_SHARES(f16, __half)
-MOEFY_ADD_SHARES(bf16, __nv_bfloat16)
+MOEFY_ADD_SHARES(f32, float, 32)
+MOEFY_ADD_SHARES(f32, float, 64)
+MOEFY_ADD_SHARES(f16, __half, 32)
+MOEFY_ADD_SHARES(f16, __half, 64)
+MOEFY_ADD_SHARES(bf16, __nv_bfloat16, 32)
+MOEFY_ADD_SHARES(bf16, __nv_bfloat16, 64)

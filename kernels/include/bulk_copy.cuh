@@ -54,10 +54,13 @@ __device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-/// The same, where no thread has written what those of other blocks read next.
-__device__ __forceinline__ void sync_readers_of_cluster() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+/// The same in two steps, which make known the barriers that `fence_barriers` came after, and nothing else: threads that make
+/// known what they have written wait for the copies that they have asked for, and for the whole device.
+__device__ __forceinline__ void arrive_in_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
+
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
 /// Loads from the shared memory of any block of the cluster. Not moved across its barriers, which are volatile too.
 __device__ __forceinline__ float4 load_in_cluster(uint32_t address) {

@@ -69,6 +69,7 @@ struct ClusterRouter {
   RouterFixed& fixed;
   Sums<1>& sums;
   const Slice<T, 1, kSteps>& slice;
+  const uint32_t num_tokens;
   const uint32_t width;  // of the first layer
   const uint32_t rank, rows_each, row0, num_rows, expert0, num_experts, row_stride, first_stride;
   // Shared memory, each part at a multiple of 16 bytes: the host adds up the same sizes.
@@ -77,12 +78,14 @@ struct ClusterRouter {
   float* const first;  // [tokens, width by fours and 4, so that tokens meet different banks]
   float* const end;
 
-  __device__ ClusterRouter(const moefy_router_select_params& params, RouterFixed& fixed_memory, Sums<1>& sums_memory,
-                           const Slice<T, 1, kSteps>& slice_of_warp, unsigned char* memory)
+  /// `tokens`: a constant where the compiler is to know it.
+  __device__ ClusterRouter(const moefy_router_select_params& params, uint32_t tokens, RouterFixed& fixed_memory,
+                           Sums<1>& sums_memory, const Slice<T, 1, kSteps>& slice_of_warp, unsigned char* memory)
       : p(params),
         fixed(fixed_memory),
         sums(sums_memory),
         slice(slice_of_warp),
+        num_tokens(tokens),
         width(kTwoLayers ? p.hidden : p.num_experts),
         rank(block_of_cluster()),
         rows_each(of_block(width)),
@@ -95,11 +98,12 @@ struct ClusterRouter {
         rows(memory),
         w2(rows + ceil_div(rows_each, 8) * 8 * row_stride),
         first(reinterpret_cast<float*>(w2 + of_block(p.num_experts) * p.hidden * sizeof(T))),
-        end(first + p.num_tokens * first_stride) {}
+        end(first + num_tokens * first_stride) {}
 
   static __device__ uint32_t of_block(uint32_t all) { return ceil_div(all, 4 * kClusterBlocks) * 4; }
 
-  /// While the kernel before this one runs: asks for the weights. One barrier of the cluster later, stores can come.
+  /// While the kernel before this one runs: asks for the weights. When the cluster has been waited for, the barriers of all
+  /// blocks are ready and stores can come.
   /// `score_bytes`: that other blocks send to this one.
   __device__ void begin(uint32_t score_bytes) const {
     const uint32_t w2_row_bytes = p.hidden * sizeof(T);
@@ -109,15 +113,16 @@ struct ClusterRouter {
       }
       fence_barriers();
       barrier_expect(shared_address(&fixed.rows_barrier), num_rows * slice.row_bytes + num_experts * w2_row_bytes);
-      barrier_expect(shared_address(&fixed.first_barrier), p.num_tokens * (first_stride - 4) * sizeof(float));
+      barrier_expect(shared_address(&fixed.first_barrier), num_tokens * (first_stride - 4) * sizeof(float));
       barrier_expect(shared_address(&fixed.scores_barrier), score_bytes);
     }
+    if (threadIdx.x < num_rows) slice.clear_row_end(rows + threadIdx.x * row_stride);
     __syncthreads();
+    arrive_in_cluster();
     if (threadIdx.x < num_rows) {
       const char* from = static_cast<const char*>(p.w1) + static_cast<uint64_t>(row0 + threadIdx.x) * slice.row_bytes;
       copy_bulk(shared_address(rows) + threadIdx.x * row_stride, from, slice.row_bytes,
                 shared_address(&fixed.rows_barrier));
-      slice.clear_row_end(rows + threadIdx.x * row_stride);
     }
     if (kTwoLayers && threadIdx.x == 32 && num_experts > 0) {
       copy_bulk(shared_address(w2), static_cast<const char*>(p.w2) + expert0 * w2_row_bytes, num_experts * w2_row_bytes,
@@ -141,7 +146,7 @@ struct ClusterRouter {
     __syncthreads();
     // A warp for each token, a lane for each unit, and then for each four of them and each block that gets them.
     static_assert(kWarps >= kTile && kClusterBlocks == 16, "tokens have a warp each, blocks half of its lanes");
-    if (token < p.num_tokens) {
+    if (token < num_tokens) {
       float sums_of_unit[1] = {scale * sum_of_warps<1>(sums, 0, unit, token)};
       float& sum = sums_of_unit[0];
       if (has_unit_norm(p.kind)) {
@@ -173,7 +178,7 @@ struct ClusterRouter {
   __device__ void second_layer(Use use) const {
     static_assert(kTokens == 1 || kTokens * 2 == kTile, "one or two groups of tokens");
     constexpr uint32_t kSize = kTeam<kTokens>;
-    const uint32_t shift = p.num_tokens > kTokens, team = threadIdx.x / kSize;
+    const uint32_t shift = num_tokens > kTokens, team = threadIdx.x / kSize;
     const uint32_t token0 = shift * (team % 2) * kTokens;
     const uint32_t lanes = ((1u << kSize) - 1) << (threadIdx.x % 32 / kSize * kSize);
 #pragma unroll 1
@@ -188,7 +193,7 @@ struct ClusterRouter {
 #pragma unroll
         for (int i = 0; i < kTokens; ++i) {
           const float4* in =
-              reinterpret_cast<const float4*>(first + min(token0 + i, p.num_tokens - 1) * first_stride + k);
+              reinterpret_cast<const float4*>(first + min(token0 + i, num_tokens - 1) * first_stride + k);
           const float4 a = in[0], b = in[1];
           const float even = fmaf(w[6], b.z, fmaf(w[4], b.x, fmaf(w[2], a.z, w[0] * a.x)));
           const float odd = fmaf(w[7], b.w, fmaf(w[5], b.y, fmaf(w[3], a.w, w[1] * a.y)));

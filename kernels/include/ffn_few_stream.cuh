@@ -45,9 +45,9 @@ struct Sized {
   unsigned char* router_inputs;  // what the routing of a kernel needs beside the ring
   unsigned char* ring;          // before there are neurons: the router's, then what selection sorts
 
-  __device__ Sized(const moefy_router_select_params& r, unsigned char* memory, uint32_t router_bytes)
+  __device__ Sized(uint32_t num_tokens, uint32_t num_experts, unsigned char* memory, uint32_t router_bytes)
       : keys(reinterpret_cast<uint32_t*>(memory)),
-        router_inputs(memory + round_up_128(4 * r.num_tokens * round_up_32(r.num_experts))),
+        router_inputs(memory + round_up_128(4 * num_tokens * round_up_32(num_experts))),
         ring(router_inputs + round_up_128(router_bytes)) {}
 };
 
@@ -61,12 +61,12 @@ __device__ __forceinline__ void wait_for_imposed(const moefy_router_select_param
 /// Scores as keys, and the least key that each token selects, by a warp for a token: `score_of` reads the score of a token
 /// and an expert, which may lie where the keys go.
 template <int kTiles, class Score>
-__device__ __forceinline__ void make_keys(const moefy_router_select_params& r, uint32_t num_valid, Fixed<kTiles>& fixed,
-                                          uint32_t* keys, Score score_of) {
+__device__ __forceinline__ void make_keys(const moefy_router_select_params& r, uint32_t num_tokens, uint32_t num_valid,
+                                          Fixed<kTiles>& fixed, uint32_t* keys, Score score_of) {
   constexpr int kAtOnce = 4;  // scores that a lane reads before it writes
   const uint32_t stride = round_up_32(r.num_experts);
 #pragma unroll 1
-  for (uint32_t token = threadIdx.x / 32; token < r.num_tokens; token += kWarps) {
+  for (uint32_t token = threadIdx.x / 32; token < num_tokens; token += kWarps) {
     uint32_t largest = 0;
 #pragma unroll 1
     for (uint32_t first = lane_id(); first < stride; first += 32 * kAtOnce) {
@@ -135,11 +135,12 @@ __device__ __noinline__ void select_rows(const moefy_ffn_few_params& p, Fixed<kT
 
 /// The union of the tokens' experts, with the tokens of each; returns its size.
 template <int kTiles>
-__device__ __forceinline__ uint32_t unite(const moefy_ffn_few_params& p, Fixed<kTiles>& fixed, const Sized& shared) {
+__device__ __forceinline__ uint32_t unite(const moefy_ffn_few_params& p, uint32_t num_tokens, Fixed<kTiles>& fixed,
+                                          const Sized& shared) {
   const moefy_router_select_params& r = p.router;
   const uint32_t stride = round_up_32(r.num_experts), warp = threadIdx.x / 32;
   const bool plain = p.gate == MOEFY_GATE_ONE &&
-                     __all_sync(kFullWarp, fixed.least_keys[min(lane_id(), r.num_tokens - 1)] != 0);
+                     __all_sync(kFullWarp, fixed.least_keys[min(lane_id(), num_tokens - 1)] != 0);
   if (!plain) select_rows(p, fixed, shared);
   const bool writes = blockIdx.x == 0 && r.mask != nullptr;
   uint32_t size = 0;
@@ -150,23 +151,23 @@ __device__ __forceinline__ uint32_t unite(const moefy_ffn_few_params& p, Fixed<k
     uint32_t bits = 0;
     if (plain) {
 #pragma unroll 1
-      for (uint32_t token0 = 0; token0 < r.num_tokens; token0 += 2) {
+      for (uint32_t token0 = 0; token0 < num_tokens; token0 += 2) {
 #pragma unroll
         for (uint32_t i = 0; i < 2; ++i) {
-          const uint32_t token = min(token0 + i, r.num_tokens - 1);
+          const uint32_t token = min(token0 + i, num_tokens - 1);
           bits |= uint32_t(shared.keys[token * stride + existing] >= fixed.least_keys[token]) << token;
         }
       }
     } else {
 #pragma unroll 1
-      for (uint32_t token = 0; token < r.num_tokens; ++token) {
+      for (uint32_t token = 0; token < num_tokens; ++token) {
         bits |= (fixed.masks[token][existing / 32] >> (existing % 32) & 1) << token;
       }
     }
     if (expert >= r.num_experts) bits = 0;
     if (writes) {
 #pragma unroll 1
-      for (uint32_t token = 0; token < r.num_tokens; ++token) {
+      for (uint32_t token = 0; token < num_tokens; ++token) {
         const uint32_t word = __ballot_sync(kFullWarp, bits >> token & 1);
         if (lane_id() == 0 && expert < r.num_experts) r.mask[token * (stride / 32) + expert / 32] = word;
       }
@@ -221,17 +222,20 @@ struct Stream {
   };
 
   const moefy_ffn_few_params& p;
+  const uint32_t num_tokens;
   Fixed<kTiles>& fixed;
   const Sized shared;
   const Slice<T, kTiles, kSteps> slice;
   const RowPlace place;
   uint32_t union_neurons = 0, all_neurons = 0, my_neurons = 0;
 
-  __device__ Stream(const moefy_ffn_few_params& params, Fixed<kTiles>& fixed_memory, unsigned char* memory,
-                    uint32_t router_bytes)
+  /// `tokens`: a constant where the compiler is to know it.
+  __device__ Stream(const moefy_ffn_few_params& params, uint32_t tokens, Fixed<kTiles>& fixed_memory,
+                    unsigned char* memory, uint32_t router_bytes)
       : p(params),
+        num_tokens(tokens),
         fixed(fixed_memory),
-        shared(params.router, memory, router_bytes),
+        shared(tokens, params.router.num_experts, memory, router_bytes),
         slice(params.neurons.d_model),
         place(row_place()) {}
 
@@ -265,7 +269,7 @@ struct Stream {
 #pragma unroll 1
     for (uint32_t e = threadIdx.x; e < num_experts; e += kThreads) {
 #pragma unroll 4
-      for (uint32_t token = 0; token < p.router.num_tokens; ++token) {
+      for (uint32_t token = 0; token < num_tokens; ++token) {
         copy_async_word(shared_address(shared.keys + token * round_up_32(num_experts) + e),
                         p.router.imposed + token * num_experts + e);
       }
@@ -399,7 +403,7 @@ struct Stream {
   /// Selects, and runs what is selected for these tokens. Whoever used the ring before has said so to the copy engine.
   __device__ void run(const X& x) {
     const moefy_neurons& n = p.neurons;
-    union_neurons = unite(p, fixed, shared) * n.expert_width;
+    union_neurons = unite(p, num_tokens, fixed, shared) * n.expert_width;
     all_neurons = union_neurons + n.shared + n.rank;
 #pragma unroll 1
     for (uint32_t block = 0; block < p.num_stages; ++block) ask(block, block, true, true);
@@ -466,8 +470,8 @@ struct Stream {
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         const uint32_t token = tile * kTile + 2 * t + odd;
-        if (token >= p.router.num_tokens) continue;
-        float* to = p.partials + (static_cast<uint64_t>(blockIdx.x) * p.router.num_tokens + token) * d_model + column;
+        if (token >= num_tokens) continue;
+        float* to = p.partials + (static_cast<uint64_t>(blockIdx.x) * num_tokens + token) * d_model + column;
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
           if (i >= slice.num_steps) break;

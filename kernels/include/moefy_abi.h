@@ -32,9 +32,6 @@
 /* Columns that a warp of moefy_experts_many_sum takes at once. */
 #define MOEFY_EXPERTS_MANY_SUM_COLUMNS 256u
 
-/* Columns of y of a block of moefy_add_shares. */
-#define MOEFY_ADD_SHARES_COLUMNS 32u
-
 /* ffn_few: experts and stages at most, tokens of a tile, threads of a block, outputs of a block of the first launch. */
 #define MOEFY_FFN_FEW_EXPERTS 512u
 #define MOEFY_FFN_FEW_STAGES 8u

@@ -79,7 +79,7 @@ __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char
   __shared__ uint64_t w2_barrier, parts_barrier;
   const moefy_router_select_params& r = p.router;
   const uint32_t part_bytes = r.hidden == 0 ? 0 : kParts * r.num_tokens * in_row_stride(2 * r.hidden);
-  Stream<T, kTiles, kSteps, kNeurons> stream(p, fixed, memory, part_bytes);
+  Stream<T, kTiles, kSteps, kNeurons> stream(p, r.num_tokens, fixed, memory, part_bytes);
   const Sized& shared = stream.shared;
   const uint32_t w2_bytes = p.num_w2 * r.num_experts * r.hidden * 2;
   stream.begin();
@@ -115,7 +115,7 @@ __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char
     __syncthreads();
   }
   wait_for_imposed(r);
-  make_keys(r, valid_tokens(r), fixed, shared.keys, [&](uint32_t token, uint32_t e) {
+  make_keys(r, r.num_tokens, valid_tokens(r), fixed, shared.keys, [&](uint32_t token, uint32_t e) {
     if (r.imposed != nullptr) return __uint_as_float(shared.keys[token * round_up_32(r.num_experts) + e]);
     if (p.w2 == nullptr) return __ldcg(r.first + token * r.num_experts + e);
     const float* of_parts = products + e * columns + token * kParts;

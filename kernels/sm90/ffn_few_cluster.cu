@@ -7,26 +7,26 @@ namespace moefy {
 namespace few {
 namespace {
 
-template <class T, int kSteps, int kNeurons, bool kTwoLayers>
+template <class T, int kSteps, int kNeurons, bool kTwoLayers, bool kOneToken>
 __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char* memory) {
   __shared__ Fixed<1> fixed;
   __shared__ RouterFixed of_router;
   const moefy_router_select_params& r = p.router;
-  const uint32_t score_tokens = r.num_tokens == 1 ? 1 : ceil_div(r.num_tokens, 4) * 4;
+  const uint32_t num_tokens = kOneToken ? 1 : r.num_tokens;
+  const uint32_t score_tokens = kOneToken ? 1 : ceil_div(num_tokens, 4) * 4;
   const uint32_t score_bytes = kTwoLayers ? r.num_experts * score_tokens * sizeof(float) : 0;
-  Stream<T, 1, kSteps, kNeurons> stream(p, fixed, memory, score_bytes);
-  const ClusterRouter<T, kSteps, kTwoLayers> router(r, of_router, fixed.sums, stream.slice, stream.shared.ring);
+  Stream<T, 1, kSteps, kNeurons> stream(p, num_tokens, fixed, memory, score_bytes);
+  const ClusterRouter<T, kSteps, kTwoLayers> router(r, num_tokens, of_router, fixed.sums, stream.slice, stream.shared.ring);
   float* const scores = reinterpret_cast<float*>(stream.shared.router_inputs);  // [num_experts, score_tokens]
   stream.begin();
   router.begin(score_bytes);
   touch(p);
   launch_dependents();
-  // The barriers of all blocks are ready.
-  sync_cluster();
+  wait_for_cluster();
   wait_for_dependencies();
 
   typename Slice<T, 1, kSteps>::X x;
-  stream.slice.load(r.x, r.num_tokens, x);
+  stream.slice.load(r.x, num_tokens, x);
   stream.ask_for_scores();
   const uint32_t num_valid = valid_tokens(r);
   router.first_layer(x);
@@ -34,7 +34,7 @@ __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char
   float* const own = scores + router.expert0 * score_tokens;
   if (!kTwoLayers) {
     // The first layer gave the scores.
-  } else if (r.num_tokens == 1) {
+  } else if (kOneToken) {
     router.template second_layer<1>([&](uint32_t e, uint32_t, const float (&score)[1]) {
       store_async(own + e, score[0], &of_router.scores_barrier, threadIdx.x % kClusterBlocks);
     });
@@ -57,7 +57,7 @@ __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char
                                          : router.first;
   const uint32_t of_token = imposed ? round_up_32(r.num_experts) : kTwoLayers ? 1 : router.first_stride;
   const uint32_t of_expert = imposed || !kTwoLayers ? 1 : score_tokens;
-  make_keys(r, num_valid, fixed, stream.shared.keys,
+  make_keys(r, num_tokens, num_valid, fixed, stream.shared.keys,
             [&](uint32_t token, uint32_t e) { return from[token * of_token + e * of_expert]; });
   if (!kTwoLayers) fence_for_copies();  // scores were read in the ring
   stream.run(x);
@@ -68,19 +68,22 @@ __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char
 }  // namespace moefy
 
 // Dynamic shared memory: Sized, with ClusterRouter in the ring. Two blocks fit a multiprocessor, so that the next layer's can
-// have the weights of its router before this one ends.
-#define MOEFY_FFN_FEW_CLUSTER(name, type, layers, neurons)                                                     \
-  extern "C" __global__ void __cluster_dims__(MOEFY_ROUTER_SELECT_BLOCKS, 1, 1)                                \
-      __launch_bounds__(MOEFY_FFN_FEW_THREADS, 2)                                                              \
-          moefy_ffn_few_cluster_##name##_##layers##_##neurons(const __grid_constant__ moefy_ffn_few_params p) { \
-    extern __shared__ __align__(128) unsigned char memory[];                                                   \
-    moefy::few::run<type, MOEFY_FFN_FEW_CLUSTER_STEPS, neurons, layers == 2>(p, memory);                       \
+// have the weights of its router before this one ends. For one token the compiler made slower code of 128 registers.
+#define MOEFY_FFN_FEW_CLUSTER(name, type, layers, neurons, tokens, registers)                            \
+  extern "C" __global__ void __cluster_dims__(MOEFY_ROUTER_SELECT_BLOCKS, 1, 1) __maxnreg__(registers)   \
+      moefy_ffn_few_cluster_##name##_##layers##_##neurons##_##tokens(                                    \
+          const __grid_constant__ moefy_ffn_few_params p) {                                              \
+    extern __shared__ __align__(128) unsigned char memory[];                                             \
+    moefy::few::run<type, MOEFY_FFN_FEW_CLUSTER_STEPS, neurons, layers == 2, tokens == 1>(p, memory);    \
   }
-#define MOEFY_FFN_FEW_CLUSTER_OF(name, type)  \
-  MOEFY_FFN_FEW_CLUSTER(name, type, 1, 8)     \
-  MOEFY_FFN_FEW_CLUSTER(name, type, 1, 16)    \
-  MOEFY_FFN_FEW_CLUSTER(name, type, 2, 8)     \
-  MOEFY_FFN_FEW_CLUSTER(name, type, 2, 16)
+#define MOEFY_FFN_FEW_CLUSTER_TOKENS(name, type, layers, neurons) \
+  MOEFY_FFN_FEW_CLUSTER(name, type, layers, neurons, 1, 112)      \
+  MOEFY_FFN_FEW_CLUSTER(name, type, layers, neurons, 8, 128)
+#define MOEFY_FFN_FEW_CLUSTER_OF(name, type)      \
+  MOEFY_FFN_FEW_CLUSTER_TOKENS(name, type, 1, 8)  \
+  MOEFY_FFN_FEW_CLUSTER_TOKENS(name, type, 1, 16) \
+  MOEFY_FFN_FEW_CLUSTER_TOKENS(name, type, 2, 8)  \
+  MOEFY_FFN_FEW_CLUSTER_TOKENS(name, type, 2, 16)
 
 MOEFY_FFN_FEW_CLUSTER_OF(f16, __half)
 MOEFY_FFN_FEW_CLUSTER_OF(bf16, __nv_bfloat16)

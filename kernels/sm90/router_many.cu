@@ -548,7 +548,8 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
   if (r.w2 != nullptr && p.rows_offset == 0) {
     // Rows will lie where other blocks read sums.
     __syncthreads();
-    sync_readers_of_cluster();
+    arrive_in_cluster();
+    wait_for_cluster();
   } else {
     __syncthreads();
   }
@@ -567,7 +568,8 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
   __syncwarp();
   // Others may still read this block's sums, and racecheck sees no barrier in a cluster but its own.
   __syncthreads();
-  sync_readers_of_cluster();
+  arrive_in_cluster();
+  wait_for_cluster();
   uint32_t* const scratch = reinterpret_cast<uint32_t*>(memory + p.parts_offset) + warp * scratch_words(r);
 #pragma unroll 1
   for (uint32_t token = warp * 4; token < place.num_tokens; token += 4 * kWarps) {

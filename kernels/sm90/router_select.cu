@@ -7,26 +7,26 @@ namespace few {
 namespace {
 
 /// kSteps: as of Slice.
-template <class T, int kSteps>
+template <class T, int kSteps, bool kOneToken>
 __device__ __forceinline__ void route(const moefy_router_select_params& p, unsigned char* memory) {
   __shared__ RouterFixed fixed;
   __shared__ __align__(16) Sums<1> sums;
   __shared__ uint32_t max_key, count;
   const Slice<T, 1, kSteps> slice(p.d_model);
-  const ClusterRouter<T, kSteps, true> router(p, fixed, sums, slice, memory);
+  const uint32_t num_tokens = kOneToken ? 1 : p.num_tokens;
+  const ClusterRouter<T, kSteps, true> router(p, num_tokens, fixed, sums, slice, memory);
   const uint32_t token = router.rank;
   static_assert(kClusterBlocks >= kTile, "tokens have a block each");
-  const bool selects = token < p.num_tokens;
+  const bool selects = token < num_tokens;
   router.begin(selects ? p.num_experts * sizeof(float) : 0);
   if (threadIdx.x == 0) max_key = count = 0;
   touch(p);
   launch_dependents();
-  // The barriers of all blocks are ready.
-  sync_cluster();
+  wait_for_cluster();
   wait_for_dependencies();
 
   typename Slice<T, 1, kSteps>::X x;
-  slice.load(p.x, p.num_tokens, x);
+  slice.load(p.x, num_tokens, x);
   // Scores to be read instead, of at most MOEFY_FFN_FEW_EXPERTS experts.
   constexpr int kOfThread = MOEFY_FFN_FEW_EXPERTS / kThreads;
   float imposed[kOfThread] = {};
@@ -45,11 +45,11 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
     constexpr uint32_t kTokens = sizeof(of_tokens) / sizeof(float);
 #pragma unroll
     for (uint32_t i = 0; i < kTokens; ++i) {
-      if (threadIdx.x % router.template kTeam<kTokens> != i || token0 + i >= p.num_tokens) continue;
+      if (threadIdx.x % router.template kTeam<kTokens> != i || token0 + i >= num_tokens) continue;
       store_async(scores + router.expert0 + e, of_tokens[i], &fixed.scores_barrier, token0 + i);
     }
   };
-  if (p.num_tokens == 1) {
+  if (kOneToken) {
     router.template second_layer<1>(send);
   } else {
     router.template second_layer<4>(send);
@@ -81,15 +81,18 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
 }  // namespace moefy
 
 // Dynamic shared memory: what ClusterRouter takes, and its scores.
-#define MOEFY_ROUTER_SELECT(name, type, steps)                                                             \
-  extern "C" __global__ void __cluster_dims__(MOEFY_ROUTER_SELECT_BLOCKS, 1, 1)                            \
-      __launch_bounds__(MOEFY_FFN_FEW_THREADS, 1)                                                          \
-          moefy_router_select_##name##_##steps(const __grid_constant__ moefy_router_select_params p) {     \
-    extern __shared__ __align__(128) unsigned char memory[];                                               \
-    moefy::few::route<type, steps>(p, memory);                                 \
+#define MOEFY_ROUTER_SELECT(name, type, steps, tokens)                                                                \
+  extern "C" __global__ void __cluster_dims__(MOEFY_ROUTER_SELECT_BLOCKS, 1, 1)                                       \
+      __launch_bounds__(MOEFY_FFN_FEW_THREADS, 1)                                                                     \
+          moefy_router_select_##name##_##steps##_##tokens(const __grid_constant__ moefy_router_select_params p) {     \
+    extern __shared__ __align__(128) unsigned char memory[];                                                          \
+    moefy::few::route<type, steps, tokens == 1>(p, memory);                                                           \
   }
+#define MOEFY_ROUTER_SELECT_OF(name, type)  \
+  MOEFY_ROUTER_SELECT(name, type, 4, 1)     \
+  MOEFY_ROUTER_SELECT(name, type, 4, 8)     \
+  MOEFY_ROUTER_SELECT(name, type, 16, 1)    \
+  MOEFY_ROUTER_SELECT(name, type, 16, 8)
 
-MOEFY_ROUTER_SELECT(f16, __half, 4)
-MOEFY_ROUTER_SELECT(f16, __half, 16)
-MOEFY_ROUTER_SELECT(bf16, __nv_bfloat16, 4)
-MOEFY_ROUTER_SELECT(bf16, __nv_bfloat16, 16)
+MOEFY_ROUTER_SELECT_OF(f16, __half)
+MOEFY_ROUTER_SELECT_OF(bf16, __nv_bfloat16)

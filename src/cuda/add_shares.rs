@@ -2,20 +2,37 @@
 
 use super::driver::RawStream;
 use super::kernels::{Modules, PerDType};
-use crate::abi::{MOEFY_ADD_SHARES_COLUMNS, moefy_add_shares_params};
+use crate::abi::moefy_add_shares_params;
 use crate::dtype::DType;
 use crate::error::Result;
 
 const THREADS: u32 = 256;
+/// Columns of y of a block: narrow, and wide where there would be too many blocks.
+const COLUMNS: [u64; 2] = [32, 64];
+/// Of narrow blocks: on an H100 192 were faster than half as many wide ones, 256 and more slower (kernels/NOTES.md).
+const MOST_BLOCKS: u64 = 198;
 
 pub(super) struct Kernels {
-    add_shares: PerDType,
+    of_columns: [PerDType; 2],
 }
 
 impl Kernels {
     pub(super) fn load(modules: &Modules) -> Result<Self> {
-        let names = ["moefy_add_shares_f32", "moefy_add_shares_f16", "moefy_add_shares_bf16"];
-        Ok(Self { add_shares: modules.per_dtype("add_shares", names, 0)? })
+        let load = |names| modules.per_dtype("add_shares", names, 0);
+        Ok(Self {
+            of_columns: [
+                load([
+                    "moefy_add_shares_f32_32",
+                    "moefy_add_shares_f16_32",
+                    "moefy_add_shares_bf16_32",
+                ])?,
+                load([
+                    "moefy_add_shares_f32_64",
+                    "moefy_add_shares_f16_64",
+                    "moefy_add_shares_bf16_64",
+                ])?,
+            ],
+        })
     }
 
     /// y = b_out + Σ shares, in a fixed order.
@@ -28,9 +45,10 @@ impl Kernels {
         dtype: DType,
         params: &moefy_add_shares_params,
     ) -> Result<()> {
-        let across = params.d_model.div_ceil(u64::from(MOEFY_ADD_SHARES_COLUMNS)) as u32;
-        let grid = [across, params.num_tokens, 1];
+        let across = COLUMNS.map(|columns| params.d_model.div_ceil(columns));
+        let which = usize::from(across[0] * u64::from(params.num_tokens) > MOST_BLOCKS);
+        let grid = [across[which] as u32, params.num_tokens, 1];
         // SAFETY: the caller's promise.
-        unsafe { self.add_shares.get(dtype).launch(stream, grid, THREADS, 0, params) }
+        unsafe { self.of_columns[which].get(dtype).launch(stream, grid, THREADS, 0, params) }
     }
 }

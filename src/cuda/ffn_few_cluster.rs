@@ -18,8 +18,8 @@ const RESERVED_BYTES: usize = 1 << 10;
 /// As many as there is room for at once, and the fewest: below, what a block reads takes longer than what the others cost.
 const CLUSTERS: std::ops::RangeInclusive<usize> = 2..=7;
 
-/// Of a type: by the layers of the router, for 8 and for 16 neurons at once.
-type OfDType = [[Variant; 2]; 2];
+/// Of a type: by the layers of the router, for 8 and for 16 neurons at once, for one token and for several.
+type OfDType = [[[Variant; 2]; 2]; 2];
 
 pub(super) struct Kernels {
     f16: OfDType,
@@ -32,16 +32,24 @@ impl Kernels {
     /// `None` where the device is no Hopper, or has no room for a cluster.
     pub(super) fn load(modules: &Modules, max_shared_bytes: usize) -> Result<Option<Self>> {
         let Some(module) = modules.module("sm90_ffn_few_cluster") else { return Ok(None) };
-        let mut kernels = Vec::with_capacity(8);
+        let mut kernels = Vec::with_capacity(16);
         for name in [
-            "moefy_ffn_few_cluster_f16_1_8",
-            "moefy_ffn_few_cluster_f16_1_16",
-            "moefy_ffn_few_cluster_f16_2_8",
-            "moefy_ffn_few_cluster_f16_2_16",
-            "moefy_ffn_few_cluster_bf16_1_8",
-            "moefy_ffn_few_cluster_bf16_1_16",
-            "moefy_ffn_few_cluster_bf16_2_8",
-            "moefy_ffn_few_cluster_bf16_2_16",
+            "moefy_ffn_few_cluster_f16_1_8_1",
+            "moefy_ffn_few_cluster_f16_1_8_8",
+            "moefy_ffn_few_cluster_f16_1_16_1",
+            "moefy_ffn_few_cluster_f16_1_16_8",
+            "moefy_ffn_few_cluster_f16_2_8_1",
+            "moefy_ffn_few_cluster_f16_2_8_8",
+            "moefy_ffn_few_cluster_f16_2_16_1",
+            "moefy_ffn_few_cluster_f16_2_16_8",
+            "moefy_ffn_few_cluster_bf16_1_8_1",
+            "moefy_ffn_few_cluster_bf16_1_8_8",
+            "moefy_ffn_few_cluster_bf16_1_16_1",
+            "moefy_ffn_few_cluster_bf16_1_16_8",
+            "moefy_ffn_few_cluster_bf16_2_8_1",
+            "moefy_ffn_few_cluster_bf16_2_8_8",
+            "moefy_ffn_few_cluster_bf16_2_16_1",
+            "moefy_ffn_few_cluster_bf16_2_16_8",
         ] {
             let (_, shared_bytes) = module.function_with_all_shared(name, max_shared_bytes)?;
             let (blocks, threads) = (MOEFY_ROUTER_SELECT_BLOCKS, MOEFY_FFN_FEW_THREADS);
@@ -50,10 +58,14 @@ impl Kernels {
             kernels.push((kernel, shared_bytes));
         }
         let of = |first: usize| {
-            std::array::from_fn(|layers| std::array::from_fn(|n| kernels[first + 2 * layers + n]))
+            std::array::from_fn(|layers| {
+                std::array::from_fn(|n| {
+                    std::array::from_fn(|tokens| kernels[first + 4 * layers + 2 * n + tokens])
+                })
+            })
         };
         let of_second_block = (max_shared_bytes + RESERVED_BYTES).div_ceil(2);
-        Ok(Some(Self { f16: of(0), bf16: of(4), of_second_block }))
+        Ok(Some(Self { f16: of(0), bf16: of(8), of_second_block }))
     }
 }
 
@@ -73,7 +85,8 @@ pub(super) fn stream(device: &Device, sizes: &Sizes) -> Option<Stream> {
         DType::F16 => kernels.f16,
         DType::BF16 => kernels.bf16,
     };
-    let (kernel, available) = of_dtype[usize::from(router.hidden() > 0)][usize::from(!neurons.glu)];
+    let (kernel, available) = of_dtype[usize::from(router.hidden() > 0)][usize::from(!neurons.glu)]
+        [usize::from(num_tokens > 1)];
     // As in the kernel.
     let round_up = |bytes: usize| bytes.next_multiple_of(128);
     let score_tokens = match (router.hidden(), num_tokens) {

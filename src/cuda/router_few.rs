@@ -21,19 +21,23 @@ const CLUSTER_STEPS: [usize; 2] = [4, 16];
 const MAX_CLUSTER_ROWS: usize = 16;
 const MAX_CLUSTER_SHARED_BYTES: usize = 208 << 10;
 
-/// Of f16, then of bf16.
-pub(super) struct Kernels([[Function; 2]; 2]);
+/// Of f16, then of bf16: by the steps, for one token and for several.
+pub(super) struct Kernels([[[Function; 2]; 2]; 2]);
 
 impl Kernels {
     /// `None` where the device is no Hopper, or has no room for a cluster.
     pub(super) fn load(modules: &Modules) -> Result<Option<Self>> {
         let Some(module) = modules.module("sm90_router_select") else { return Ok(None) };
-        let mut kernels = Vec::with_capacity(4);
+        let mut kernels = Vec::with_capacity(8);
         for name in [
-            "moefy_router_select_f16_4",
-            "moefy_router_select_f16_16",
-            "moefy_router_select_bf16_4",
-            "moefy_router_select_bf16_16",
+            "moefy_router_select_f16_4_1",
+            "moefy_router_select_f16_4_8",
+            "moefy_router_select_f16_16_1",
+            "moefy_router_select_f16_16_8",
+            "moefy_router_select_bf16_4_1",
+            "moefy_router_select_bf16_4_8",
+            "moefy_router_select_bf16_16_1",
+            "moefy_router_select_bf16_16_8",
         ] {
             let (shared, blocks) = (MAX_CLUSTER_SHARED_BYTES, MOEFY_ROUTER_SELECT_BLOCKS);
             let kernel =
@@ -41,7 +45,11 @@ impl Kernels {
             let Some(kernel) = kernel else { return Ok(None) };
             kernels.push(kernel);
         }
-        Ok(Some(Self([[kernels[0], kernels[1]], [kernels[2], kernels[3]]])))
+        Ok(Some(Self(std::array::from_fn(|dtype| {
+            std::array::from_fn(|steps| {
+                std::array::from_fn(|tokens| kernels[4 * dtype + 2 * steps + tokens])
+            })
+        }))))
     }
 }
 
@@ -89,7 +97,7 @@ pub(super) fn launch_of(
     let shared_bytes =
         cluster_router_bytes(d_model, hidden, num_experts, num_tokens, dtype)? + 4 * words;
     (fits && shared_bytes <= MAX_CLUSTER_SHARED_BYTES)
-        .then_some(Launch { kernel: kernels[which], shared_bytes })
+        .then_some(Launch { kernel: kernels[which][usize::from(num_tokens > 1)], shared_bytes })
 }
 
 /// Shared memory of a router in a block of a cluster, `None` where it is not for one. `hidden` is 0 for one layer.
