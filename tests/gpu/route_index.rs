@@ -132,7 +132,12 @@ fn densities_and_sizes(gpu: &Gpu) {
     }
     // The largest masks would take the reference too long.
     cases.retain(|(num_tokens, num_experts)| num_tokens * num_experts <= 2_000_000);
-    for (num_tokens, num_experts) in thin(cases, 5) {
+    let mut cases = thin(cases, 5);
+    // Where one launch has all the tokens, and all the words, that it can have, and where it has not.
+    if !is_small() {
+        cases.extend([(8192, 128), (8192, 129), (512, 512), (512, 513)]);
+    }
+    for (num_tokens, num_experts) in cases {
         let density = [0.0, 0.03, 0.3, 1.0][rng.random_range(0..4)];
         let mask = random_mask(rng, num_tokens, num_experts, density);
         check(gpu, &mask, num_tokens);

@@ -127,7 +127,7 @@ impl Tune {
     fn layers(&self) -> Result<Vec<Layer>> {
         let or = |default| if self.dtype.is_empty() { vec![default] } else { self.dtype.clone() };
         let Some(model) = &self.model else {
-            let layers = self.layers.specs(&or(DType::BF16))?;
+            let layers = self.layers.shapes(&or(DType::BF16))?;
             return Ok(layers.into_iter().map(Layer::Drawn).collect());
         };
         let folder = Folder::open(model)?;
@@ -162,14 +162,14 @@ impl Tune {
 impl Layer {
     fn dtype(&self) -> DType {
         match self {
-            Self::Drawn(spec) => spec.dtype,
+            Self::Drawn(shape) => shape.dtype,
             Self::Stored(ffn) => ffn.neurons().dtype(),
         }
     }
 
     fn bench(self, device: &Arc<Device>, limits: Limits) -> Result<FfnBench> {
         match self {
-            Self::Drawn(spec) => FfnBench::new(device, spec, limits),
+            Self::Drawn(shape) => FfnBench::new(device, shape, limits),
             Self::Stored(ffn) => FfnBench::of_layer(device, *ffn, limits),
         }
     }

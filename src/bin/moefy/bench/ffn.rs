@@ -97,7 +97,7 @@ impl Ffn {
         for set in &self.set {
             cases.extend(set.cases()?);
         }
-        for layer in self.layers.specs(&self.dtype)? {
+        for layer in self.layers.shapes(&self.dtype)? {
             for source in &self.routing {
                 let routings = source.routings(layer.num_experts, &self.density)?;
                 for (&tokens, routing) in

@@ -41,7 +41,7 @@ pub struct Layers {
 
 impl Layers {
     /// All of them in each of these types.
-    pub fn specs(&self, dtypes: &[DType]) -> Result<Vec<LayerShape>> {
+    pub fn shapes(&self, dtypes: &[DType]) -> Result<Vec<LayerShape>> {
         let own = || {
             let num_experts = self.experts?;
             Some(layer(self.d_model?, self.d_ff?, self.glu, num_experts))
@@ -88,9 +88,9 @@ pub fn named(name: &str) -> Result<LayerShape, String> {
         let known = LAYERS.map(|(d, ..)| format!("d{d}-eN")).join(", ");
         return Err(format!("expected one of {known}, with a number of experts as N"));
     };
-    let spec = layer(d_model, d_ff, glu, num_experts);
-    spec.expert_width().map_err(|error| error.to_string())?;
-    Ok(spec)
+    let shape = layer(d_model, d_ff, glu, num_experts);
+    shape.expert_width().map_err(|error| error.to_string())?;
+    Ok(shape)
 }
 
 /// A layer in bf16 with a D2DMoE router of 128 hidden units.
@@ -132,10 +132,10 @@ mod tests {
 
     #[test]
     fn names_of_layers() {
-        let spec = named("d768-e96").unwrap();
-        assert_eq!((spec.d_ff, spec.glu, spec.expert_width().unwrap()), (3072, false, 32));
-        let spec = named("d4096-e448").unwrap();
-        assert_eq!((spec.d_ff, spec.glu, spec.expert_width().unwrap()), (14336, true, 32));
+        let shape = named("d768-e96").unwrap();
+        assert_eq!((shape.d_ff, shape.glu, shape.expert_width().unwrap()), (3072, false, 32));
+        let shape = named("d4096-e448").unwrap();
+        assert_eq!((shape.d_ff, shape.glu, shape.expert_width().unwrap()), (14336, true, 32));
         assert!(named("d768-e7").unwrap_err().contains("3072"));
         for wrong in ["", "d768", "d5-e1", "d768-e", "768-e96"] {
             assert!(named(wrong).unwrap_err().contains("d768-eN"), "{wrong}");
