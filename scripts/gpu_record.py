@@ -4,8 +4,8 @@
     record.py [RECORD] [--only PART...] [--within SECONDS]
 
 RECORD is record.json by default, in the folder $OUT where that is set. Parts are tests, sanitizers, bench and models; where
-RECORD is of the same code on the same GPU, what runs now takes the place of what it has, so that the parts of a record can be
-made one after another.
+RECORD exists, what runs now takes the place of what it has, so that the parts of a record can be made one after another; it must
+be of the same code on the same GPU.
 
 The bundle's model is checked against the reference and the CPU, and whole models are timed beside PyTorch where this
 Python has it. What the programs say goes to RECORD.log. Exit code 1 when a test failed, a skip included, a sanitizer found something,
@@ -222,15 +222,21 @@ def is_good(record):
 
 
 def begun(path, identity):
-    """The record to go on with: the one at `path`, if it is of the same code on the same GPU."""
+    """The record to go on with: the one at `path`, or an empty one where there is none. One of other code, or of another GPU,
+    is refused rather than lost."""
+    if not os.path.exists(path):
+        return {"date": "", **identity, "tests": [], "sanitizers": {}, "bench": [], "model_bench": []}
     try:
         with open(path, encoding="utf-8") as file:
             record = json.load(file)
-        if {key: record[key] for key in IDENTITY} == identity:
-            return record
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return {"date": "", **identity, "tests": [], "sanitizers": {}, "bench": [], "model_bench": []}
+        found = {key: record[key] for key in IDENTITY}
+    except (ValueError, KeyError, TypeError) as problem:
+        sys.exit("error: {} is no record ({}): name another file".format(path, problem))
+    for key in IDENTITY:
+        if found[key] != identity[key]:
+            sys.exit("error: {}: expected the {} {!r} of this run, got {!r}: name another file, or move it away".format(
+                path, key, identity[key], found[key]))
+    return record
 
 
 def replaced(tests, names, results):

@@ -55,7 +55,12 @@ class GpuRecordTest(unittest.TestCase):
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text_of(record))
             self.assertEqual(begun(path, identity), record)
-            self.assertEqual(begun(path, {**identity, "digest": "cd"})["sanitizers"], {})
+            with self.assertRaisesRegex(SystemExit, "expected the digest 'cd' of this run, got 'ab'"):
+                begun(path, {**identity, "digest": "cd"})
+            with open(path, "w", encoding="utf-8") as file:
+                file.write("[]")
+            with self.assertRaisesRegex(SystemExit, "is no record"):
+                begun(path, identity)
 
     def test_results_take_the_place_of_older_ones(self):
         old, other = {"name": "bench few", "result": "failed"}, {"name": "a", "result": "passed"}
