@@ -536,6 +536,30 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_fused_params, reserved) - 480usize];
 };
 #[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_experts_masked_params {
+    pub rows: moefy_tensor_map,
+    pub weights: moefy_tensor_map,
+    pub experts: moefy_experts_params,
+    pub reserved: [u64; 4usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_experts_masked_params"]
+        [::std::mem::size_of::<moefy_experts_masked_params>() - 512usize];
+    ["Alignment of moefy_experts_masked_params"]
+        [::std::mem::align_of::<moefy_experts_masked_params>() - 64usize];
+    ["Offset of field: moefy_experts_masked_params::rows"]
+        [::std::mem::offset_of!(moefy_experts_masked_params, rows) - 0usize];
+    ["Offset of field: moefy_experts_masked_params::weights"]
+        [::std::mem::offset_of!(moefy_experts_masked_params, weights) - 128usize];
+    ["Offset of field: moefy_experts_masked_params::experts"]
+        [::std::mem::offset_of!(moefy_experts_masked_params, experts) - 256usize];
+    ["Offset of field: moefy_experts_masked_params::reserved"]
+        [::std::mem::offset_of!(moefy_experts_masked_params, reserved) - 480usize];
+};
+#[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct moefy_token_tiles_params {
     pub mask: u64,

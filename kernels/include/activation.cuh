@@ -33,15 +33,20 @@ __device__ __forceinline__ void store_eight(T* to, const float (&values)[8]) {
   for (int i = 0; i < int(sizeof(T) / 2); ++i) reinterpret_cast<uint4*>(to)[i] = vectors[i];
 }
 
-/// exp and quotients by the fast units where the result is rounded to 16 bits anyway: their error is near 1e-6.
-template <class T>
-__device__ __forceinline__ float exp_for(float z) {
-  return sizeof(T) == 2 ? __expf(z) : expf(z);
+constexpr float kLog2E = 1.4426950408889634f;
+
+/// 2^z and 1 / z by the fast units, where the result is rounded to 16 bits anyway: their error is near 1e-7. Without steps for
+/// what is below 2^-126, which becomes 0.
+__device__ __forceinline__ float fast_exp2(float z) {
+  float v;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(z));
+  return v;
 }
 
-template <class T>
-__device__ __forceinline__ float divide_for(float a, float b) {
-  return sizeof(T) == 2 ? __fdividef(a, b) : a / b;
+__device__ __forceinline__ float fast_reciprocal(float z) {
+  float v;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(z));
+  return v;
 }
 
 /// z times the normal distribution's share below z. For 16 bits by Abramowitz & Stegun 7.1.26, whose erf is off by at most
@@ -50,12 +55,12 @@ template <class T>
 __device__ __forceinline__ float gelu(float z) {
   if constexpr (sizeof(T) == 4) return 0.5f * z * (1.0f + erff(z * 0.70710678118654752f));
   const float size = fabsf(z);
-  const float t = __fdividef(1.0f, fmaf(size, 0.3275911f * 0.70710678118654752f, 1.0f));
+  const float t = fast_reciprocal(fmaf(size, 0.3275911f * 0.70710678118654752f, 1.0f));
   // Coefficients of half of it.
   float tail = fmaf(t, 0.5f * 1.061405429f, 0.5f * -1.453152027f);
   tail = fmaf(t, tail, 0.5f * 1.421413741f);
   tail = fmaf(t, tail, 0.5f * -0.284496736f);
-  tail = fmaf(t, tail, 0.5f * 0.254829592f) * t * __expf(-0.5f * z * z);
+  tail = fmaf(t, tail, 0.5f * 0.254829592f) * t * fast_exp2(-0.5f * kLog2E * z * z);
   return fmaf(-size, tail, fmaxf(z, 0.0f));
 }
 
@@ -68,13 +73,15 @@ __device__ __forceinline__ float activate(uint32_t activation, float z) {
     case MOEFY_GELU:
       return gelu<T>(z);
     case MOEFY_GELU_TANH: {
-      const float inner = 0.79788456080286536f * (z + 0.044715f * z * z * z);
-      if constexpr (sizeof(T) == 4) return 0.5f * z * (1.0f + tanhf(inner));
-      // (1 + tanh u) / 2 = 1 / (1 + exp(-2 u))
-      return divide_for<T>(z, 1.0f + exp_for<T>(-2.0f * inner));
+      // u = c (z + 0.044715 z^3), c = sqrt(2 / pi); (1 + tanh u) / 2 = 1 / (1 + exp(-2 u))
+      constexpr float kScale = 0.79788456080286536f;
+      if constexpr (sizeof(T) == 4) return 0.5f * z * (1.0f + tanhf(kScale * (z + 0.044715f * z * z * z)));
+      constexpr float kExponent = -2.0f * kScale * kLog2E;
+      return z * fast_reciprocal(1.0f + fast_exp2(z * fmaf(0.044715f * kExponent, z * z, kExponent)));
     }
     case MOEFY_SILU:
-      return divide_for<T>(z, 1.0f + exp_for<T>(-z));
+      if constexpr (sizeof(T) == 4) return z / (1.0f + expf(-z));
+      return z * fast_reciprocal(1.0f + fast_exp2(-kLog2E * z));
     default:
       return z;
   }

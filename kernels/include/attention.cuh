@@ -37,12 +37,6 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float a, float b) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-__device__ __forceinline__ float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 /// Whether keys before `end` can be such that a query from `query0` on must not see them.
 __device__ __forceinline__ bool hides_keys(const moefy_attention_params& p, const Place& place, uint32_t end,
                                            uint32_t query0) {

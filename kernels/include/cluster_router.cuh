@@ -105,7 +105,8 @@ struct ClusterRouter {
   /// While the kernel before this one runs: asks for the weights. When the cluster has been waited for, the barriers of all
   /// blocks are ready and stores can come.
   /// `score_bytes`: that other blocks send to this one.
-  __device__ void begin(uint32_t score_bytes) const {
+  /// `arrives`: at the cluster's barrier before the rows are asked for; otherwise the caller does, after that.
+  __device__ void begin(uint32_t score_bytes, bool arrives) const {
     const uint32_t w2_row_bytes = p.hidden * sizeof(T);
     if (threadIdx.x == 0) {
       for (uint64_t* barrier : {&fixed.rows_barrier, &fixed.first_barrier, &fixed.scores_barrier}) {
@@ -118,7 +119,7 @@ struct ClusterRouter {
     }
     if (threadIdx.x < num_rows) slice.clear_row_end(rows + threadIdx.x * row_stride);
     __syncthreads();
-    arrive_in_cluster();
+    if (arrives) arrive_in_cluster();
     if (threadIdx.x < num_rows) {
       const char* from = static_cast<const char*>(p.w1) + static_cast<uint64_t>(row0 + threadIdx.x) * slice.row_bytes;
       copy_bulk(shared_address(rows) + threadIdx.x * row_stride, from, slice.row_bytes,

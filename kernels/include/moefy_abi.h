@@ -272,6 +272,16 @@ typedef struct moefy_experts_fused_params {
   uint64_t reserved[4]; /* to a multiple of the alignment */
 } moefy_experts_fused_params;
 
+/* Products of all experts under masks. First product: `rows` is x, d_model by tokens, a box is 64 by 128; `weights` as of
+ * moefy_experts_engine_params. Second product: `rows` is h, d_ff by tokens; `weights` is w_out, d_model by neurons, a box is 64 by 64.
+ * Where there are lists, nothing is done unless min_token_pairs exist. */
+typedef struct moefy_experts_masked_params {
+  moefy_tensor_map rows;
+  moefy_tensor_map weights;
+  moefy_experts_params experts;
+  uint64_t reserved[4]; /* to a multiple of the alignment */
+} moefy_experts_masked_params;
+
 /* Masks -> tiles of tokens whose masks are alike: the tokens in the order of their rarest experts, and of each tile what
  * its tokens select. */
 typedef struct moefy_token_tiles_params {

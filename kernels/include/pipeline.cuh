@@ -21,7 +21,8 @@ __device__ __forceinline__ void become_multiplier() {
 }
 
 /// The barriers of the stages. All threads of a block make one, before anything else that they share. `kWithEngine`: the copy
-/// engine fills a part of every stage, which is full when those bytes are there too: one thread says how many they are.
+/// engine fills a part of every stage, or all of it, which is full when those bytes are there too: one thread says how many they
+/// are.
 template <int kStages, bool kWithEngine = false>
 struct Pipeline {
   uint32_t barriers;

@@ -51,6 +51,7 @@ __device__ __forceinline__ void wgmma(float (&c)[kSums], const uint32_t (&a)[4],
 #define MOEFY_SUMS_16(i) MOEFY_SUMS_4(i), MOEFY_SUMS_4(i + 4), MOEFY_SUMS_4(i + 8), MOEFY_SUMS_4(i + 12)
 #define MOEFY_SUMS_32(i) MOEFY_SUMS_16(i), MOEFY_SUMS_16(i + 16)
 #define MOEFY_SUMS_64(i) MOEFY_SUMS_32(i), MOEFY_SUMS_32(i + 32)
+#define MOEFY_SUMS_96(i) MOEFY_SUMS_64(i), MOEFY_SUMS_32(i + 64)
 #define MOEFY_SUMS_128(i) MOEFY_SUMS_64(i), MOEFY_SUMS_64(i + 64)
 #define MOEFY_NUMBERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define MOEFY_NUMBERS_32 \
@@ -60,10 +61,12 @@ __device__ __forceinline__ void wgmma(float (&c)[kSums], const uint32_t (&a)[4],
   MOEFY_NUMBERS_32 \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MOEFY_NUMBERS_128 \
+#define MOEFY_NUMBERS_96 \
   MOEFY_NUMBERS_64 \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define MOEFY_NUMBERS_128 \
+  MOEFY_NUMBERS_96 \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
@@ -95,6 +98,8 @@ __device__ __forceinline__ void wgmma(float (&c)[kSums], const uint32_t (&a)[4],
   MOEFY_WGMMA_SHARED(type, name, 64, 32, 1, "%32", "%33", "%34")                                  \
   MOEFY_WGMMA_SHARED(type, name, 128, 64, 0, "%64", "%65", "%66")                                 \
   MOEFY_WGMMA_SHARED(type, name, 128, 64, 1, "%64", "%65", "%66")                                 \
+  MOEFY_WGMMA_SHARED(type, name, 192, 96, 0, "%96", "%97", "%98")                                 \
+  MOEFY_WGMMA_SHARED(type, name, 192, 96, 1, "%96", "%97", "%98")                                 \
   MOEFY_WGMMA_SHARED(type, name, 256, 128, 0, "%128", "%129", "%130")                             \
   MOEFY_WGMMA_SHARED(type, name, 256, 128, 1, "%128", "%129", "%130")                             \
   MOEFY_WGMMA_REGISTERS(type, name, 64, 32, 1, "{%32, %33, %34, %35}", "%36", "%37")              \

@@ -19,10 +19,15 @@ __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char
   const ClusterRouter<T, kSteps, kTwoLayers> router(r, num_tokens, of_router, fixed.sums, stream.slice, stream.shared.ring);
   float* const scores = reinterpret_cast<float*>(stream.shared.router_inputs);  // [num_experts, score_tokens]
   stream.begin();
-  router.begin(score_bytes);
+  router.begin(score_bytes, kOneToken);
   touch(p);
   launch_dependents();
-  wait_for_cluster();
+  // Several tokens were slower where blocks arrived early (kernels/NOTES.md).
+  if (kOneToken) {
+    wait_for_cluster();
+  } else {
+    sync_cluster();
+  }
   wait_for_dependencies();
 
   typename Slice<T, 1, kSteps>::X x;
@@ -69,16 +74,16 @@ __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char
 
 // Dynamic shared memory: Sized, with ClusterRouter in the ring. Two blocks fit a multiprocessor, so that the next layer's can
 // have the weights of its router before this one ends. For one token the compiler made slower code of 128 registers.
-#define MOEFY_FFN_FEW_CLUSTER(name, type, layers, neurons, tokens, registers)                            \
-  extern "C" __global__ void __cluster_dims__(MOEFY_ROUTER_SELECT_BLOCKS, 1, 1) __maxnreg__(registers)   \
+#define MOEFY_FFN_FEW_CLUSTER(name, type, layers, neurons, tokens, bounds)                               \
+  extern "C" __global__ void __cluster_dims__(MOEFY_ROUTER_SELECT_BLOCKS, 1, 1) bounds                   \
       moefy_ffn_few_cluster_##name##_##layers##_##neurons##_##tokens(                                    \
           const __grid_constant__ moefy_ffn_few_params p) {                                              \
     extern __shared__ __align__(128) unsigned char memory[];                                             \
     moefy::few::run<type, MOEFY_FFN_FEW_CLUSTER_STEPS, neurons, layers == 2, tokens == 1>(p, memory);    \
   }
 #define MOEFY_FFN_FEW_CLUSTER_TOKENS(name, type, layers, neurons) \
-  MOEFY_FFN_FEW_CLUSTER(name, type, layers, neurons, 1, 112)      \
-  MOEFY_FFN_FEW_CLUSTER(name, type, layers, neurons, 8, 128)
+  MOEFY_FFN_FEW_CLUSTER(name, type, layers, neurons, 1, __maxnreg__(112)) \
+  MOEFY_FFN_FEW_CLUSTER(name, type, layers, neurons, 8, __launch_bounds__(MOEFY_FFN_FEW_THREADS, 2))
 #define MOEFY_FFN_FEW_CLUSTER_OF(name, type)      \
   MOEFY_FFN_FEW_CLUSTER_TOKENS(name, type, 1, 8)  \
   MOEFY_FFN_FEW_CLUSTER_TOKENS(name, type, 1, 16) \

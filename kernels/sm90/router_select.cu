@@ -18,7 +18,7 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
   const uint32_t token = router.rank;
   static_assert(kClusterBlocks >= kTile, "tokens have a block each");
   const bool selects = token < num_tokens;
-  router.begin(selects ? p.num_experts * sizeof(float) : 0);
+  router.begin(selects ? p.num_experts * sizeof(float) : 0, true);
   if (threadIdx.x == 0) max_key = count = 0;
   touch(p);
   launch_dependents();

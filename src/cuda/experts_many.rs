@@ -3,6 +3,7 @@
 use super::driver::{Function, RawStream, tensor_map};
 use super::experts::{Launch, THREADS, Variants, variants};
 use super::experts_many_ways::{Ways, row_bytes, rows_of_all};
+use super::experts_masked;
 use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
 use crate::abi::{
@@ -46,6 +47,8 @@ struct Wide {
     token_output: Function,
     /// Both in one launch, for narrow experts.
     fused: [Function; 3],
+    /// All experts, for many pairs of those.
+    masked: experts_masked::OfType,
 }
 
 const WIDE_MODULES: [&str; 4] = [
@@ -81,6 +84,21 @@ macro_rules! fused {
     };
 }
 
+macro_rules! masked {
+    ($dtype:literal) => {
+        [
+            [
+                concat!("moefy_experts_masked_hidden_", $dtype, "_128"),
+                concat!("moefy_experts_masked_hidden_", $dtype, "_256"),
+            ],
+            [
+                concat!("moefy_experts_masked_output_", $dtype, "_128"),
+                concat!("moefy_experts_masked_output_", $dtype, "_192"),
+            ],
+        ]
+    };
+}
+
 macro_rules! wide_hidden {
     ($dtype:literal) => {
         [wide_hidden!("wide", $dtype), wide_hidden!("engine", $dtype)]
@@ -101,6 +119,7 @@ impl Wide {
         [hidden, engine_hidden]: [[&'static str; 4]; 2],
         [output, token_output]: [&'static str; 2],
         fused: [&'static str; 3],
+        masked: [[&'static str; 2]; 2],
     ) -> Result<Self> {
         let most = MOEFY_MAX_EXPERTS as usize;
         let load = |names: [&'static str; 4]| -> Result<[Function; 4]> {
@@ -120,6 +139,7 @@ impl Wide {
             output: modules.function(WIDE_MODULES[1], output, bytes)?,
             token_output: modules.function(WIDE_MODULES[2], token_output, WIDE_SHARED_BYTES)?,
             fused: [load_fused(0)?, load_fused(1)?, load_fused(2)?],
+            masked: experts_masked::OfType::load(modules, masked)?,
         })
     }
 }
@@ -177,12 +197,14 @@ impl Kernels {
                     wide_hidden!("f16"),
                     ["moefy_experts_many_wide_output_f16", "moefy_experts_many_token_output_f16"],
                     fused!("f16"),
+                    masked!("f16"),
                 )?,
                 Wide::load(
                     modules,
                     wide_hidden!("bf16"),
                     ["moefy_experts_many_wide_output_bf16", "moefy_experts_many_token_output_bf16"],
                     fused!("bf16"),
+                    masked!("bf16"),
                 )?,
             ])
         };
@@ -401,6 +423,8 @@ impl Shape {
         let wide = kernels.wide(self.dtype);
         // The device knows how many pairs there are: what they do not need ends at once.
         let may_go_by_tokens = self.max_pairs >= self.ways.min_token_pairs;
+        let masked = self.ways.masked.filter(|_| may_go_by_tokens);
+        let may_go_in_two = masked.is_none() && (self.ways.fused.is_none() || may_go_by_tokens);
         if let Some((wide, size)) = wide.zip(self.ways.fused) {
             let map = |weights| self.map_of_rows(weights, FUSED_ROWS[size]);
             let params = moefy_experts_fused_params {
@@ -413,7 +437,11 @@ impl Shape {
             // SAFETY: the caller's promise.
             unsafe { kernel.launch(stream, [blocks, 1, 1], FUSED_THREADS, shared, &params)? };
         }
-        if self.ways.fused.is_none() || may_go_by_tokens {
+        if let Some((wide, masked)) = wide.zip(masked) {
+            // SAFETY: the caller's promise.
+            unsafe { masked.launch(&wide.masked, stream, &params)? };
+        }
+        if may_go_in_two {
             match wide {
                 Some(wide) if self.has_engine => {
                     let kernel = &wide.engine_hidden[self.wide_size];
@@ -430,6 +458,7 @@ impl Shape {
             }
         }
         if let Some(wide) = wide
+            && may_go_in_two
             && may_go_by_tokens
         {
             let kernel = &wide.token_output;

@@ -5,6 +5,7 @@ use super::experts_many::{
     FUSED_ROWS, MAX_ROWS_BYTES, TOKEN_DEPTH, TOKEN_TILE, WIDE_SHARED_BYTES,
     token_output_shared_bytes,
 };
+use super::experts_masked;
 
 /// Both products in one launch: wider tokens were not measured.
 const FUSED_MAX_D_MODEL: usize = 1024;
@@ -17,6 +18,8 @@ pub(super) struct Ways {
     pub(super) fused: Option<usize>,
     /// From so many pairs on, the second product goes by tiles of tokens.
     pub(super) min_token_pairs: usize,
+    /// Then the first one too: all experts under masks.
+    pub(super) masked: Option<experts_masked::Shape>,
     /// So many can have outputs. Not fewer with more tokens: a workspace serves fewer tokens too.
     pub(super) pairs_with_rows: usize,
 }
@@ -26,22 +29,34 @@ impl Ways {
     pub(super) fn new(launch: &Launch, max_pairs: usize) -> Option<Self> {
         let room = (MAX_ROWS_BYTES / row_bytes(launch)?).checked_sub(rows_of_all(launch)?);
         let by_tokens = Cost::of_token_output(launch);
-        Some(match (fused_size(launch).zip(room), by_tokens) {
-            (Some((size, room)), _) if max_pairs <= room => {
-                Self { fused: Some(size), min_token_pairs: usize::MAX, pairs_with_rows: max_pairs }
+        // Masks go on where lists end early.
+        let has_all = max_pairs >= launch.num_tokens.checked_mul(launch.num_experts)?;
+        let masked = experts_masked::Shape::new(launch).filter(|_| has_all);
+        let fused_cost = |size| Cost::of_fused(launch, size) + Cost::of_sum(launch);
+        Some(match (fused_size(launch).zip(room), masked, by_tokens) {
+            (Some((size, room)), Some(shape), _) => {
+                let masked_cost = Cost { base: shape.us, of_pair: 0.0 };
+                let min_token_pairs = fused_cost(size).pairs_up_to(masked_cost).min(room);
+                let pairs_with_rows = max_pairs.min(room);
+                Self { fused: Some(size), min_token_pairs, masked, pairs_with_rows }
             }
-            (Some((size, room)), Some(by_tokens)) => {
-                let fused = Cost::of_fused(launch, size) + Cost::of_sum(launch);
+            (Some((size, room)), None, _) if max_pairs <= room => Self {
+                fused: Some(size),
+                min_token_pairs: usize::MAX,
+                masked: None,
+                pairs_with_rows: max_pairs,
+            },
+            (Some((size, room)), None, Some(by_tokens)) => {
                 let in_two = Cost::of_all(launch) + Cost::of_hidden(launch) + by_tokens;
-                let min_token_pairs = fused.pairs_up_to(in_two).min(room);
-                Self { fused: Some(size), min_token_pairs, pairs_with_rows: room }
+                let min_token_pairs = fused_cost(size).pairs_up_to(in_two).min(room);
+                Self { fused: Some(size), min_token_pairs, masked: None, pairs_with_rows: room }
             }
             _ => {
                 let by_pairs = Cost::of_pair_output(launch);
                 let min_token_pairs =
                     by_tokens.map_or(usize::MAX, |by_tokens| by_pairs.pairs_up_to(by_tokens));
                 let pairs_with_rows = max_pairs.min(min_token_pairs);
-                Self { fused: None, min_token_pairs, pairs_with_rows }
+                Self { fused: None, min_token_pairs, masked: None, pairs_with_rows }
             }
         })
     }
@@ -163,13 +178,16 @@ pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 
     let in_us = read_us(launch.halves * launch.d_ff + launch.rank);
     let out_us = read_us(launch.d_ff + launch.rank);
     let by_tokens = || Cost::of_token_output(launch).map_or(f64::INFINITY, |cost| cost.base);
+    let idle_us = if max_pairs >= ways.min_token_pairs { IDLE_US } else { 0.0 };
     let second_us = match ways.fused {
         Some(size) if pairs < ways.min_token_pairs as f64 => {
-            let idle_us = if max_pairs >= ways.min_token_pairs { IDLE_US } else { 0.0 };
             let products = Cost::of_fused(launch, size).us(pairs).max(TILE_US);
             return idle_us + products.max(in_us + out_us) + Cost::of_sum(launch).us(pairs);
         }
-        Some(_) => by_tokens(),
+        Some(_) => match ways.masked {
+            Some(masked) => return idle_us + masked.us.max(in_us + out_us),
+            None => by_tokens(),
+        },
         None => by_tokens().min(Cost::of_pair_output(launch).us(pairs)),
     };
     Cost::of_all(launch).base + Cost::of_hidden(launch).us(pairs).max(in_us) + second_us.max(out_us)

@@ -36,6 +36,7 @@ mod experts;
 mod experts_few;
 mod experts_many;
 mod experts_many_ways;
+mod experts_masked;
 mod experts_tiled;
 mod ffn_few;
 mod ffn_few_cluster;

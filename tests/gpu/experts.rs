@@ -26,6 +26,7 @@ pub fn tests() -> crate::Tests {
         ("experts::skewed_routing", skewed_routing),
         ("experts::short_lists", short_lists),
         ("experts::long_lists", long_lists),
+        ("experts::most_pairs", most_pairs),
         ("experts::gates", every_gate),
         ("experts::padding", padding),
     ]
@@ -389,6 +390,32 @@ fn long_lists(gpu: &Gpu) {
         let mask = random_mask(rng, num_tokens, shape.num_experts, density);
         let case = Case::new(Which::Many, layer, x, mask, None);
         check(gpu, &Case { capacity: 1 << 18, ..case });
+    }
+}
+
+/// So many of narrow experts that all of them run under masks, where the device can do that, and some that do not.
+fn most_pairs(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let mut cases = Vec::new();
+    for dtype in [DType::F16, DType::BF16] {
+        for (num_experts, expert_width, shared) in [(448, 8, 0), (100, 24, 16), (70, 32, 200)] {
+            for density in [0.01, 0.6, 1.0] {
+                for gate in [Gate::One, Gate::Score] {
+                    cases.push((dtype, num_experts, expert_width, shared, density, gate));
+                }
+            }
+        }
+    }
+    for (dtype, num_experts, expert_width, shared, density, gate) in thin(cases, 5) {
+        let d_model = 904;
+        let shape = Shape { d_model, num_experts, expert_width, shared, rank: 0, glu: false };
+        let num_tokens = if is_small() { 300 } else { 700 };
+        let layer = random_layer(rng, shape, dtype).with_gate(gate);
+        let x = tokens(rng, num_tokens, d_model, dtype);
+        let mask = random_mask(rng, num_tokens, num_experts, density);
+        let scores = (gate != Gate::One).then(|| uniform(rng, num_tokens * num_experts));
+        let scores = scores.map(|scores| scores.into_iter().map(f32::abs).collect());
+        check(gpu, &Case::new(Which::Many, layer, x, mask, scores));
     }
 }
 

@@ -1,0 +1,118 @@
+//! The kernels of [`experts`](super::experts) for many tokens that run most experts, on Hopper: all of them, under masks.
+
+use super::driver::{Function, RawStream, tensor_map};
+use super::experts::Launch;
+use super::kernels::Modules;
+use crate::abi::{moefy_experts_masked_params, moefy_experts_params};
+use crate::dtype::DType;
+use crate::error::Result;
+
+const MODULE: &str = "sm90_experts_masked";
+/// Of a block.
+const THREADS: u32 = 384;
+/// Tokens of an item, and elements of its depth in a stage.
+const TOKENS: usize = 128;
+const DEPTH: usize = 64;
+/// Neurons of an item of the first product, columns of one of the second.
+const NEURONS: [usize; 2] = [128, 256];
+const COLUMNS: [usize; 2] = [128, 192];
+
+/// Both products of a type.
+pub(super) struct OfType {
+    hidden: [Function; 2],
+    output: [Function; 2],
+}
+
+impl OfType {
+    /// Names of the first product's and of the second one's.
+    pub(super) fn load(modules: &Modules, names: [[&'static str; 2]; 2]) -> Result<Self> {
+        let load = |names: [&'static str; 2], across: [usize; 2]| -> Result<[Function; 2]> {
+            let load = |i: usize| modules.function(MODULE, names[i], shared_bytes(across[i]));
+            Ok([load(0)?, load(1)?])
+        };
+        Ok(Self { hidden: load(names[0], NEURONS)?, output: load(names[1], COLUMNS)? })
+    }
+}
+
+/// Of all stages, of which an item of `across` has so many.
+fn shared_bytes(across: usize) -> usize {
+    let stages = match across {
+        256 => 4,
+        192 => 5,
+        _ => 6,
+    };
+    stages * (TOKENS + across) * DEPTH * 2
+}
+
+/// Sizes of the launches.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    dtype: DType,
+    num_tokens: usize,
+    d_model: usize,
+    d_ff: usize,
+    multiprocessors: usize,
+    /// Which kernel each product takes.
+    hidden: usize,
+    output: usize,
+    /// Microseconds of both on an H100.
+    pub(super) us: f64,
+}
+
+impl Shape {
+    /// `None` for a layer that these kernels cannot do.
+    pub(super) fn new(launch: &Launch) -> Option<Self> {
+        let Launch { dtype, num_tokens, d_model, d_ff, multiprocessors, .. } = *launch;
+        let in_groups = [launch.expert_width, d_ff].iter().all(|n| n.is_multiple_of(8));
+        if !launch.is_wide || launch.halves != 1 || launch.rank != 0 || !in_groups {
+            return None;
+        }
+        let tiles = num_tokens.div_ceil(TOKENS);
+        // Rounds of items: their stages, and what it takes to begin and to store (kernels/NOTES.md).
+        let us_of = |across: usize, total: usize, depth: usize, of_column: f64| {
+            let rounds = (tiles * total.div_ceil(across)).div_ceil(multiprocessors) as f64;
+            let stages = depth.div_ceil(DEPTH) as f64;
+            rounds * (stages * (0.05 + 0.00265 * across as f64) + of_column * across as f64)
+        };
+        let fastest = |us: [f64; 2]| if us[1] < us[0] { (1, us[1]) } else { (0, us[0]) };
+        let (hidden, hidden_us) =
+            fastest(NEURONS.map(|across| us_of(across, d_ff, d_model, 0.018)));
+        let (output, output_us) =
+            fastest(COLUMNS.map(|across| us_of(across, d_model, d_ff, 0.014)));
+        let us = 6.0 + hidden_us + output_us;
+        Some(Self { dtype, num_tokens, d_model, d_ff, multiprocessors, hidden, output, us })
+    }
+
+    /// # Safety
+    /// The addresses in `params` must be what the kernels expect, with h \[num_tokens, d_ff\], and the context must be
+    /// bound.
+    pub(super) unsafe fn launch(
+        &self,
+        kernels: &OfType,
+        stream: RawStream,
+        params: &moefy_experts_params,
+    ) -> Result<()> {
+        let map = |matrix: u64, columns: usize, rows: usize, box_rows: usize| {
+            let row = (columns * self.dtype.bytes()) as u64;
+            let sizes = [columns as u64, rows as u64];
+            tensor_map(self.dtype, matrix, sizes, &[row], [DEPTH as u32, box_rows as u32])
+        };
+        let neurons = &params.neurons;
+        let (d_model, d_ff, num_tokens) = (self.d_model, self.d_ff, self.num_tokens);
+        let x = map(params.x, d_model, num_tokens, TOKENS)?;
+        let hidden = map(params.hidden, d_ff, num_tokens, TOKENS)?;
+        let w_in = map(neurons.w_in, d_model, d_ff, NEURONS[self.hidden])?;
+        let w_out = map(neurons.w_out, d_model, d_ff, DEPTH)?;
+        for (kernel, rows, weights, across) in [
+            (&kernels.hidden[self.hidden], x, w_in, NEURONS[self.hidden]),
+            (&kernels.output[self.output], hidden, w_out, COLUMNS[self.output]),
+        ] {
+            let params =
+                moefy_experts_masked_params { rows, weights, experts: *params, reserved: [0; 4] };
+            let grid = [self.multiprocessors as u32, 1, 1];
+            // SAFETY: the caller's promise.
+            unsafe { kernel.launch(stream, grid, THREADS, shared_bytes(across), &params)? };
+        }
+        Ok(())
+    }
+}
