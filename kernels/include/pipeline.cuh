@@ -10,14 +10,14 @@ constexpr uint32_t kCopiers = 128, kMultipliers = 256;
 constexpr uint32_t kPipelineThreads = kCopiers + kMultipliers;
 
 /// Who copies leaves registers to who multiplies: sums take 128 with two warpgroups that multiply, 64 with three. All of them
-/// have 65,536.
-template <int kGroups = 2>
+/// have 65,536. `kAsks`: the copy engine does everything, and one thread asks it to.
+template <int kGroups = 2, bool kAsks = false>
 __device__ __forceinline__ void become_copier() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kGroups == 2 ? 88 : 80));
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kGroups == 3 ? 80 : kAsks ? 40 : 88));
 }
-template <int kGroups = 2>
+template <int kGroups = 2, bool kAsks = false>
 __device__ __forceinline__ void become_multiplier() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kGroups == 2 ? 208 : 144));
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kGroups == 3 ? 144 : kAsks ? 232 : 208));
 }
 
 /// The barriers of the stages. All threads of a block make one, before anything else that they share. `kWithEngine`: the copy
@@ -87,6 +87,12 @@ class Multiplier {
     wgmma_wait<1>();
     if (count_ > freed_) free();
     ++count_;
+  }
+
+  /// Leaves stages to others, after `finish`.
+  __device__ void skip(uint32_t stages) {
+    count_ += stages;
+    freed_ = count_;
   }
 
   /// Waits for all products.

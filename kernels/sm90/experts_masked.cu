@@ -1,8 +1,9 @@
 // The op `experts` for many tokens that run most experts, on Hopper: both products as of the whole layer, with zeros in h for
 // what a token does not select. A launch each.
 //
-// A persistent grid takes items of 128 tokens by some neurons, or columns of y. One thread asks the copy engine for
-// everything; two warpgroups multiply 64 tokens each and store while the next item's stages are under way.
+// A persistent grid takes items of 128 tokens by some neurons, or columns of y. One thread asks the copy engine for everything, two
+// warpgroups multiply. Items of the first product are short, and phi takes long: warpgroups take items by turns, so that one
+// multiplies while the other stores. In the second product each has 64 of an item's tokens.
 #include "expert_groups.cuh"
 #include "pipeline.cuh"
 #include "store_lines.cuh"
@@ -20,18 +21,18 @@ constexpr uint32_t kBlockBytes = kDepth * kRowBytes;   // of 64 columns of w_out
 template <uint32_t kAcross>
 constexpr uint32_t kStageBytes = kTokenBytes + kAcross* kRowBytes;
 template <uint32_t kAcross>
-constexpr int kStages = kAcross == 256 ? 4 : kAcross == 192 ? 5 : 6;
+constexpr int kStages = kAcross == 192 ? 5 : 6;
 
 template <uint32_t kAcross>
 using Ring = Pipeline<kStages<kAcross>, true>;
 
-/// Calls for each item of this block with its first token, and the first of its part of `total`.
+/// Calls for each item of this block with its first token, the first of its part of `total`, and how many items follow.
 template <uint32_t kAcross, class Call>
 __device__ __forceinline__ void for_each_item(const moefy_experts_params& p, uint32_t total, const Call& call) {
   const uint32_t of_tile = ceil_div(total, kAcross), num_items = ceil_div(p.num_tokens, kTokens) * of_tile;
 #pragma unroll 1
   for (uint32_t item = blockIdx.x; item < num_items; item += gridDim.x) {
-    call(item / of_tile * kTokens, item % of_tile * kAcross);
+    call(item / of_tile * kTokens, item % of_tile * kAcross, (num_items - 1 - item) / gridDim.x);
   }
 }
 
@@ -40,7 +41,7 @@ template <uint32_t kAcross, class Weights>
 __device__ __forceinline__ void copy_items(const moefy_experts_masked_params& p, uint32_t total, uint32_t depth,
                                            uint32_t memory, const Ring<kAcross>& pipeline, const Weights& weights) {
   Copier<kStages<kAcross>, true> copier(pipeline);
-  for_each_item<kAcross>(p.experts, total, [&](uint32_t token0, uint32_t first) {
+  for_each_item<kAcross>(p.experts, total, [&](uint32_t token0, uint32_t first, uint32_t) {
 #pragma unroll 1
     for (uint32_t k = 0; k < depth; k += kDepth) {
       const uint32_t slot = copier.begin(), to = memory + slot * kStageBytes<kAcross>, full = pipeline.full(slot);
@@ -50,29 +51,6 @@ __device__ __forceinline__ void copy_items(const moefy_experts_masked_params& p,
       copier.end_by_engine();
     }
   });
-}
-
-/// Multiplies all stages of an item; `meanwhile` is called while the first ones are under way.
-template <class T, bool kByColumns, uint32_t kAcross, class Meanwhile>
-__device__ __forceinline__ void multiply_stages(float (&c)[kAcross / 2], Multiplier<kStages<kAcross>, true>& multiplier,
-                                                uint32_t memory, uint32_t depth, const Meanwhile& meanwhile) {
-  constexpr uint32_t kNextStep = (kByColumns ? 16 * kRowBytes : 32) / 16;
-  const uint32_t group_token = (threadIdx.x - kCopiers) / 128 * 64;
-#pragma unroll 1
-  for (uint32_t k = 0; k < depth; k += kDepth) {
-    const uint32_t from = memory + multiplier.begin() * kStageBytes<kAcross>, at = from + kTokenBytes;
-    const uint64_t a = operand_of_rows(from + group_token * kRowBytes);
-    const uint64_t b = kByColumns ? operand_of_columns(at, kBlockBytes) : operand_of_rows(at);
-    wgmma_fence();
-#pragma unroll
-    for (uint32_t step = 0; step < kDepth / 16; ++step) {
-      wgmma<T, kByColumns>(c, a + 2 * step, b + kNextStep * step, k > 0 || step > 0);
-    }
-    wgmma_commit();
-    if (k == 0) meanwhile();
-    multiplier.end();
-  }
-  multiplier.finish();
 }
 
 /// Moves sums down that come after the first kUsed: a loop that does so is short, and unrolled it would wait for its
@@ -88,10 +66,24 @@ __device__ __forceinline__ bool is_idle(const moefy_experts_params& p) {
   return p.expert_offsets != nullptr && !by_tokens(p);
 }
 
+/// Adds up the products of a stage: of 64 tokens from `tokens` on and all its weights.
+template <class T, bool kByColumns, int kSums>
+__device__ __forceinline__ void multiply_stage(float (&c)[kSums], uint32_t tokens, uint32_t weights, bool adds) {
+  constexpr uint32_t kNextStep = (kByColumns ? 16 * kRowBytes : 32) / 16;
+  const uint64_t a = operand_of_rows(tokens);
+  const uint64_t b = kByColumns ? operand_of_columns(weights, kBlockBytes) : operand_of_rows(weights);
+#pragma unroll
+  for (uint32_t step = 0; step < kDepth / 16; ++step) {
+    wgmma<T, kByColumns>(c, a + 2 * step, b + kNextStep * step, adds || step > 0);
+  }
+}
+
 // ---- first product ----
 
+constexpr uint32_t kNeurons = 128;            // of an item
+constexpr uint32_t kParts = kTokens / 64;     // of its tokens, that are multiplied one after the other
+
 /// Of the neurons of an item, for one warpgroup.
-template <uint32_t kNeurons>
 struct Constants {
   float bias[kNeurons];
   float mean[kNeurons];
@@ -103,9 +95,8 @@ struct Selected {
 };
 
 /// A lane of a quad looks at a quarter of the blocks, at all of its words together.
-template <uint32_t kBlocks>
 __device__ __forceinline__ Selected find_selected(const moefy_experts_params& p, uint32_t token, uint32_t first) {
-  constexpr uint32_t kMine = kBlocks / 4;
+  constexpr uint32_t kMine = kNeurons / 8 / 4;
   const moefy_neurons& n = p.neurons;
   const uint32_t words = ceil_div(n.num_experts, 32), valid = valid_tokens(p), part = threadIdx.x % 4 * kMine;
   const uint32_t* rows[2];
@@ -141,94 +132,109 @@ __device__ __forceinline__ Selected find_selected(const moefy_experts_params& p,
   return selected;
 }
 
-/// h of a warp's 16 rows of a tile, from its sums, which are used up. `kMore`: there are gates or means. No value waits for a
-/// condition: the two warps of a scheduler do not hide branches.
-template <class T, bool kMore, uint32_t kNeurons, class Activation>
-__device__ __forceinline__ void store_hidden(const moefy_experts_params& p, const Constants<kNeurons>& constants,
-                                             Selected selected, uint32_t token0, uint32_t first,
-                                             float (&c)[kNeurons / 2], Activation) {
-  constexpr uint32_t kAtOnce = 128;
+/// h of a warp's 16 rows of a tile, from its sums. `kMore`: there are gates or means. No value waits for a condition: nobody hides
+/// a branch here.
+template <class T, bool kMore, class Activation>
+__device__ __forceinline__ void store_hidden(const moefy_experts_params& p, const Constants& constants,
+                                             const Selected& selected, uint32_t token0, uint32_t first,
+                                             const float (&c)[kNeurons / 2], Activation) {
   const moefy_neurons& n = p.neurons;
-  const uint32_t lane = threadIdx.x % 32, own = token0 + lane / 4;
+  const uint32_t lane = threadIdx.x % 32;
   const auto two = [](const float* values) { return *reinterpret_cast<const float2*>(values); };
-#pragma unroll 1
-  for (uint32_t done = 0; done < kNeurons && first + done < n.d_ff; done += kAtOnce) {
-    const auto pair = [&](int block, int half) {
-      const uint32_t at = done + block * 8 + lane % 4 * 2;
-      const float2 bias = two(constants.bias + at);
-      const float* sums = c + block * 4 + 2 * half;
-      float2 value = {activate<T>(Activation::value, sums[0] + bias.x), activate<T>(Activation::value, sums[1] + bias.y)};
-      if constexpr (kMore) {
-        const float2 mean = two(constants.mean + at);
-        const uint32_t expert = (first + done + block * 8) / n.expert_width, token = own + half * 8;
-        const bool has_gate = p.gates != nullptr && expert < n.num_experts && token < p.num_tokens;
-        const float gate = has_gate ? gate_of(p.gates, n.num_experts, token, expert) : 1.0f;
-        value.x = gate * (value.x - mean.x);
-        value.y = gate * (value.y - mean.y);
-      }
-      const bool runs = selected.blocks[half] >> block & 1;
-      return make_float2(runs ? value.x : 0.0f, runs ? value.y : 0.0f);
-    };
-    store_lines<T, kAtOnce / 8>(n.d_ff - first - done, pair, [&](uint32_t row) {
-      const uint64_t token = token0 + row;
-      return token < p.num_tokens ? static_cast<T*>(p.hidden) + token * n.d_ff + first + done : nullptr;
-    });
-    move_down<kAtOnce / 2>(c);
-    selected.blocks[0] >>= kAtOnce / 8;
-    selected.blocks[1] >>= kAtOnce / 8;
-  }
+  const auto pair = [&](int block, int half) {
+    const uint32_t at = block * 8 + lane % 4 * 2;
+    const float2 bias = two(constants.bias + at);
+    const float* sums = c + block * 4 + 2 * half;
+    float2 value = {activate<T>(Activation::value, sums[0] + bias.x), activate<T>(Activation::value, sums[1] + bias.y)};
+    if constexpr (kMore) {
+      const float2 mean = two(constants.mean + at);
+      const uint32_t expert = (first + block * 8) / n.expert_width, token = token0 + lane / 4 + half * 8;
+      const bool has_gate = p.gates != nullptr && expert < n.num_experts && token < p.num_tokens;
+      const float gate = has_gate ? gate_of(p.gates, n.num_experts, token, expert) : 1.0f;
+      value.x = gate * (value.x - mean.x);
+      value.y = gate * (value.y - mean.y);
+    }
+    const bool runs = selected.blocks[half] >> block & 1;
+    return make_float2(runs ? value.x : 0.0f, runs ? value.y : 0.0f);
+  };
+  store_lines<T, kNeurons / 8>(n.d_ff - first, pair, [&](uint32_t row) {
+    const uint64_t token = token0 + row;
+    return token < p.num_tokens ? static_cast<T*>(p.hidden) + token * n.d_ff + first : nullptr;
+  });
 }
 
-template <class T, uint32_t kNeurons>
-__device__ __forceinline__ void multiply_hidden(const moefy_experts_params& p, uint32_t memory, const Ring<kNeurons>& pipeline,
-                                                Constants<kNeurons> (&constants)[2]) {
+template <class T>
+__device__ __forceinline__ void multiply_hidden(const moefy_experts_params& p, uint32_t memory,
+                                                const Ring<kNeurons>& pipeline, Constants (&constants)[2]) {
   const moefy_neurons& n = p.neurons;
-  const uint32_t thread = threadIdx.x - kCopiers, row0 = thread / 32 * 16;
+  const uint32_t thread = threadIdx.x - kCopiers, group = thread / 128, row0 = thread % 128 / 32 * 16;
   const bool has_more = p.gates != nullptr || n.mean != nullptr;
-  uint32_t turn = 0;
+  uint32_t item = 0;
   Multiplier<kStages<kNeurons>, true> multiplier(pipeline);
-  for_each_item<kNeurons>(p, n.d_ff, [&](uint32_t token0, uint32_t first) {
+  for_each_item<kNeurons>(p, n.d_ff, [&](uint32_t token0, uint32_t first, uint32_t following) {
+    if (item++ % 2 != group) return multiplier.skip(ceil_div(n.d_model, kDepth));
     // In turns, so that they can be noted while others still read the last item's.
-    Constants<kNeurons>& those = constants[turn];
-    turn ^= 1;
-    Selected selected;
-    float c[kNeurons / 2];
-    multiply_stages<T, false, kNeurons>(c, multiplier, memory, n.d_model, [&] {
-      for (uint32_t i = thread % 128; i < kNeurons; i += 128) {
-        const NeuronConstants found = neuron_constants(n, first + i);
-        those.bias[i] = found.bias;
-        those.mean[i] = found.mean;
+    Constants& those = constants[item / 2 % 2];
+    const NeuronConstants found = neuron_constants(n, first + thread % 128);
+    those.bias[thread % 128] = found.bias;
+    those.mean[thread % 128] = found.mean;
+    Selected selected[kParts];
+#pragma unroll
+    for (uint32_t part = 0; part < kParts; ++part) {
+      selected[part] = find_selected(p, token0 + part * 64 + row0 + thread % 32 / 4, first);
+    }
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+    // Who would wait for a stage before the other one has seen its own would take an earlier phase for that.
+    if (item > 1) asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory");
+    float c[kParts][kNeurons / 2];
+#pragma unroll 1
+    for (uint32_t k = 0; k < n.d_model; k += kDepth) {
+      const uint32_t from = memory + multiplier.begin() * kStageBytes<kNeurons>;
+      wgmma_fence();
+#pragma unroll
+      for (uint32_t part = 0; part < kParts; ++part) {
+        multiply_stage<T, false>(c[part], from + part * 64 * kRowBytes, from + kTokenBytes, k > 0);
       }
-      selected = find_selected<kNeurons / 8>(p, token0 + row0 + thread % 32 / 4, first);
-      asm volatile("bar.sync %0, 128;" ::"r"(1 + thread / 128) : "memory");
-    });
+      wgmma_commit();
+      multiplier.end();
+    }
+    if (following > 0) asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory");
+    multiplier.finish();
     with_activation(n.activation, [&](auto known) {
-      if (has_more) {
-        store_hidden<T, true>(p, those, selected, token0 + row0, first, c, known);
-      } else {
-        store_hidden<T, false>(p, those, selected, token0 + row0, first, c, known);
+      // A loop, for half the instructions.
+#pragma unroll 1
+      for (uint32_t part = 0; part < kParts; ++part) {
+        const uint32_t token = token0 + part * 64 + row0;
+        if (has_more) {
+          store_hidden<T, true>(p, those, selected[0], token, first, c[0], known);
+        } else {
+          store_hidden<T, false>(p, those, selected[0], token, first, c[0], known);
+        }
+        selected[0] = selected[1];
+#pragma unroll
+        for (uint32_t i = 0; i < kNeurons / 2; ++i) c[0][i] = c[1][i];
       }
     });
   });
 }
 
-template <class T, uint32_t kNeurons>
+template <class T>
 __device__ __forceinline__ void masked_hidden(const moefy_experts_masked_params& masked) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  __shared__ __align__(16) Constants<kNeurons> constants[kMultipliers / 128][2];
+  __shared__ __align__(16) Constants constants[2][2];
   const moefy_neurons& n = masked.experts.neurons;
-  const Ring<kNeurons> pipeline(1);
+  const Ring<kNeurons> pipeline(1, kMultipliers / 32 / 2);
   begin();
   if (is_idle(masked.experts)) return;
   if (threadIdx.x < kCopiers) {
-    become_copier();
+    become_copier<2, true>();
     if (threadIdx.x > 0) return;
     copy_items<kNeurons>(masked, n.d_ff, n.d_model, shared_address(memory), pipeline,
                          [&](uint32_t to, uint32_t first, uint32_t k, uint32_t full) {
                            copy_box(to, masked.weights, k, first, full);
                          });
   } else {
-    become_multiplier();
+    become_multiplier<2, true>();
     multiply_hidden<T>(masked.experts, shared_address(memory), pipeline, constants[(threadIdx.x - kCopiers) / 128]);
   }
 }
@@ -269,7 +275,7 @@ __device__ __forceinline__ void masked_output(const moefy_experts_masked_params&
   begin();
   if (is_idle(p)) return;
   if (threadIdx.x < kCopiers) {
-    become_copier();
+    become_copier<2, true>();
     if (threadIdx.x > 0) return;
     copy_items<kColumns>(masked, n.d_model, n.d_ff, shared_address(memory), pipeline,
                          [&](uint32_t to, uint32_t first, uint32_t k, uint32_t full) {
@@ -279,11 +285,19 @@ __device__ __forceinline__ void masked_output(const moefy_experts_masked_params&
                            }
                          });
   } else {
-    become_multiplier();
+    become_multiplier<2, true>();
     Multiplier<kStages<kColumns>, true> multiplier(pipeline);
-    for_each_item<kColumns>(p, n.d_model, [&](uint32_t token0, uint32_t column0) {
+    for_each_item<kColumns>(p, n.d_model, [&](uint32_t token0, uint32_t column0, uint32_t) {
       float c[kColumns / 2];
-      multiply_stages<T, true, kColumns>(c, multiplier, shared_address(memory), n.d_ff, [] {});
+#pragma unroll 1
+      for (uint32_t k = 0; k < n.d_ff; k += kDepth) {
+        const uint32_t from = shared_address(memory) + multiplier.begin() * kStageBytes<kColumns>;
+        wgmma_fence();
+        multiply_stage<T, true>(c, from + (threadIdx.x - kCopiers) / 128 * 64 * kRowBytes, from + kTokenBytes, k > 0);
+        wgmma_commit();
+        multiplier.end();
+      }
+      multiplier.finish();
       store_output<T, kColumns>(p, token0 + (threadIdx.x - kCopiers) / 32 * 16, column0, c);
     });
   }
@@ -292,24 +306,19 @@ __device__ __forceinline__ void masked_output(const moefy_experts_masked_params&
 }  // namespace
 }  // namespace moefy
 
-// across: neurons of an item. Dynamic shared memory: 192 KB of stages, 200 KB where 192 go across.
-#define MOEFY_EXPERTS_MASKED_HIDDEN(name, type, across)                                                      \
-  extern "C" __global__ void __launch_bounds__(moefy::kPipelineThreads, 1)                                   \
-      moefy_experts_masked_hidden_##name##_##across(const __grid_constant__ moefy_experts_masked_params p) { \
-    moefy::masked_hidden<type, across>(p);                                                                   \
+// Dynamic shared memory: 192 KB of stages, 200 KB where 192 columns go across.
+#define MOEFY_EXPERTS_MASKED_OUTPUT(name, type, columns)                                                      \
+  extern "C" __global__ void __launch_bounds__(moefy::kPipelineThreads, 1)                                    \
+      moefy_experts_masked_output_##name##_##columns(const __grid_constant__ moefy_experts_masked_params p) { \
+    moefy::masked_output<type, columns>(p);                                                                   \
   }
 
-// across: columns of y.
-#define MOEFY_EXPERTS_MASKED_OUTPUT(name, type, across)                                                      \
-  extern "C" __global__ void __launch_bounds__(moefy::kPipelineThreads, 1)                                   \
-      moefy_experts_masked_output_##name##_##across(const __grid_constant__ moefy_experts_masked_params p) { \
-    moefy::masked_output<type, across>(p);                                                                   \
-  }
-
-#define MOEFY_EXPERTS_MASKED(name, type)       \
-  MOEFY_EXPERTS_MASKED_HIDDEN(name, type, 128) \
-  MOEFY_EXPERTS_MASKED_HIDDEN(name, type, 256) \
-  MOEFY_EXPERTS_MASKED_OUTPUT(name, type, 128) \
+#define MOEFY_EXPERTS_MASKED(name, type)                                                          \
+  extern "C" __global__ void __launch_bounds__(moefy::kPipelineThreads, 1)                        \
+      moefy_experts_masked_hidden_##name(const __grid_constant__ moefy_experts_masked_params p) { \
+    moefy::masked_hidden<type>(p);                                                                \
+  }                                                                                               \
+  MOEFY_EXPERTS_MASKED_OUTPUT(name, type, 128)                                                    \
   MOEFY_EXPERTS_MASKED_OUTPUT(name, type, 192)
 
 MOEFY_EXPERTS_MASKED(f16, __half)

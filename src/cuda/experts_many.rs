@@ -84,21 +84,6 @@ macro_rules! fused {
     };
 }
 
-macro_rules! masked {
-    ($dtype:literal) => {
-        [
-            [
-                concat!("moefy_experts_masked_hidden_", $dtype, "_128"),
-                concat!("moefy_experts_masked_hidden_", $dtype, "_256"),
-            ],
-            [
-                concat!("moefy_experts_masked_output_", $dtype, "_128"),
-                concat!("moefy_experts_masked_output_", $dtype, "_192"),
-            ],
-        ]
-    };
-}
-
 macro_rules! wide_hidden {
     ($dtype:literal) => {
         [wide_hidden!("wide", $dtype), wide_hidden!("engine", $dtype)]
@@ -119,7 +104,7 @@ impl Wide {
         [hidden, engine_hidden]: [[&'static str; 4]; 2],
         [output, token_output]: [&'static str; 2],
         fused: [&'static str; 3],
-        masked: [[&'static str; 2]; 2],
+        masked: [&'static str; 3],
     ) -> Result<Self> {
         let most = MOEFY_MAX_EXPERTS as usize;
         let load = |names: [&'static str; 4]| -> Result<[Function; 4]> {
@@ -139,7 +124,7 @@ impl Wide {
             output: modules.function(WIDE_MODULES[1], output, bytes)?,
             token_output: modules.function(WIDE_MODULES[2], token_output, WIDE_SHARED_BYTES)?,
             fused: [load_fused(0)?, load_fused(1)?, load_fused(2)?],
-            masked: experts_masked::OfType::load(modules, masked)?,
+            masked: experts_masked::OfType::load(modules, masked[0], [masked[1], masked[2]])?,
         })
     }
 }
@@ -197,14 +182,22 @@ impl Kernels {
                     wide_hidden!("f16"),
                     ["moefy_experts_many_wide_output_f16", "moefy_experts_many_token_output_f16"],
                     fused!("f16"),
-                    masked!("f16"),
+                    [
+                        "moefy_experts_masked_hidden_f16",
+                        "moefy_experts_masked_output_f16_128",
+                        "moefy_experts_masked_output_f16_192",
+                    ],
                 )?,
                 Wide::load(
                     modules,
                     wide_hidden!("bf16"),
                     ["moefy_experts_many_wide_output_bf16", "moefy_experts_many_token_output_bf16"],
                     fused!("bf16"),
-                    masked!("bf16"),
+                    [
+                        "moefy_experts_masked_hidden_bf16",
+                        "moefy_experts_masked_output_bf16_128",
+                        "moefy_experts_masked_output_bf16_192",
+                    ],
                 )?,
             ])
         };

@@ -14,33 +14,31 @@ const THREADS: u32 = 384;
 const TOKENS: usize = 128;
 const DEPTH: usize = 64;
 /// Neurons of an item of the first product, columns of one of the second.
-const NEURONS: [usize; 2] = [128, 256];
+const NEURONS: usize = 128;
 const COLUMNS: [usize; 2] = [128, 192];
 
 /// Both products of a type.
 pub(super) struct OfType {
-    hidden: [Function; 2],
+    hidden: Function,
     output: [Function; 2],
 }
 
 impl OfType {
-    /// Names of the first product's and of the second one's.
-    pub(super) fn load(modules: &Modules, names: [[&'static str; 2]; 2]) -> Result<Self> {
-        let load = |names: [&'static str; 2], across: [usize; 2]| -> Result<[Function; 2]> {
-            let load = |i: usize| modules.function(MODULE, names[i], shared_bytes(across[i]));
-            Ok([load(0)?, load(1)?])
-        };
-        Ok(Self { hidden: load(names[0], NEURONS)?, output: load(names[1], COLUMNS)? })
+    /// Names of the first product and of those for the second one.
+    pub(super) fn load(
+        modules: &Modules,
+        hidden: &'static str,
+        output: [&'static str; 2],
+    ) -> Result<Self> {
+        let load = |name, across| modules.function(MODULE, name, shared_bytes(across));
+        let output = [load(output[0], COLUMNS[0])?, load(output[1], COLUMNS[1])?];
+        Ok(Self { hidden: load(hidden, NEURONS)?, output })
     }
 }
 
 /// Of all stages, of which an item of `across` has so many.
 fn shared_bytes(across: usize) -> usize {
-    let stages = match across {
-        256 => 4,
-        192 => 5,
-        _ => 6,
-    };
+    let stages = if across == 192 { 5 } else { 6 };
     stages * (TOKENS + across) * DEPTH * 2
 }
 
@@ -52,8 +50,7 @@ pub(super) struct Shape {
     d_model: usize,
     d_ff: usize,
     multiprocessors: usize,
-    /// Which kernel each product takes.
-    hidden: usize,
+    /// Which kernel the second product takes.
     output: usize,
     /// Microseconds of both on an H100.
     pub(super) us: f64,
@@ -68,19 +65,19 @@ impl Shape {
             return None;
         }
         let tiles = num_tokens.div_ceil(TOKENS);
-        // Rounds of items: their stages, and what it takes to begin and to store (kernels/NOTES.md).
-        let us_of = |across: usize, total: usize, depth: usize, of_column: f64| {
-            let rounds = (tiles * total.div_ceil(across)).div_ceil(multiprocessors) as f64;
-            let stages = depth.div_ceil(DEPTH) as f64;
-            rounds * (stages * (0.05 + 0.00265 * across as f64) + of_column * across as f64)
+        // Rounds of items: their stages, and what it takes to store (kernels/NOTES.md).
+        let rounds = |across: usize, total: usize| {
+            (tiles * total.div_ceil(across)).div_ceil(multiprocessors) as f64
         };
-        let fastest = |us: [f64; 2]| if us[1] < us[0] { (1, us[1]) } else { (0, us[0]) };
-        let (hidden, hidden_us) =
-            fastest(NEURONS.map(|across| us_of(across, d_ff, d_model, 0.018)));
-        let (output, output_us) =
-            fastest(COLUMNS.map(|across| us_of(across, d_model, d_ff, 0.014)));
-        let us = 6.0 + hidden_us + output_us;
-        Some(Self { dtype, num_tokens, d_model, d_ff, multiprocessors, hidden, output, us })
+        let stages = |depth: usize| depth.div_ceil(DEPTH) as f64;
+        let hidden_us = rounds(NEURONS, d_ff) * (stages(d_model) * 0.39 + 0.5);
+        let output_us = COLUMNS.map(|across| {
+            let width = across as f64;
+            rounds(across, d_model) * (stages(d_ff) * (0.05 + 0.00265 * width) + 0.014 * width)
+        });
+        let output = usize::from(output_us[1] < output_us[0]);
+        let us = 9.0 + hidden_us + output_us[output];
+        Some(Self { dtype, num_tokens, d_model, d_ff, multiprocessors, output, us })
     }
 
     /// # Safety
@@ -101,10 +98,10 @@ impl Shape {
         let (d_model, d_ff, num_tokens) = (self.d_model, self.d_ff, self.num_tokens);
         let x = map(params.x, d_model, num_tokens, TOKENS)?;
         let hidden = map(params.hidden, d_ff, num_tokens, TOKENS)?;
-        let w_in = map(neurons.w_in, d_model, d_ff, NEURONS[self.hidden])?;
+        let w_in = map(neurons.w_in, d_model, d_ff, NEURONS)?;
         let w_out = map(neurons.w_out, d_model, d_ff, DEPTH)?;
         for (kernel, rows, weights, across) in [
-            (&kernels.hidden[self.hidden], x, w_in, NEURONS[self.hidden]),
+            (&kernels.hidden, x, w_in, NEURONS),
             (&kernels.output[self.output], hidden, w_out, COLUMNS[self.output]),
         ] {
             let params =
