@@ -19,6 +19,7 @@ extern "C" __global__ void moefy_abi_probe(const __grid_constant__ moefy_abi_pro
       LAYOUT(moefy_neurons, reserved),
       LAYOUT(moefy_experts_params, fused),
       LAYOUT(moefy_experts_engine_params, reserved),
+      LAYOUT(moefy_experts_sums_params, reserved),
       LAYOUT(moefy_experts_masked_params, reserved),
       LAYOUT(moefy_experts_fused_params, reserved),
       LAYOUT(moefy_token_tiles_params, reserved),

@@ -9,6 +9,8 @@ pub const MOEFY_ROUTE_INDEX_WARP_BLOCKS: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_DIRECT_WORDS: u32 = 16;
 pub const MOEFY_EXPERTS_MANY_SLAB: u32 = 256;
 pub const MOEFY_EXPERTS_MANY_SUM_COLUMNS: u32 = 256;
+pub const MOEFY_EXPERTS_SUMS_COLUMNS: u32 = 64;
+pub const MOEFY_EXPERTS_SUMS_STAGES: u32 = 4;
 pub const MOEFY_FFN_FEW_EXPERTS: u32 = 512;
 pub const MOEFY_FFN_FEW_STAGES: u32 = 8;
 pub const MOEFY_FFN_FEW_TILE: u32 = 8;
@@ -534,6 +536,42 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_fused_params, experts) - 256usize];
     ["Offset of field: moefy_experts_fused_params::reserved"]
         [::std::mem::offset_of!(moefy_experts_fused_params, reserved) - 480usize];
+};
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_experts_sums_params {
+    pub hidden: moefy_tensor_map,
+    pub hidden_shared: moefy_tensor_map,
+    pub hidden_linear: moefy_tensor_map,
+    pub w_out: moefy_tensor_map,
+    pub experts: moefy_experts_params,
+    pub block_tokens: u32,
+    pub num_lanes: u32,
+    pub reserved: [u64; 3usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_experts_sums_params"]
+        [::std::mem::size_of::<moefy_experts_sums_params>() - 768usize];
+    ["Alignment of moefy_experts_sums_params"]
+        [::std::mem::align_of::<moefy_experts_sums_params>() - 64usize];
+    ["Offset of field: moefy_experts_sums_params::hidden"]
+        [::std::mem::offset_of!(moefy_experts_sums_params, hidden) - 0usize];
+    ["Offset of field: moefy_experts_sums_params::hidden_shared"]
+        [::std::mem::offset_of!(moefy_experts_sums_params, hidden_shared) - 128usize];
+    ["Offset of field: moefy_experts_sums_params::hidden_linear"]
+        [::std::mem::offset_of!(moefy_experts_sums_params, hidden_linear) - 256usize];
+    ["Offset of field: moefy_experts_sums_params::w_out"]
+        [::std::mem::offset_of!(moefy_experts_sums_params, w_out) - 384usize];
+    ["Offset of field: moefy_experts_sums_params::experts"]
+        [::std::mem::offset_of!(moefy_experts_sums_params, experts) - 512usize];
+    ["Offset of field: moefy_experts_sums_params::block_tokens"]
+        [::std::mem::offset_of!(moefy_experts_sums_params, block_tokens) - 736usize];
+    ["Offset of field: moefy_experts_sums_params::num_lanes"]
+        [::std::mem::offset_of!(moefy_experts_sums_params, num_lanes) - 740usize];
+    ["Offset of field: moefy_experts_sums_params::reserved"]
+        [::std::mem::offset_of!(moefy_experts_sums_params, reserved) - 744usize];
 };
 #[repr(C)]
 #[repr(align(64))]

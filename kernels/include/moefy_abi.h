@@ -32,6 +32,10 @@
 /* Columns that a warp of moefy_experts_many_sum takes at once. */
 #define MOEFY_EXPERTS_MANY_SUM_COLUMNS 256u
 
+/* moefy_experts_many_sums: columns of a block, stages. */
+#define MOEFY_EXPERTS_SUMS_COLUMNS 64u
+#define MOEFY_EXPERTS_SUMS_STAGES 4u
+
 /* ffn_few: experts and stages at most, tokens of a tile, threads of a block, outputs of a block of the first launch. */
 #define MOEFY_FFN_FEW_EXPERTS 512u
 #define MOEFY_FFN_FEW_STAGES 8u
@@ -56,7 +60,8 @@
 /* Tokens and outputs of a block of moefy_router_layer. */
 #define MOEFY_ROUTER_TILE 64u
 
-/* moefy_router_many: tokens of a cluster; threads of a block; stages of inputs, and of each of two warpgroups pieces of the second layer, at most. */
+/* moefy_router_many: tokens of a cluster; threads of a block; stages of inputs; pieces of the second layer that each of two
+ * warpgroups has, at most. */
 #define MOEFY_ROUTER_MANY_TOKENS 64u
 #define MOEFY_ROUTER_MANY_THREADS 384u
 #define MOEFY_ROUTER_MANY_STAGES 8u
@@ -185,7 +190,7 @@ typedef struct moefy_route_index_params {
   MOEFY_PTR(uint32_t) union_ids;              /* [num_experts]: experts with a token, ascending */
   MOEFY_PTR(uint32_t) num_union;              /* [1] */
   MOEFY_PTR(uint32_t) status;                 /* [1] or null */
-  MOEFY_PTR(uint32_t) chunk_counts;           /* [num_chunks, num_experts]; null for moefy_route_index_direct */
+  MOEFY_PTR(uint32_t) chunk_counts;           /* [num_chunks, num_experts]; moefy_route_index_direct does not read it */
   uint64_t capacity;
   uint32_t num_chunks;
   uint32_t num_tokens;
@@ -240,8 +245,8 @@ typedef struct moefy_experts_params {
   uint64_t hidden_shared;
   uint64_t hidden_linear;
   MOEFY_PTR(float) partials; /* few tokens: [num_splits, num_tokens, d_model] */
-  /* Many tokens: outputs of a slab of columns: one row for each pair, then one for each token for the shared neurons if
-   * there are any, then those for the linear ones. As many columns as the rows that there are leave room for. */
+  /* Many tokens, pair by pair: outputs of a slab of columns: one row for each pair, then one for each token for the shared
+   * neurons if there are any, then those for the linear ones. As many columns as the rows that there are leave room for. */
   MOEFY_PTR(void) rows;
   uint64_t rows_bytes; /* room for MOEFY_EXPERTS_MANY_SLAB columns of every row that can be, at least */
   MOEFY_PTR(uint32_t) pair_rows; /* many tokens: [num_tokens, num_experts], the row of each pair that exists */
@@ -272,9 +277,23 @@ typedef struct moefy_experts_fused_params {
   uint64_t reserved[4]; /* to a multiple of the alignment */
 } moefy_experts_fused_params;
 
-/* Products of all experts under masks. First product: `rows` is x, d_model by tokens, a box is 64 by 128; `weights` as of
- * moefy_experts_engine_params. Second product: `rows` is h, d_ff by tokens; `weights` is w_out, d_model by neurons, a box is 64 by 64.
- * Where there are lists, nothing is done unless min_token_pairs exist. */
+/* The second product for many tokens, summed where it is multiplied. `hidden` is h of the pairs, hidden_stride by pairs; the
+ * other two that of all tokens, if there are such neurons; a box is 64 by 64, as of w_out, d_model by neurons. Nothing is done
+ * where min_token_pairs exist. */
+typedef struct moefy_experts_sums_params {
+  moefy_tensor_map hidden;
+  moefy_tensor_map hidden_shared;
+  moefy_tensor_map hidden_linear;
+  moefy_tensor_map w_out;
+  moefy_experts_params experts;
+  uint32_t block_tokens; /* tokens of a block */
+  uint32_t num_lanes;    /* blocks that share the columns of these tokens */
+  uint64_t reserved[3];  /* to a multiple of the alignment */
+} moefy_experts_sums_params;
+
+/* Products of all experts under masks. First product: `rows` is x, d_model by tokens, and `weights` w_in, d_model by neurons; a
+ * box is 64 by 128. Second product: `rows` is h, d_ff by tokens, and `weights` w_out, d_model by neurons, of which a box is 64 by
+ * 64. Where there are lists, nothing is done unless min_token_pairs exist. */
 typedef struct moefy_experts_masked_params {
   moefy_tensor_map rows;
   moefy_tensor_map weights;

@@ -21,8 +21,7 @@ __device__ __forceinline__ void become_multiplier() {
 }
 
 /// The barriers of the stages. All threads of a block make one, before anything else that they share. `kWithEngine`: the copy
-/// engine fills a part of every stage, or all of it, which is full when those bytes are there too: one thread says how many they
-/// are.
+/// engine fills every stage or a part of it: then it is full when those bytes are there too. One thread says how many they are.
 template <int kStages, bool kWithEngine = false>
 struct Pipeline {
   uint32_t barriers;
@@ -89,11 +88,8 @@ class Multiplier {
     ++count_;
   }
 
-  /// Leaves stages to others, after `finish`.
-  __device__ void skip(uint32_t stages) {
-    count_ += stages;
-    freed_ = count_;
-  }
+  /// Leaves stages before this one to others, after `finish`.
+  __device__ void go_to(uint32_t stage) { count_ = freed_ = stage; }
 
   /// Waits for all products.
   __device__ void finish() {

@@ -1,9 +1,9 @@
 // The op `experts` for many tokens that run most experts, on Hopper: both products as of the whole layer, with zeros in h for
 // what a token does not select. A launch each.
 //
-// A persistent grid takes items of 128 tokens by some neurons, or columns of y. One thread asks the copy engine for everything, two
-// warpgroups multiply. Items of the first product are short, and phi takes long: warpgroups take items by turns, so that one
-// multiplies while the other stores. In the second product each has 64 of an item's tokens.
+// A persistent grid takes items of 128 tokens by some neurons, or columns of y. One thread asks the copy engine for everything,
+// two warpgroups multiply. Items of the first product are short, and phi takes long: warpgroups take items by turns, so that
+// one multiplies while the other stores. In the second product each has 64 of an item's tokens.
 #include "expert_groups.cuh"
 #include "pipeline.cuh"
 #include "store_lines.cuh"
@@ -132,8 +132,8 @@ __device__ __forceinline__ Selected find_selected(const moefy_experts_params& p,
   return selected;
 }
 
-/// h of a warp's 16 rows of a tile, from its sums. `kMore`: there are gates or means. No value waits for a condition: nobody hides
-/// a branch here.
+/// h of a warp's 16 rows of a tile, from its sums. `kMore`: there are gates or means. No value waits for a condition: nobody
+/// hides a branch here.
 template <class T, bool kMore, class Activation>
 __device__ __forceinline__ void store_hidden(const moefy_experts_params& p, const Constants& constants,
                                              const Selected& selected, uint32_t token0, uint32_t first,
@@ -172,9 +172,11 @@ __device__ __forceinline__ void multiply_hidden(const moefy_experts_params& p, u
   uint32_t item = 0;
   Multiplier<kStages<kNeurons>, true> multiplier(pipeline);
   for_each_item<kNeurons>(p, n.d_ff, [&](uint32_t token0, uint32_t first, uint32_t following) {
-    if (item++ % 2 != group) return multiplier.skip(ceil_div(n.d_model, kDepth));
+    const uint32_t turn = item++;
+    if (turn % 2 != group) return;
+    multiplier.go_to(turn * ceil_div(n.d_model, kDepth));
     // In turns, so that they can be noted while others still read the last item's.
-    Constants& those = constants[item / 2 % 2];
+    Constants& those = constants[turn / 2 % 2];
     const NeuronConstants found = neuron_constants(n, first + thread % 128);
     those.bias[thread % 128] = found.bias;
     those.mean[thread % 128] = found.mean;
@@ -185,7 +187,7 @@ __device__ __forceinline__ void multiply_hidden(const moefy_experts_params& p, u
     }
     asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
     // Who would wait for a stage before the other one has seen its own would take an earlier phase for that.
-    if (item > 1) asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory");
+    if (turn > 0) asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory");
     float c[kParts][kNeurons / 2];
 #pragma unroll 1
     for (uint32_t k = 0; k < n.d_model; k += kDepth) {

@@ -330,6 +330,7 @@ __device__ __forceinline__ void add_up(const Place& place, Fixed& fixed) {
       }
       if (lane_id() == 0) fixed.scales[token] = scale;
       if (rows_are_imposed(r)) {
+        __syncwarp();  // other lanes have read this row
         copy_imposed(r, min(place.first_token + token, r.num_tokens - 1), row[b] - lane_id() * 16, lane_id(), 32);
         continue;
       }

@@ -37,6 +37,7 @@ pub fn host_abi() -> Vec<u32> {
         moefy_neurons.reserved,
         moefy_experts_params.fused,
         moefy_experts_engine_params.reserved,
+        moefy_experts_sums_params.reserved,
         moefy_experts_masked_params.reserved,
         moefy_experts_fused_params.reserved,
         moefy_token_tiles_params.reserved,

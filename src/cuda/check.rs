@@ -99,9 +99,9 @@ pub fn check(device: &Arc<Device>, mut found: impl FnMut(Checked)) -> Result<()>
         router_hidden: 0,
         ..plain
     };
-    for spec in [plain, gated] {
+    for layer_shape in [plain, gated] {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
-            let layer = Layer::new(device, LayerShape { dtype, ..spec })?;
+            let layer = Layer::new(device, LayerShape { dtype, ..layer_shape })?;
             for num_tokens in TOKENS {
                 layer.check_router_select(rng, num_tokens, &mut found)?;
                 layer.check_paths(rng, num_tokens, &mut found)?;
@@ -227,20 +227,20 @@ fn check_route_index(device: &Device, mask: &ExpertMask) -> Result<Checked> {
 /// A layer here and there.
 struct Layer<'a> {
     device: &'a Device,
-    spec: LayerShape,
+    layer_shape: LayerShape,
     host: ffn::MoeFfn,
     on_device: Arc<MoeFfn>,
 }
 
 impl<'a> Layer<'a> {
-    fn new(device: &'a Arc<Device>, spec: LayerShape) -> Result<Self> {
-        let host = spec.draw()?;
+    fn new(device: &'a Arc<Device>, layer_shape: LayerShape) -> Result<Self> {
+        let host = layer_shape.draw()?;
         let on_device = Arc::new(MoeFfn::new(device, &host)?);
-        Ok(Self { device, spec, host, on_device })
+        Ok(Self { device, layer_shape, host, on_device })
     }
 
     fn shape(&self, num_tokens: usize) -> String {
-        let LayerShape { d_model, num_experts, glu, .. } = self.spec;
+        let LayerShape { d_model, num_experts, glu, .. } = self.layer_shape;
         let width = self.host.expert_width();
         let glu = if glu { ", GLU" } else { "" };
         format!("T {num_tokens}, d {d_model}, E {num_experts}, s {width}{glu}")
@@ -252,7 +252,7 @@ impl<'a> Layer<'a> {
         num_tokens: usize,
         found: &mut impl FnMut(Checked),
     ) -> Result<()> {
-        let LayerShape { d_model, num_experts, dtype, router_hidden, .. } = self.spec;
+        let LayerShape { d_model, num_experts, dtype, router_hidden, .. } = self.layer_shape;
         let x = random(rng, [num_tokens, d_model], 1.0, dtype);
         let x_device = Buffer::from_slice(self.device, x.as_bytes())?;
         let router = self.on_device.router().view();
@@ -299,7 +299,7 @@ impl<'a> Layer<'a> {
         num_tokens: usize,
         found: &mut impl FnMut(Checked),
     ) -> Result<()> {
-        let LayerShape { d_model, d_ff, num_experts, dtype, .. } = self.spec;
+        let LayerShape { d_model, d_ff, num_experts, dtype, .. } = self.layer_shape;
         let mask = Routing::Random { density: 0.3 }.draw(rng, 0, num_tokens, num_experts)?;
         let x = random(rng, [num_tokens, d_model], 1.0, dtype);
         let sparse = reference::experts(&self.host, &x.to_f64(), &mask, None);
@@ -346,7 +346,10 @@ impl<'a> Layer<'a> {
         // SAFETY: as above.
         unsafe { plan.run(STREAM, y_view, &inputs, workspace)? };
         let y = y.read::<u8>()?;
-        Ok(TensorRef::from_bytes(self.spec.dtype, &y, shape)?.to_owned().to_f32().into_owned())
+        Ok(TensorRef::from_bytes(self.layer_shape.dtype, &y, shape)?
+            .to_owned()
+            .to_f32()
+            .into_owned())
     }
 }
 

@@ -2,8 +2,9 @@
 
 use super::driver::{Function, RawStream, tensor_map};
 use super::experts::{Launch, THREADS, Variants, variants};
-use super::experts_many_ways::{Ways, row_bytes, rows_of_all};
+use super::experts_many_ways::{Ways, fused_size, row_bytes, rows_of_all};
 use super::experts_masked;
+use super::experts_sums;
 use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
 use crate::abi::{
@@ -43,7 +44,8 @@ struct Wide {
     hidden: [Function; 4],
     /// Where the copy engine can bring the weights.
     engine_hidden: [Function; 4],
-    output: Function,
+    /// The second product of few pairs, and of many.
+    sums: Function,
     token_output: Function,
     /// Both in one launch, for narrow experts.
     fused: [Function; 3],
@@ -51,17 +53,12 @@ struct Wide {
     masked: experts_masked::OfType,
 }
 
-const WIDE_MODULES: [&str; 4] = [
-    "sm90_experts_many_hidden",
-    "sm90_experts_many_output",
-    "sm90_experts_many_token_output",
-    "sm90_experts_many_fused",
-];
-/// Threads of a block, input rows of a block of the first kernel, its stages, and bytes of those of the second.
+const WIDE_MODULES: [&str; 3] =
+    ["sm90_experts_many_hidden", "sm90_experts_many_token_output", "sm90_experts_many_fused"];
+/// Threads of a block, input rows of a block of the first kernel, and its stages.
 const WIDE_THREADS: u32 = 384;
 const WIDE_ROWS: [usize; 4] = [32, 64, 128, 256];
 const WIDE_STAGES: [usize; 4] = [8, 8, 6, 4];
-const WIDE_OUTPUT_BYTES: usize = 192 << 10;
 /// Tokens and columns of a tile of the second product that goes by tokens, neurons of a stage, and bytes of all stages.
 pub(super) const TOKEN_TILE: [usize; 2] = [128, 256];
 pub(super) const TOKEN_DEPTH: usize = 64;
@@ -102,7 +99,7 @@ impl Wide {
     fn load(
         modules: &Modules,
         [hidden, engine_hidden]: [[&'static str; 4]; 2],
-        [output, token_output]: [&'static str; 2],
+        [sums, token_output]: [&'static str; 2],
         fused: [&'static str; 3],
         masked: [&'static str; 3],
     ) -> Result<Self> {
@@ -115,14 +112,13 @@ impl Wide {
             Ok([load(0)?, load(1)?, load(2)?, load(3)?])
         };
         let load_fused = |size: usize| {
-            modules.function(WIDE_MODULES[3], fused[size], fused_shared_bytes(size, most))
+            modules.function(WIDE_MODULES[2], fused[size], fused_shared_bytes(size, most))
         };
-        let bytes = wide_output_shared_bytes(most);
         Ok(Self {
             hidden: load(hidden)?,
             engine_hidden: load(engine_hidden)?,
-            output: modules.function(WIDE_MODULES[1], output, bytes)?,
-            token_output: modules.function(WIDE_MODULES[2], token_output, WIDE_SHARED_BYTES)?,
+            sums: experts_sums::load(modules, sums)?,
+            token_output: modules.function(WIDE_MODULES[1], token_output, WIDE_SHARED_BYTES)?,
             fused: [load_fused(0)?, load_fused(1)?, load_fused(2)?],
             masked: experts_masked::OfType::load(modules, masked[0], [masked[1], masked[2]])?,
         })
@@ -131,10 +127,6 @@ impl Wide {
 
 fn wide_hidden_shared_bytes(size: usize, num_experts: usize) -> usize {
     WIDE_STAGES[size] * (TOKENS + WIDE_ROWS[size]) * ROW_BYTES + list_bytes(num_experts)
-}
-
-fn wide_output_shared_bytes(num_experts: usize) -> usize {
-    WIDE_OUTPUT_BYTES + list_bytes(num_experts)
 }
 
 fn fused_shared_bytes(size: usize, num_experts: usize) -> usize {
@@ -180,7 +172,7 @@ impl Kernels {
                 Wide::load(
                     modules,
                     wide_hidden!("f16"),
-                    ["moefy_experts_many_wide_output_f16", "moefy_experts_many_token_output_f16"],
+                    ["moefy_experts_many_sums_f16", "moefy_experts_many_token_output_f16"],
                     fused!("f16"),
                     [
                         "moefy_experts_masked_hidden_f16",
@@ -191,7 +183,7 @@ impl Kernels {
                 Wide::load(
                     modules,
                     wide_hidden!("bf16"),
-                    ["moefy_experts_many_wide_output_bf16", "moefy_experts_many_token_output_bf16"],
+                    ["moefy_experts_many_sums_bf16", "moefy_experts_many_token_output_bf16"],
                     fused!("bf16"),
                     [
                         "moefy_experts_masked_hidden_bf16",
@@ -260,6 +252,8 @@ pub(super) struct Shape {
     halves: usize,
     rank: usize,
     ways: Ways,
+    /// The second product of few pairs, where it keeps its sums.
+    sums: Option<experts_sums::Shape>,
     dtype: DType,
     multiprocessors: usize,
     num_tokens: usize,
@@ -293,7 +287,14 @@ impl Shape {
         let of_tokens = |width: usize| num_tokens.checked_mul(width.checked_next_multiple_of(8)?);
         let hidden_linear = hidden_shared.checked_add(of_tokens(launch.shared)?)?;
         let ways = Ways::new(launch, max_pairs)?;
-        let num_rows = ways.pairs_with_rows.checked_add(rows_of_all(launch)?)?;
+        let sums =
+            (launch.is_wide && ways.fused.is_none()).then(|| experts_sums::Shape::new(launch));
+        // A workspace serves fewer tokens too, and those may need outputs of pairs.
+        let num_rows = if sums.is_some() && fused_size(launch).is_none() {
+            0
+        } else {
+            ways.pairs_with_rows.checked_add(rows_of_all(launch)?)?
+        };
         let row_bytes = row_bytes(launch)?;
         let least = (MOEFY_EXPERTS_MANY_SLAB as usize * dtype.bytes()).min(row_bytes);
         // Room for all columns, or for some of them: at least one slab's.
@@ -321,6 +322,7 @@ impl Shape {
             halves: launch.halves,
             rank: launch.rank,
             ways,
+            sums,
             dtype,
             multiprocessors: launch.multiprocessors,
             num_tokens,
@@ -330,10 +332,10 @@ impl Shape {
             hidden_stride,
             hidden_shared,
             hidden_linear,
-            num_slabs: if rows_bytes == num_rows * row_bytes {
-                1
-            } else {
-                row_bytes.div_ceil(slab)
+            num_slabs: match sums {
+                Some(_) => 0,
+                None if rows_bytes == num_rows * row_bytes => 1,
+                None => row_bytes.div_ceil(slab),
             },
             rows,
             rows_bytes,
@@ -346,8 +348,8 @@ impl Shape {
     pub(super) fn shared_bytes(&self, kernels: &Kernels) -> usize {
         let fused = self.ways.fused.map_or(0, |size| fused_shared_bytes(size, self.num_experts));
         match kernels.wide(self.dtype) {
-            Some(_) => wide_output_shared_bytes(self.num_experts)
-                .max(wide_hidden_shared_bytes(self.wide_size, self.num_experts))
+            Some(_) => wide_hidden_shared_bytes(self.wide_size, self.num_experts)
+                .max(self.sums.map_or(0, |sums| sums.shared_bytes))
                 .max(fused),
             None => output_shared_bytes(kernels.output_stages, self.num_experts)
                 .max(hidden_shared_bytes(self.size, self.num_experts)),
@@ -379,31 +381,20 @@ impl Shape {
         };
         let blocks = self.multiprocessors as u32;
         let experts = self.num_experts;
-        // Kernel, blocks, threads, and bytes of shared memory of each product.
+        // Kernel, blocks, threads, and bytes of shared memory of the first product, and of the second one pair by pair.
         let (hidden, output) = match kernels.wide(self.dtype) {
-            Some(wide) => (
-                (
-                    &wide.hidden[self.wide_size],
-                    blocks,
-                    WIDE_THREADS,
-                    wide_hidden_shared_bytes(self.wide_size, experts),
-                ),
-                (&wide.output, blocks, WIDE_THREADS, wide_output_shared_bytes(experts)),
-            ),
-            None => (
-                (
-                    kernels.hidden.get(self.dtype, self.size),
-                    2 * blocks,
-                    THREADS,
-                    hidden_shared_bytes(self.size, experts),
-                ),
-                (
-                    kernels.output.get(self.dtype),
-                    blocks,
-                    THREADS,
-                    output_shared_bytes(kernels.output_stages, experts),
-                ),
-            ),
+            Some(wide) => {
+                let kernel = &wide.hidden[self.wide_size];
+                let shared = wide_hidden_shared_bytes(self.wide_size, experts);
+                ((kernel, blocks, WIDE_THREADS, shared), None)
+            }
+            None => {
+                let shared = hidden_shared_bytes(self.size, experts);
+                let hidden =
+                    (kernels.hidden.get(self.dtype, self.size), 2 * blocks, THREADS, shared);
+                let shared = output_shared_bytes(kernels.output_stages, experts);
+                (hidden, Some((kernels.output.get(self.dtype), blocks, THREADS, shared)))
+            }
         };
         let run = |(kernel, blocks, threads, shared): (&Function, u32, u32, usize), params: &_| {
             // SAFETY: the caller's promise.
@@ -450,6 +441,10 @@ impl Shape {
                 _ => run(hidden, &params)?,
             }
         }
+        if let Some((wide, sums)) = wide.zip(self.sums) {
+            // SAFETY: the caller's promise.
+            unsafe { sums.launch(&wide.sums, stream, &params)? };
+        }
         if let Some(wide) = wide
             && may_go_in_two
             && may_go_by_tokens
@@ -466,7 +461,7 @@ impl Shape {
         }
         for slab in 0..self.num_slabs {
             let params = moefy_experts_params { slab: slab as u32, ..params };
-            if self.ways.fused.is_none() {
+            if let Some(output) = output {
                 run(output, &params)?;
             }
             // SAFETY: the caller's promise.

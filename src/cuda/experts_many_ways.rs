@@ -52,7 +52,7 @@ impl Ways {
                 Self { fused: Some(size), min_token_pairs, masked: None, pairs_with_rows: room }
             }
             _ => {
-                let by_pairs = Cost::of_pair_output(launch);
+                let by_pairs = Cost::of_sums(launch);
                 let min_token_pairs =
                     by_tokens.map_or(usize::MAX, |by_tokens| by_pairs.pairs_up_to(by_tokens));
                 let pairs_with_rows = max_pairs.min(min_token_pairs);
@@ -63,7 +63,7 @@ impl Ways {
 }
 
 /// Which kernel can do both products in one launch.
-fn fused_size(launch: &Launch) -> Option<usize> {
+pub(super) fn fused_size(launch: &Launch) -> Option<usize> {
     let widest = launch.expert_width.max(launch.shared).max(launch.rank);
     let can = launch.is_wide && launch.halves == 1 && launch.d_model <= FUSED_MAX_D_MODEL;
     FUSED_ROWS.iter().position(|&rows| can && widest <= rows)
@@ -141,10 +141,14 @@ impl Cost {
         Self { base: (64 * launch.num_experts) as f64 * of_pair, of_pair }
     }
 
-    /// Of the second product pair by pair: a byte of y of a pair, written, read and added.
-    fn of_pair_output(launch: &Launch) -> Self {
-        let row = (launch.d_model * launch.dtype.bytes()) as f64;
-        Self { base: 15.0, of_pair: row / 1.02e6 }
+    /// Of the second product where it keeps its sums: for a block of tokens and each expert 64 pairs are the least, and what is
+    /// more is as much for each pair.
+    fn of_sums(launch: &Launch) -> Self {
+        let stages = launch.expert_width.div_ceil(TOKEN_DEPTH) as f64;
+        let columns = launch.d_model as f64 / 64.0;
+        let of_job = columns * (0.28 + 0.17 * stages) / launch.multiprocessors as f64;
+        let jobs = (launch.num_tokens.div_ceil(512) * launch.num_experts) as f64;
+        Self { base: 8.0 + 0.5 * jobs * of_job, of_pair: of_job / 64.0 }
     }
 
     /// Of the same by tiles of tokens, where that is possible: a stage of a round of tiles, and to find the rows of an expert
@@ -171,7 +175,7 @@ pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 
     /// A tile for both products, however few pairs it has.
     const TILE_US: f64 = 19.5;
     /// Two launches of kernels that end at once.
-    const IDLE_US: f64 = 3.5;
+    const IDLE_US: f64 = 2.0;
     let Some(ways) = Ways::new(launch, max_pairs) else { return f64::INFINITY };
     // Weights are read at least once.
     let read_us = |rows: usize| (rows * launch.d_model * launch.dtype.bytes()) as f64 / 2.9e6;
@@ -188,7 +192,7 @@ pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 
             Some(masked) => return idle_us + masked.us.max(in_us + out_us),
             None => by_tokens(),
         },
-        None => by_tokens().min(Cost::of_pair_output(launch).us(pairs)),
+        None => by_tokens().min(Cost::of_sums(launch).us(pairs)),
     };
     Cost::of_all(launch).base + Cost::of_hidden(launch).us(pairs).max(in_us) + second_us.max(out_us)
 }
@@ -225,24 +229,26 @@ pub(super) mod tests {
         for (num_tokens, d_model, num_experts, expert_width, density, us) in [
             (512, 768, 24, 128, 0.05, 24.2),
             (512, 768, 24, 128, 0.2, 25.7),
-            (2048, 768, 24, 128, 0.05, 24.2),
-            (2048, 768, 24, 128, 0.1, 25.0),
-            (2048, 768, 24, 128, 0.2, 30.6),
-            (4096, 768, 24, 128, 0.1, 32.5),
-            (8192, 768, 24, 128, 0.05, 38.1),
-            (8192, 768, 24, 128, 0.1, 45.0),
-            (8192, 768, 24, 128, 0.2, 78.0),
-            (512, 768, 96, 32, 0.1, 22.9),
-            (2048, 768, 96, 32, 0.1, 43.4),
-            (8192, 768, 96, 32, 0.05, 76.4),
-            (8192, 768, 96, 32, 0.1, 131.9),
-            (8192, 768, 96, 32, 0.2, 197.5),
-            (512, 1024, 64, 64, 0.1, 26.7),
-            (2048, 1024, 64, 64, 0.1, 33.1),
-            (4096, 1024, 64, 64, 0.1, 67.3),
-            (8192, 1024, 64, 64, 0.05, 70.7),
-            (8192, 1024, 64, 64, 0.1, 125.6),
-            (8192, 1024, 64, 64, 0.2, 235.2),
+            (2048, 768, 24, 128, 0.05, 26.5),
+            (2048, 768, 24, 128, 0.1, 27.1),
+            (2048, 768, 24, 128, 0.2, 32.3),
+            (8192, 768, 24, 128, 0.05, 39.4),
+            (8192, 768, 24, 128, 0.1, 46.0),
+            (8192, 768, 24, 128, 0.2, 79.0),
+            (8192, 768, 24, 128, 1.0, 160.5),
+            (2048, 768, 96, 32, 0.1, 44.7),
+            (2048, 768, 96, 32, 0.4, 58.3),
+            (4096, 768, 96, 32, 0.4, 90.6),
+            (8192, 768, 96, 32, 0.05, 76.3),
+            (8192, 768, 96, 32, 0.1, 130.5),
+            (8192, 768, 96, 32, 0.2, 163.0),
+            (2048, 1024, 64, 64, 0.1, 35.8),
+            (2048, 1024, 64, 64, 0.4, 78.3),
+            (4096, 1024, 64, 64, 0.4, 140.0),
+            (8192, 1024, 64, 64, 0.05, 71.9),
+            (8192, 1024, 64, 64, 0.1, 122.5),
+            (8192, 1024, 64, 64, 0.2, 223.5),
+            (8192, 1024, 64, 64, 0.4, 288.5),
         ] {
             let launch = launch(num_tokens, d_model, num_experts, expert_width);
             let max_pairs = num_tokens * num_experts;

@@ -76,7 +76,8 @@ impl Shape {
             rounds(across, d_model) * (stages(d_ff) * (0.05 + 0.00265 * width) + 0.014 * width)
         });
         let output = usize::from(output_us[1] < output_us[0]);
-        let us = 9.0 + hidden_us + output_us[output];
+        // In a layer, whose weights and tokens come from memory, and with the launches that end at once.
+        let us = 14.0 + 1.2 * (hidden_us + output_us[output]);
         Some(Self { dtype, num_tokens, d_model, d_ff, multiprocessors, output, us })
     }
 

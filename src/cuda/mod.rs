@@ -37,6 +37,7 @@ mod experts_few;
 mod experts_many;
 mod experts_many_ways;
 mod experts_masked;
+mod experts_sums;
 mod experts_tiled;
 mod ffn_few;
 mod ffn_few_cluster;

@@ -22,7 +22,7 @@ use crate::ffn::ExpertMask;
 pub(super) struct Batch {
     pub(super) tokens: usize,
     pub(super) baseline: Baseline,
-    spec: LayerShape,
+    layer_shape: LayerShape,
     /// Of each set of weights.
     x: Vec<Buffer>,
     y: Buffer,
@@ -34,19 +34,19 @@ impl Batch {
     /// `passes` are those of the baseline over its sets.
     pub(super) fn new(
         stream: &Arc<CudaStream>,
-        spec: LayerShape,
+        layer_shape: LayerShape,
         sets: &[Arc<MoeFfn>],
         tokens: usize,
         passes: usize,
     ) -> Result<Self> {
         let device = sets[0].device();
-        let x = (0..sets.len()).map(|set| draw_tokens(device, &spec, tokens, set));
+        let x = (0..sets.len()).map(|set| draw_tokens(device, &layer_shape, tokens, set));
         let x = x.collect::<Result<Vec<_>>>()?;
         Ok(Self {
             tokens,
             baseline: Baseline::new(stream, sets, &x, tokens, passes)?,
-            y: Buffer::new(device, tokens * spec.d_model * spec.dtype.bytes())?,
-            spec,
+            y: Buffer::new(device, tokens * layer_shape.d_model * layer_shape.dtype.bytes())?,
+            layer_shape,
             x,
             exact: OnceCell::new(),
             masked: OnceCell::new(),
@@ -56,7 +56,7 @@ impl Batch {
     /// Draws tokens for as many sets of weights.
     pub(super) fn draw_tokens(&mut self, device: &Device, num_sets: usize) -> Result<()> {
         for set in self.x.len()..num_sets {
-            self.x.push(draw_tokens(device, &self.spec, self.tokens, set)?);
+            self.x.push(draw_tokens(device, &self.layer_shape, self.tokens, set)?);
         }
         Ok(())
     }
@@ -92,9 +92,14 @@ impl Batch {
     }
 }
 
-fn draw_tokens(device: &Device, spec: &LayerShape, tokens: usize, set: usize) -> Result<Buffer> {
+fn draw_tokens(
+    device: &Device,
+    layer_shape: &LayerShape,
+    tokens: usize,
+    set: usize,
+) -> Result<Buffer> {
     let rng = &mut ChaCha8Rng::seed_from_u64(set as u64 + 1);
-    let drawn = random(rng, [padded(tokens), spec.d_model], 1.0, spec.dtype);
+    let drawn = random(rng, [padded(tokens), layer_shape.d_model], 1.0, layer_shape.dtype);
     Buffer::from_slice(device, drawn.as_bytes())
 }
 
@@ -115,15 +120,16 @@ impl Layers<'_> {
         num_layers: usize,
         last: Stage,
     ) -> Result<TimedGraph> {
-        let Batch { tokens, spec, x, y, .. } = self.batch;
-        let (shape, float) = ([*tokens, spec.d_model], Format::Float(spec.dtype));
+        let Batch { tokens, layer_shape, x, y, .. } = self.batch;
+        let (shape, float) = ([*tokens, layer_shape.d_model], Format::Float(layer_shape.dtype));
         let workspace =
             Workspace { address: self.workspace.address(), bytes: self.workspace.bytes() };
         let y = View::matrix(y.address(), float, shape);
         TimedGraph::capture(stream, num_layers, |stream, layer| {
             let set = layer % self.plans.len();
-            let scores = self.scores.address() + (set * tokens * spec.num_experts * 4) as u64;
-            let scores = View::matrix(scores, Format::F32, [*tokens, spec.num_experts]);
+            let scores =
+                self.scores.address() + (set * tokens * layer_shape.num_experts * 4) as u64;
+            let scores = View::matrix(scores, Format::F32, [*tokens, layer_shape.num_experts]);
             let x = View::matrix(x[set].address(), float, shape);
             let inputs = FfnInputs { scores: Some(scores), ..FfnInputs::new(x) };
             // SAFETY: the buffers have these sizes and outlive the graph.
