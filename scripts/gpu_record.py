@@ -5,7 +5,8 @@
 
 RECORD is record.json by default, in the folder $OUT where that is set. Parts are tests, sanitizers, bench and models; where
 RECORD exists, what runs now takes the place of what it has, so that the parts of a record can be made one after another; it must
-be of the same code on the same GPU.
+be of the same code on the same GPU. It is written after each part and each set of benchmarks, what has not ended yet as failed:
+where time runs out, the rest can follow.
 
 The bundle's model is checked against the reference and the CPU, and whole models are timed beside PyTorch where this
 Python has it. What the programs say goes to RECORD.log. Exit code 1 when a test failed, a skip included, a sanitizer found something,
@@ -42,6 +43,8 @@ SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) 
 RESULTS = {"ok": "passed", "failed": "failed", "ignored": "skipped"}
 SETS = ("b4", "few", "many")
 PARTS = ("tests", "sanitizers", "bench", "models")
+# What a benchmark that did not end well adds to the tests, and the part that it belongs to.
+BENCHES = {**{"bench " + name: "bench" for name in SETS}, "bench model": "models"}
 # What says whether a record can be gone on with.
 IDENTITY = ("device", "driver", "toolkit", "digest")
 # What reads the device's free memory has the device to itself; the other tests run in these groups beside each other.
@@ -239,6 +242,27 @@ def begun(path, identity):
     return record
 
 
+def forget(record, parts):
+    """What runs now has no results yet: it counts as failed until it has."""
+    if "tests" in parts:
+        record["tests"] = [test for test in record["tests"] if test["name"] in BENCHES]
+    if "sanitizers" in parts:
+        record["sanitizers"] = dict.fromkeys(SANITIZERS)
+    if "bench" in parts:
+        record["bench"] = []
+    if "models" in parts:
+        record["model_bench"] = []
+    benches = {name for name, part in BENCHES.items() if part in parts}
+    record["tests"] = replaced(record["tests"], benches, [test_of(name, False) for name in sorted(benches)])
+
+
+def write(path, record):
+    """A record is whole or as it was."""
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        file.write(text_of(record))
+    os.replace(path + ".new", path)
+
+
 def replaced(tests, names, results):
     """The tests but those with such names, then the results of these."""
     return [test for test in tests if test["name"] not in names] + results
@@ -262,8 +286,8 @@ def main():
                     "toolkit": gpu.get("toolkit", ""), "digest": gpu.get("digest", "")}
         record = begun(path, identity)
         record["date"] = datetime.date.today().isoformat()
-        # What a benchmark adds to the tests when it does not end well.
-        benches = {"bench " + name for name in (*SETS, "model")}
+        forget(record, wanted.only)
+        write(path, record)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             if "sanitizers" in wanted.only:
                 errors = run_sanitizers(machine, pool)
@@ -271,29 +295,30 @@ def main():
                 tests = run_tests(machine, pool)
         if "tests" in wanted.only:
             results = tests() + run_tests_alone(machine) + check_model(machine)
-            record["tests"] = results + [test for test in record["tests"] if test["name"] in benches]
+            record["tests"] = results + record["tests"]
+            write(path, record)
             for test in results:
                 print("{result:8} {name}".format(**test), flush=True)
         if "sanitizers" in wanted.only:
             record["sanitizers"] = errors()
+            write(path, record)
             for tool, count in record["sanitizers"].items():
                 print("{}: {} errors".format(tool, count), flush=True)
         if "bench" in wanted.only:
-            record["bench"] = []
             for name in SETS:
                 rows, is_whole = run_bench(machine, name)
                 record["bench"] += rows
                 print("bench {}: {} rows{}".format(name, len(rows), "" if is_whole else ", not all"), flush=True)
                 failed = [] if is_whole else [test_of("bench " + name, False)]
                 record["tests"] = replaced(record["tests"], {"bench " + name}, failed)
+                write(path, record)
         if "models" in wanted.only:
             rows, is_whole = run_model_bench(machine)
             record["model_bench"] = rows
             print("bench model: {} rows{}".format(len(rows), "" if is_whole else ", not all, or PyTorch's are missing"))
             failed = [] if is_whole else [test_of("bench model", False)]
             record["tests"] = replaced(record["tests"], {"bench model"}, failed)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text_of(record))
+            write(path, record)
     rows = len(record["bench"]) + len(record["model_bench"])
     print("{} tests, {} rows; record: {}".format(len(record["tests"]), rows, path))
     return 0 if is_good(record) else 1

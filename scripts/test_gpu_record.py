@@ -4,8 +4,8 @@ import os
 import tempfile
 import unittest
 
-from gpu_record import (Machine, begun, events, is_good, model_checks, replaced, sanitizer_errors, test_results,
-                        text_of)
+from gpu_record import (PARTS, Machine, begun, events, forget, is_good, model_checks, replaced, sanitizer_errors,
+                        test_results, text_of, write)
 
 
 class GpuRecordTest(unittest.TestCase):
@@ -66,6 +66,27 @@ class GpuRecordTest(unittest.TestCase):
         old, other = {"name": "bench few", "result": "failed"}, {"name": "a", "result": "passed"}
         self.assertEqual(replaced([old, other], {"bench few"}, []), [other])
         self.assertEqual(replaced([other], {"bench few"}, [old]), [other, old])
+
+    def test_what_has_not_ended_counts_as_failed(self):
+        passed = {"name": "a", "result": "passed"}
+        done = {"tests": [passed], "sanitizers": {"memcheck": 0}, "bench": [{"us": 1}], "model_bench": [{"us": 2}]}
+        self.assertTrue(is_good(done))
+        for part in PARTS:
+            record = json.loads(json.dumps(done))
+            forget(record, [part])
+            self.assertFalse(is_good(record) and record["tests"], part)
+        record = json.loads(json.dumps(done))
+        forget(record, ["bench"])
+        self.assertEqual((record["bench"], record["model_bench"]), ([], [{"us": 2}]))
+        self.assertIn(passed, record["tests"])
+        self.assertIn({"name": "bench many", "result": "failed"}, record["tests"])
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "record.json")
+            write(path, done)
+            write(path, record)
+            self.assertEqual(os.listdir(folder), ["record.json"])
+            with open(path, encoding="utf-8") as file:
+                self.assertEqual(json.load(file), record)
 
     def test_time_limits(self):
         log = io.StringIO()
