@@ -89,14 +89,13 @@ struct Constants {
   float mean[kNeurons];
 };
 
-/// Of two rows of a tile, eight apart: bits of the item's blocks of eight neurons that they run.
-struct Selected {
-  uint32_t blocks[2];
-};
+constexpr uint32_t kBlocks = kNeurons / 8;
+static_assert(2 * kBlocks <= 32, "bits of two rows");
 
-/// A lane of a quad looks at a quarter of the blocks, at all of its words together.
-__device__ __forceinline__ Selected find_selected(const moefy_experts_params& p, uint32_t token, uint32_t first) {
-  constexpr uint32_t kMine = kNeurons / 8 / 4;
+/// Bits of the item's blocks of eight neurons that a row of a tile runs, and above them those of the row eight further. A lane
+/// of a quad looks at a quarter of the blocks, at all of its words together.
+__device__ __forceinline__ uint32_t find_selected(const moefy_experts_params& p, uint32_t token, uint32_t first) {
+  constexpr uint32_t kMine = kBlocks / 4;
   const moefy_neurons& n = p.neurons;
   const uint32_t words = ceil_div(n.num_experts, 32), valid = valid_tokens(p), part = threadIdx.x % 4 * kMine;
   const uint32_t* rows[2];
@@ -119,24 +118,23 @@ __device__ __forceinline__ Selected find_selected(const moefy_experts_params& p,
     expert += next;
     beyond -= next ? n.expert_width : 0;
   }
-  Selected selected = {};
+  uint32_t bits = 0;
 #pragma unroll
   for (uint32_t half = 0; half < 2; ++half) {
-    uint32_t bits = 0;
 #pragma unroll
-    for (uint32_t i = 0; i < kMine; ++i) bits |= found[i][half] << (part + i);
-    bits |= __shfl_xor_sync(0xffffffffu, bits, 1);
-    bits |= __shfl_xor_sync(0xffffffffu, bits, 2);
-    selected.blocks[half] = token + 8 * half < valid ? bits : 0;
+    for (uint32_t i = 0; i < kMine; ++i) {
+      bits |= (token + 8 * half < valid ? found[i][half] : 0) << (half * kBlocks + part + i);
+    }
   }
-  return selected;
+  bits |= __shfl_xor_sync(0xffffffffu, bits, 1);
+  return bits | __shfl_xor_sync(0xffffffffu, bits, 2);
 }
 
 /// h of a warp's 16 rows of a tile, from its sums. `kMore`: there are gates or means. No value waits for a condition: nobody
 /// hides a branch here.
 template <class T, bool kMore, class Activation>
 __device__ __forceinline__ void store_hidden(const moefy_experts_params& p, const Constants& constants,
-                                             const Selected& selected, uint32_t token0, uint32_t first,
+                                             uint32_t selected, uint32_t token0, uint32_t first,
                                              const float (&c)[kNeurons / 2], Activation) {
   const moefy_neurons& n = p.neurons;
   const uint32_t lane = threadIdx.x % 32;
@@ -154,7 +152,7 @@ __device__ __forceinline__ void store_hidden(const moefy_experts_params& p, cons
       value.x = gate * (value.x - mean.x);
       value.y = gate * (value.y - mean.y);
     }
-    const bool runs = selected.blocks[half] >> block & 1;
+    const bool runs = selected >> (half * kBlocks + block) & 1;
     return make_float2(runs ? value.x : 0.0f, runs ? value.y : 0.0f);
   };
   store_lines<T, kNeurons / 8>(n.d_ff - first, pair, [&](uint32_t row) {
@@ -180,7 +178,7 @@ __device__ __forceinline__ void multiply_hidden(const moefy_experts_params& p, u
     const NeuronConstants found = neuron_constants(n, first + thread % 128);
     those.bias[thread % 128] = found.bias;
     those.mean[thread % 128] = found.mean;
-    Selected selected[kParts];
+    uint32_t selected[kParts];
 #pragma unroll
     for (uint32_t part = 0; part < kParts; ++part) {
       selected[part] = find_selected(p, token0 + part * 64 + row0 + thread % 32 / 4, first);
