@@ -55,8 +55,9 @@ __device__ __forceinline__ void sync_cluster() {
 }
 
 /// The same in two steps, which make known the barriers that `fence_barriers` came after, and nothing else: threads that make
-/// known what they have written wait for the copies that they have asked for, and for the whole device. It also says that what
-/// a block has read from another one's shared memory can be written again: all its threads have used those values by then.
+/// known what they have written wait for the copies that they have asked for, and for the whole device. They also tell that
+/// what a block has read from another one's shared memory can be written again: PTX orders no reads before them, but these
+/// values have been used by then, so they have arrived.
 __device__ __forceinline__ void arrive_in_cluster() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }

@@ -248,13 +248,13 @@ typedef struct moefy_experts_params {
   /* Many tokens, pair by pair: outputs of a slab of columns: one row for each pair, then one for each token for the shared
    * neurons if there are any, then those for the linear ones. As many columns as the rows that there are leave room for. */
   MOEFY_PTR(void) rows;
-  uint64_t rows_bytes; /* room for MOEFY_EXPERTS_MANY_SLAB columns of every row that can be, at least */
+  uint64_t rows_bytes; /* where outputs are kept: room for MOEFY_EXPERTS_MANY_SLAB columns of every row that can be, at least */
   MOEFY_PTR(uint32_t) pair_rows; /* many tokens: [num_tokens, num_experts], the row of each pair that exists */
   uint32_t num_tokens;
   uint32_t max_pairs;  /* many tokens: entries of token_ids */
   uint32_t num_splits; /* few tokens: shares of the neurons */
   uint32_t slab;       /* many tokens: which */
-  /* From so many pairs on, the second product goes by tiles of tokens, with fewer pair by pair. */
+  /* From so many pairs on, the second product, or both of all experts, go by tiles of tokens. */
   uint32_t min_token_pairs;
   uint32_t fused; /* many tokens: 1 where moefy_experts_many_fused does both products of those fewer */
 } moefy_experts_params;
@@ -293,7 +293,7 @@ typedef struct moefy_experts_sums_params {
 
 /* Products of all experts under masks. First product: `rows` is x, d_model by tokens, and `weights` w_in, d_model by neurons; a
  * box is 64 by 128. Second product: `rows` is h, d_ff by tokens, and `weights` w_out, d_model by neurons, of which a box is 64 by
- * 64. Where there are lists, nothing is done unless min_token_pairs exist. */
+ * 64. Nothing is done unless min_token_pairs exist. */
 typedef struct moefy_experts_masked_params {
   moefy_tensor_map rows;
   moefy_tensor_map weights;

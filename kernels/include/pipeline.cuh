@@ -1,4 +1,4 @@
-// Hopper: stages in shared memory that one warpgroup fills by asynchronous copies while two others multiply.
+// Hopper: stages in shared memory that some warps fill by asynchronous copies while whole warpgroups multiply.
 #pragma once
 
 #include "memory.cuh"

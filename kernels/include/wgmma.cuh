@@ -98,7 +98,6 @@ __device__ __forceinline__ void wgmma(float (&c)[kSums], const uint32_t (&a)[4],
   MOEFY_WGMMA_SHARED(type, name, 64, 32, 1, "%32", "%33", "%34")                                  \
   MOEFY_WGMMA_SHARED(type, name, 128, 64, 0, "%64", "%65", "%66")                                 \
   MOEFY_WGMMA_SHARED(type, name, 128, 64, 1, "%64", "%65", "%66")                                 \
-  MOEFY_WGMMA_SHARED(type, name, 192, 96, 0, "%96", "%97", "%98")                                 \
   MOEFY_WGMMA_SHARED(type, name, 192, 96, 1, "%96", "%97", "%98")                                 \
   MOEFY_WGMMA_SHARED(type, name, 256, 128, 0, "%128", "%129", "%130")                             \
   MOEFY_WGMMA_SHARED(type, name, 256, 128, 1, "%128", "%129", "%130")                             \

@@ -61,11 +61,6 @@ __device__ __forceinline__ void move_down(float (&sums)[kSums]) {
   for (int i = 0; i + kUsed < kSums; ++i) sums[i] = sums[i + kUsed];
 }
 
-/// Whether there is nothing to do: pairs go another way.
-__device__ __forceinline__ bool is_idle(const moefy_experts_params& p) {
-  return p.expert_offsets != nullptr && !by_tokens(p);
-}
-
 /// Adds up the products of a stage: of 64 tokens from `tokens` on and all its weights.
 template <class T, bool kByColumns, int kSums>
 __device__ __forceinline__ void multiply_stage(float (&c)[kSums], uint32_t tokens, uint32_t weights, bool adds) {
@@ -225,7 +220,7 @@ __device__ __forceinline__ void masked_hidden(const moefy_experts_masked_params&
   const moefy_neurons& n = masked.experts.neurons;
   const Ring<kNeurons> pipeline(1, kMultipliers / 32 / 2);
   begin();
-  if (is_idle(masked.experts)) return;
+  if (!by_tokens(masked.experts)) return;
   if (threadIdx.x < kCopiers) {
     become_copier<2, true>();
     if (threadIdx.x > 0) return;
@@ -273,7 +268,7 @@ __device__ __forceinline__ void masked_output(const moefy_experts_masked_params&
   const moefy_neurons& n = p.neurons;
   const Ring<kColumns> pipeline(1);
   begin();
-  if (is_idle(p)) return;
+  if (!by_tokens(p)) return;
   if (threadIdx.x < kCopiers) {
     become_copier<2, true>();
     if (threadIdx.x > 0) return;

@@ -289,24 +289,33 @@ impl Shape {
         let ways = Ways::new(launch, max_pairs)?;
         let sums =
             (launch.is_wide && ways.fused.is_none()).then(|| experts_sums::Shape::new(launch));
-        // A workspace serves fewer tokens too, and those may need outputs of pairs.
-        let num_rows = if sums.is_some() && fused_size(launch).is_none() {
-            0
-        } else {
-            ways.pairs_with_rows.checked_add(rows_of_all(launch)?)?
-        };
+        let sums = sums.map_or(Some(None), |shape| shape.map(Some))?;
+        // The copy engine counts rows of h by signed numbers.
+        if sums.is_some() && max_pairs > i32::MAX as usize {
+            return None;
+        }
+        let is_narrow = fused_size(launch).is_some();
+        let num_rows = ways.pairs_with_rows.checked_add(rows_of_all(launch)?)?;
         let row_bytes = row_bytes(launch)?;
         let least = (MOEFY_EXPERTS_MANY_SLAB as usize * dtype.bytes()).min(row_bytes);
-        // Room for all columns, or for some of them: at least one slab's.
-        let rows_bytes =
-            num_rows.checked_mul(row_bytes)?.min(MAX_ROWS_BYTES.max(num_rows.checked_mul(least)?));
+        let all_bytes = num_rows.checked_mul(row_bytes)?;
+        let rows_bytes = match sums {
+            // A workspace serves fewer tokens too, and those go in one launch.
+            Some(_) if is_narrow => max_pairs
+                .checked_add(rows_of_all(launch)?)?
+                .checked_mul(row_bytes)?
+                .min(MAX_ROWS_BYTES),
+            Some(_) => 0,
+            // Room for all columns, or for some of them: at least one slab's.
+            None => all_bytes.min(MAX_ROWS_BYTES.max(num_rows.checked_mul(least)?)),
+        };
         let slab = rows_bytes / num_rows.max(1) / least * least;
         let hidden_bytes =
             hidden_linear.checked_add(of_tokens(launch.rank)?)?.checked_mul(dtype.bytes())?;
         let mut layout = Layout::default();
         // What goes in one launch has no h, and what goes by tiles of tokens no outputs of pairs. There is room for either, also
         // where one of them is never needed: fewer tokens must not need more.
-        let rows = if ways.fused.is_some() {
+        let rows = if is_narrow {
             layout.place(hidden_bytes.max(rows_bytes), 1)?
         } else {
             layout.place(hidden_bytes, 1)?;
@@ -334,7 +343,7 @@ impl Shape {
             hidden_linear,
             num_slabs: match sums {
                 Some(_) => 0,
-                None if rows_bytes == num_rows * row_bytes => 1,
+                None if rows_bytes == all_bytes => 1,
                 None => row_bytes.div_ceil(slab),
             },
             rows,
@@ -402,8 +411,8 @@ impl Shape {
         };
         // A warp for each piece of a token, or for several where that would be more than run at a time.
         let pieces = self.d_model.div_ceil(MOEFY_EXPERTS_MANY_SUM_COLUMNS as usize);
-        let sums = (self.num_tokens * pieces).div_ceil(THREADS as usize / 32);
-        let sums = sums.min(self.multiprocessors * SUM_BLOCKS) as u32;
+        let sum_blocks = (self.num_tokens * pieces).div_ceil(THREADS as usize / 32);
+        let sum_blocks = sum_blocks.min(self.multiprocessors * SUM_BLOCKS) as u32;
         let wide = kernels.wide(self.dtype);
         // The device knows how many pairs there are: what they do not need ends at once.
         let may_go_by_tokens = self.max_pairs >= self.ways.min_token_pairs;
@@ -466,7 +475,13 @@ impl Shape {
             }
             // SAFETY: the caller's promise.
             unsafe {
-                kernels.sum.get(self.dtype).launch(stream, [sums, 1, 1], THREADS, 0, &params)?
+                kernels.sum.get(self.dtype).launch(
+                    stream,
+                    [sum_blocks, 1, 1],
+                    THREADS,
+                    0,
+                    &params,
+                )?
             };
         }
         Ok(())
@@ -520,7 +535,9 @@ mod tests {
         for num_experts in [1, 24, 96, 448] {
             for (expert_width, shared, rank) in [(32, 0, 0), (20, 64, 0), (64, 128, 3)] {
                 let mut bytes = 0;
-                for num_tokens in [1, 512, 2048, 4096, 8192, 1 << 20] {
+                for num_tokens in
+                    [1, 512, 2048, 4096, 8192, 115_200, 115_201, 237_056, 244_737, 1 << 20]
+                {
                     let launch = launch(num_tokens, 1000, num_experts, expert_width);
                     let launch = Launch { d_ff: launch.d_ff + shared, shared, rank, ..launch };
                     let shape = Shape::new(&launch, num_tokens * num_experts).expect("sizes fit");

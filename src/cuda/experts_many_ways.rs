@@ -52,7 +52,7 @@ impl Ways {
                 Self { fused: Some(size), min_token_pairs, masked: None, pairs_with_rows: room }
             }
             _ => {
-                let by_pairs = Cost::of_sums(launch);
+                let by_pairs = Cost::of_pairs(launch);
                 let min_token_pairs =
                     by_tokens.map_or(usize::MAX, |by_tokens| by_pairs.pairs_up_to(by_tokens));
                 let pairs_with_rows = max_pairs.min(min_token_pairs);
@@ -141,9 +141,13 @@ impl Cost {
         Self { base: (64 * launch.num_experts) as f64 * of_pair, of_pair }
     }
 
-    /// Of the second product where it keeps its sums: for a block of tokens and each expert 64 pairs are the least, and what is
-    /// more is as much for each pair.
-    fn of_sums(launch: &Launch) -> Self {
+    /// Of the second product of few pairs. Outputs of pairs: a byte of y of a pair, written, read and added. Where it keeps its
+    /// sums: for a block of tokens and each expert 64 pairs are the least, and what is more is as much for each pair.
+    fn of_pairs(launch: &Launch) -> Self {
+        if !launch.is_wide {
+            let row = (launch.d_model * launch.dtype.bytes()) as f64;
+            return Self { base: 15.0, of_pair: row / 1.02e6 };
+        }
         let stages = launch.expert_width.div_ceil(TOKEN_DEPTH) as f64;
         let columns = launch.d_model as f64 / 64.0;
         let of_job = columns * (0.28 + 0.17 * stages) / launch.multiprocessors as f64;
@@ -192,7 +196,7 @@ pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 
             Some(masked) => return idle_us + masked.us.max(in_us + out_us),
             None => by_tokens(),
         },
-        None => by_tokens().min(Cost::of_sums(launch).us(pairs)),
+        None => by_tokens().min(Cost::of_pairs(launch).us(pairs)),
     };
     Cost::of_all(launch).base + Cost::of_hidden(launch).us(pairs).max(in_us) + second_us.max(out_us)
 }

@@ -49,7 +49,8 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    pub(super) fn new(launch: &Launch) -> Self {
+    /// `None` for more experts than there are lists for.
+    pub(super) fn new(launch: &Launch) -> Option<Self> {
         let Launch { dtype, d_model, d_ff, shared, rank, num_tokens, num_experts, .. } = *launch;
         let across = d_model.div_ceil(COLUMNS);
         let blocks = |block_tokens: usize| num_tokens.div_ceil(block_tokens).max(1);
@@ -61,9 +62,8 @@ impl Shape {
         };
         let fits = |&tokens: &usize| shared_bytes(tokens, num_experts) <= MAX_SHARED_BYTES;
         let sizes = (TOKENS_STEP..=MAX_TOKENS).step_by(TOKENS_STEP).filter(fits);
-        let block_tokens =
-            sizes.min_by_key(cost).expect("64 tokens fit beside the lists of 4096 experts");
-        Self {
+        let block_tokens = sizes.min_by_key(cost)?;
+        Some(Self {
             dtype,
             d_model,
             rows: d_ff + rank,
@@ -73,7 +73,7 @@ impl Shape {
             block_tokens,
             num_lanes: lanes(block_tokens).min(across),
             shared_bytes: shared_bytes(block_tokens, num_experts),
-        }
+        })
     }
 
     /// # Safety

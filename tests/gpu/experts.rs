@@ -398,7 +398,7 @@ fn most_pairs(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let mut cases = Vec::new();
     for dtype in [DType::F16, DType::BF16] {
-        for (num_experts, expert_width, shared) in [(448, 8, 0), (100, 24, 16), (70, 32, 200)] {
+        for (num_experts, expert_width, shared) in [(448, 8, 0), (100, 24, 16), (70, 32, 104)] {
             for density in [0.01, 0.6, 1.0] {
                 for gate in [Gate::One, Gate::Score] {
                     cases.push((dtype, num_experts, expert_width, shared, density, gate));
