@@ -62,7 +62,7 @@ __device__ __forceinline__ uint32_t row_of_pair(const moefy_experts_params& p, u
   return is_of_expert && row < p.max_pairs && __ldcg(p.token_ids + row) == token ? row : p.max_pairs;
 }
 
-/// Whether so many pairs exist that the second product goes by tiles of tokens.
+/// Whether so many pairs exist that the second product, or both of all experts, go by tiles of tokens.
 __device__ __forceinline__ bool by_tokens(const moefy_experts_params& p) { return num_pairs(p) >= p.min_token_pairs; }
 
 /// Whether one launch does both products: then outputs of all pairs fit in memory, and nothing writes h.

@@ -181,14 +181,6 @@ __device__ __forceinline__ void with_sums(uint32_t across, const Call& call) {
   }
 }
 
-/// Moves sums down that come after the first kUsed: a loop that does so is short, and unrolled it would wait for its
-/// instructions.
-template <int kUsed, int kSums>
-__device__ __forceinline__ void move_down(float (&sums)[kSums]) {
-#pragma unroll
-  for (int i = 0; i + kUsed < kSums; ++i) sums[i] = sums[i + kUsed];
-}
-
 /// The first of the 16 rows of a tile of which a warp that multiplies has sums.
 __device__ __forceinline__ uint32_t first_row_of_warp() { return (threadIdx.x - kCopiers) / 32 * 16; }
 

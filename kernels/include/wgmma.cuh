@@ -107,4 +107,14 @@ __device__ __forceinline__ void wgmma(float (&c)[kSums], const uint32_t (&a)[4],
 MOEFY_WGMMA(__half, "f16")
 MOEFY_WGMMA(__nv_bfloat16, "bf16")
 
+// ---- sums ----
+
+/// Moves sums down that come after the first kUsed: a loop that does so is short, and unrolled it would wait for its
+/// instructions.
+template <int kUsed, int kSums>
+__device__ __forceinline__ void move_down(float (&sums)[kSums]) {
+#pragma unroll
+  for (int i = 0; i + kUsed < kSums; ++i) sums[i] = sums[i + kUsed];
+}
+
 }  // namespace moefy

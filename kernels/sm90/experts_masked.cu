@@ -53,14 +53,6 @@ __device__ __forceinline__ void copy_items(const moefy_experts_masked_params& p,
   });
 }
 
-/// Moves sums down that come after the first kUsed: a loop that does so is short, and unrolled it would wait for its
-/// instructions.
-template <int kUsed, int kSums>
-__device__ __forceinline__ void move_down(float (&sums)[kSums]) {
-#pragma unroll
-  for (int i = 0; i + kUsed < kSums; ++i) sums[i] = sums[i + kUsed];
-}
-
 /// Adds up the products of a stage: of 64 tokens from `tokens` on and all its weights.
 template <class T, bool kByColumns, int kSums>
 __device__ __forceinline__ void multiply_stage(float (&c)[kSums], uint32_t tokens, uint32_t weights, bool adds) {

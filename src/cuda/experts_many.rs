@@ -287,9 +287,11 @@ impl Shape {
         let of_tokens = |width: usize| num_tokens.checked_mul(width.checked_next_multiple_of(8)?);
         let hidden_linear = hidden_shared.checked_add(of_tokens(launch.shared)?)?;
         let ways = Ways::new(launch, max_pairs)?;
-        let sums =
-            (launch.is_wide && ways.fused.is_none()).then(|| experts_sums::Shape::new(launch));
-        let sums = sums.map_or(Some(None), |shape| shape.map(Some))?;
+        let sums = if launch.is_wide && ways.fused.is_none() {
+            Some(experts_sums::Shape::new(launch)?)
+        } else {
+            None
+        };
         // The copy engine counts rows of h by signed numbers.
         if sums.is_some() && max_pairs > i32::MAX as usize {
             return None;
