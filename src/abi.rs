@@ -10,7 +10,8 @@ pub const MOEFY_ROUTE_INDEX_DIRECT_WORDS: u32 = 16;
 pub const MOEFY_EXPERTS_MANY_SLAB: u32 = 256;
 pub const MOEFY_EXPERTS_MANY_SUM_COLUMNS: u32 = 256;
 pub const MOEFY_EXPERTS_SUMS_COLUMNS: u32 = 64;
-pub const MOEFY_EXPERTS_SUMS_STAGES: u32 = 4;
+pub const MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS: u32 = 6;
+pub const MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS: u32 = 4;
 pub const MOEFY_FFN_FEW_EXPERTS: u32 = 512;
 pub const MOEFY_FFN_FEW_STAGES: u32 = 8;
 pub const MOEFY_FFN_FEW_TILE: u32 = 8;
@@ -541,37 +542,37 @@ const _: () = {
 #[repr(align(64))]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct moefy_experts_sums_params {
-    pub hidden: moefy_tensor_map,
+    pub hidden: [moefy_tensor_map; 8usize],
     pub hidden_shared: moefy_tensor_map,
     pub hidden_linear: moefy_tensor_map,
     pub w_out: moefy_tensor_map,
     pub experts: moefy_experts_params,
     pub block_tokens: u32,
-    pub num_lanes: u32,
+    pub num_across: u32,
     pub reserved: [u64; 3usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of moefy_experts_sums_params"]
-        [::std::mem::size_of::<moefy_experts_sums_params>() - 768usize];
+        [::std::mem::size_of::<moefy_experts_sums_params>() - 1664usize];
     ["Alignment of moefy_experts_sums_params"]
         [::std::mem::align_of::<moefy_experts_sums_params>() - 64usize];
     ["Offset of field: moefy_experts_sums_params::hidden"]
         [::std::mem::offset_of!(moefy_experts_sums_params, hidden) - 0usize];
     ["Offset of field: moefy_experts_sums_params::hidden_shared"]
-        [::std::mem::offset_of!(moefy_experts_sums_params, hidden_shared) - 128usize];
+        [::std::mem::offset_of!(moefy_experts_sums_params, hidden_shared) - 1024usize];
     ["Offset of field: moefy_experts_sums_params::hidden_linear"]
-        [::std::mem::offset_of!(moefy_experts_sums_params, hidden_linear) - 256usize];
+        [::std::mem::offset_of!(moefy_experts_sums_params, hidden_linear) - 1152usize];
     ["Offset of field: moefy_experts_sums_params::w_out"]
-        [::std::mem::offset_of!(moefy_experts_sums_params, w_out) - 384usize];
+        [::std::mem::offset_of!(moefy_experts_sums_params, w_out) - 1280usize];
     ["Offset of field: moefy_experts_sums_params::experts"]
-        [::std::mem::offset_of!(moefy_experts_sums_params, experts) - 512usize];
+        [::std::mem::offset_of!(moefy_experts_sums_params, experts) - 1408usize];
     ["Offset of field: moefy_experts_sums_params::block_tokens"]
-        [::std::mem::offset_of!(moefy_experts_sums_params, block_tokens) - 736usize];
-    ["Offset of field: moefy_experts_sums_params::num_lanes"]
-        [::std::mem::offset_of!(moefy_experts_sums_params, num_lanes) - 740usize];
+        [::std::mem::offset_of!(moefy_experts_sums_params, block_tokens) - 1632usize];
+    ["Offset of field: moefy_experts_sums_params::num_across"]
+        [::std::mem::offset_of!(moefy_experts_sums_params, num_across) - 1636usize];
     ["Offset of field: moefy_experts_sums_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_sums_params, reserved) - 744usize];
+        [::std::mem::offset_of!(moefy_experts_sums_params, reserved) - 1640usize];
 };
 #[repr(C)]
 #[repr(align(64))]

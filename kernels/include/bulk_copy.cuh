@@ -98,6 +98,12 @@ __device__ __forceinline__ void copy_box(uint32_t to, const moefy_tensor_map& ma
       : "memory");
 }
 
+/// Asks for such a box to be brought into the second-level cache.
+__device__ __forceinline__ void prefetch_box(const moefy_tensor_map& map, uint32_t column, uint32_t row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row)
+               : "memory");
+}
+
 /// Asks for the description of a matrix before the first copy needs it.
 __device__ __forceinline__ void prefetch_map(const moefy_tensor_map& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

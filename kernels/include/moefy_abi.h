@@ -34,7 +34,8 @@
 
 /* moefy_experts_many_sums: columns of a block, stages. */
 #define MOEFY_EXPERTS_SUMS_COLUMNS 64u
-#define MOEFY_EXPERTS_SUMS_STAGES 4u
+#define MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS 6u
+#define MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS 4u
 
 /* ffn_few: experts and stages at most, tokens of a tile, threads of a block, outputs of a block of the first launch. */
 #define MOEFY_FFN_FEW_EXPERTS 512u
@@ -278,16 +279,16 @@ typedef struct moefy_experts_fused_params {
 } moefy_experts_fused_params;
 
 /* The second product for many tokens, summed where it is multiplied. `hidden` is h of the pairs, hidden_stride by pairs; the
- * other two that of all tokens, if there are such neurons; a box is 64 by 64, as of w_out, d_model by neurons. Nothing is done
- * where min_token_pairs exist. */
+ * other two that of all tokens, if there are such neurons; a box is 64 columns by 64 rows, as of w_out, d_model by neurons. Of
+ * pairs there are maps for boxes of 8 rows, 16 and so on. Nothing is done where min_token_pairs exist. */
 typedef struct moefy_experts_sums_params {
-  moefy_tensor_map hidden;
+  moefy_tensor_map hidden[8];
   moefy_tensor_map hidden_shared;
   moefy_tensor_map hidden_linear;
   moefy_tensor_map w_out;
   moefy_experts_params experts;
   uint32_t block_tokens; /* tokens of a block */
-  uint32_t num_lanes;    /* blocks that share the columns of these tokens */
+  uint32_t num_across;   /* blocks that share the columns of these tokens */
   uint64_t reserved[3];  /* to a multiple of the alignment */
 } moefy_experts_sums_params;
 

@@ -24,6 +24,11 @@ __device__ __forceinline__ uint64_t operand_of_columns(uint32_t address, uint32_
   return (1ull << 62) | (kEightDepths << 32) | (static_cast<uint64_t>(block_bytes / 16) << 16) | ((address & 0x3ffff) >> 4);
 }
 
+/// An operand so many bytes further.
+__device__ __forceinline__ uint64_t operand_after(uint64_t operand, uint32_t bytes) {
+  return (operand >> 32 << 32) | (static_cast<uint32_t>(operand) + bytes / 16);
+}
+
 // ---- products ----
 
 /// Before the first product of a tile, and after anything else has touched its sums.

@@ -5,8 +5,8 @@
 // the rows of their tokens. So no output of a pair goes to memory, and no product is by zeros. Sums have the order of the
 // experts.
 //
-// Such a job is short, and a thread needs long for one: four warpgroups take jobs by turns, and each stage has a thread of its
-// own that asks the copy engine for what belongs there.
+// Such a job is short, and a thread needs long for one: four warpgroups take jobs by turns, and lanes of other warps find what to
+// ask the copy engine for, 32 stages side by side.
 #include "expert_groups.cuh"
 #include "pipeline.cuh"
 
@@ -17,83 +17,65 @@ constexpr uint32_t kPairs = 64;
 constexpr uint32_t kColumns = MOEFY_EXPERTS_SUMS_COLUMNS;
 constexpr uint32_t kDepth = 64;  // of a stage
 constexpr uint32_t kRowBytes = 2 * kDepth;
-constexpr uint32_t kPairBytes = kPairs * kRowBytes;  // of a stage; weights follow
-constexpr uint32_t kStageBytes = kPairBytes + kDepth * kRowBytes;
-constexpr int kStages = MOEFY_EXPERTS_SUMS_STAGES;
+/// h of the pairs of a stage, or weights of its columns.
+constexpr uint32_t kSlotBytes = 64 * kRowBytes;
+constexpr uint32_t kHiddenSlots = MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS, kWeightSlots = MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS;
+constexpr int kSlots = kHiddenSlots + kWeightSlots;  // those of weights come last
+/// Warps that fill the slots of either kind, each of them always the same ones: two would take each other's phases for theirs.
+constexpr uint32_t kAskers = 2;
+static_assert(kHiddenSlots % kAskers == 0 && kWeightSlots % kAskers == 0, "a slot has one asker");
 constexpr uint32_t kGroups = 4;  // that multiply
-constexpr uint32_t kThreads = kGroups * 128 + kStages * 32;
+constexpr uint32_t kThreads = kGroups * 128 + 2 * kAskers * 32;
 
-/// Up to 64 pairs of a group with tokens of a block: rows of h that follow each other.
-struct Job {
+using Slots = Pipeline<kSlots, true>;
+
+/// Tells the compiler that all lanes of the warp have the same.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+/// Whose neurons.
+enum Kind : uint32_t { kOfExpert, kOfShared, kLinear };
+
+/// Up to 64 pairs of a group with tokens of a block, rows of h that follow each other, by some neurons of the group: as many
+/// stages as every job has. The first job of these neurons brings their weights, the last one gives them up.
+struct alignas(16) Job {
   uint32_t row;
-  uint32_t group_and_count;
+  uint32_t neuron;  // row of w_out
+  uint32_t column;  // of h
+  uint32_t what;
 
   Job() = default;
-  __device__ Job(uint32_t first, uint32_t group, uint32_t count) : row(first), group_and_count(group << 8 | count) {}
-  __device__ uint32_t group() const { return group_and_count >> 8; }
-  __device__ uint32_t count() const { return group_and_count & 255; }
+  __device__ explicit Job(uint32_t of_all_lanes) : what(of_all_lanes) {}
+  __device__ Job(uint32_t first_row, uint32_t first_neuron, uint32_t first_column, uint32_t slice, uint32_t kind,
+                 uint32_t count, bool brings, bool gives_up)
+      : row(first_row),
+        neuron(first_neuron),
+        column(first_column),
+        what(slice << 11 | kind << 9 | gives_up << 8 | brings << 7 | count) {}
+  __device__ uint32_t count() const { return what & 127; }
+  __device__ bool brings_weights() const { return what >> 7 & 1; }
+  __device__ bool gives_weights_up() const { return what >> 8 & 1; }
+  __device__ uint32_t kind() const { return what >> 9 & 3; }
+  /// Of the block's slices of neurons, which share their weights, which this one is.
+  __device__ uint32_t slice() const { return what >> 11; }
 };
 
-/// What a block does for each of its items, in shared memory: first the experts' jobs, then the shared and the linear neurons'.
+/// What a block does for each of its items, in shared memory.
 struct Jobs {
-  const Job* all;
-  uint32_t of_experts, of_shared, num;
+  uint32_t num;
+  uint32_t num_slices;
 };
 
-__device__ __forceinline__ uint32_t stages_of(uint32_t neurons) { return ceil_div(neurons, kDepth); }
+__device__ __forceinline__ uint32_t width_of(const moefy_neurons& n, uint32_t group) {
+  return group < n.num_experts ? n.expert_width : group == n.num_experts ? n.shared : n.rank;
+}
 
-/// Goes through the jobs of a block, again for every item.
-class Walk {
- public:
-  Job job;
-  uint32_t item = 0;
+/// Row of w_out.
+__device__ __forceinline__ uint32_t first_neuron_of(const moefy_neurons& n, uint32_t group) {
+  return group <= n.num_experts ? group * n.expert_width : n.d_ff;
+}
 
-  __device__ Walk(const moefy_experts_params& p, const Jobs& jobs, uint32_t num_items, uint32_t first)
-      : n_(p.neurons), jobs_(jobs), end_(jobs.num == 0 ? 0 : num_items), stages_(stages_of(p.neurons.expert_width)) {
-    skip(first);
-  }
-
-  __device__ bool exists() const { return item < end_; }
-  __device__ bool is_first() const { return item == 0 && index_ == 0; }
-  __device__ bool is_last() const { return item + 1 == end_ && index_ + 1 == jobs_.num; }
-  __device__ bool is_of_experts() const { return index_ < jobs_.of_experts; }
-  __device__ bool is_linear() const { return index_ >= jobs_.of_experts + jobs_.of_shared; }
-  __device__ uint32_t first_neuron() const {
-    return is_of_experts() ? job.group() * n_.expert_width : is_linear() ? n_.d_ff : routed_neurons(n_);
-  }
-  __device__ uint32_t num_stages() const {
-    return is_of_experts() ? stages_ : stages_of(is_linear() ? n_.rank : n_.shared);
-  }
-  /// Of all jobs before this one.
-  __device__ uint32_t first_stage() const {
-    if (jobs_.of_experts == jobs_.num) return (item * jobs_.num + index_) * stages_;
-    return item * stages_before(jobs_.num) + stages_before(index_);
-  }
-
-  __device__ void skip(uint32_t jobs) {
-    index_ += jobs;
-#pragma unroll 1
-    while (exists() && index_ >= jobs_.num) {
-      index_ -= jobs_.num;
-      ++item;
-    }
-    if (exists()) job = jobs_.all[index_];
-  }
-
- private:
-  /// Of an item.
-  __device__ uint32_t stages_before(uint32_t index) const {
-    const uint32_t linear = jobs_.of_experts + jobs_.of_shared;
-    const uint32_t of_experts = min(index, jobs_.of_experts), of_shared = min(index, linear) - of_experts;
-    return of_experts * stages_ + of_shared * stages_of(n_.shared) +
-           (index - of_experts - of_shared) * stages_of(n_.rank);
-  }
-
-  const moefy_neurons& n_;
-  const Jobs& jobs_;
-  const uint32_t end_, stages_;
-  uint32_t index_ = 0;
-};
+/// Of a job: as many as the weights of half of the slots have.
+__device__ __forceinline__ uint32_t stages_of_job(const moefy_neurons& n) { return n.expert_width > kDepth ? 2 : 1; }
 
 /// The first of `ids`, ascending, from `low` to `high`, that is at least `least`.
 __device__ __forceinline__ uint32_t find_first(const uint32_t* ids, uint32_t low, uint32_t high, uint32_t least) {
@@ -112,12 +94,24 @@ __device__ __forceinline__ uint32_t find_first(const uint32_t* ids, uint32_t low
   return low;
 }
 
+/// The sum of what this lane and those before it have.
+__device__ __forceinline__ uint32_t sum_of_lanes(uint32_t own) {
+  uint32_t sum = own;
+#pragma unroll
+  for (uint32_t step = 1; step < 32; step *= 2) {
+    const uint32_t earlier = __shfl_up_sync(0xffffffffu, sum, step);
+    if (threadIdx.x % 32 >= step) sum += earlier;
+  }
+  return sum;
+}
+
 /// Finds the pairs of all groups with `count` tokens from `token0` on, by all threads of a block. `ends`: two words for each
 /// group.
 __device__ __forceinline__ Jobs find_jobs(const moefy_experts_params& p, uint32_t token0, uint32_t count, uint2* ends,
                                           Job* all) {
-  __shared__ uint32_t of_experts, of_shared, num_jobs;
-  const uint32_t groups = num_groups(p.neurons);
+  __shared__ Jobs found_jobs;
+  const moefy_neurons& n = p.neurons;
+  const uint32_t groups = num_groups(n);
   // Two threads search the ends.
   for (uint32_t i = threadIdx.x; i < 2 * groups; i += kThreads) {
     const Group group = find_group(p, i / 2);
@@ -130,65 +124,106 @@ __device__ __forceinline__ Jobs find_jobs(const moefy_experts_params& p, uint32_
   }
   __syncthreads();
   if (threadIdx.x < 32) {
-    uint32_t jobs = 0;
+    const uint32_t slice_width = stages_of_job(n) * kDepth;
+    Jobs jobs = {0, 0};
     for (uint32_t first = 0; first < groups; first += 32) {
       const uint32_t group = first + threadIdx.x;
       const uint2 range = group < groups ? ends[group] : make_uint2(0, 0);
-      const uint32_t own = ceil_div(range.y - range.x, kPairs);
-      uint32_t sum = own;
-#pragma unroll
-      for (uint32_t step = 1; step < 32; step *= 2) {
-        const uint32_t earlier = __shfl_up_sync(0xffffffffu, sum, step);
-        if (threadIdx.x >= step) sum += earlier;
+      const uint32_t tiles = ceil_div(range.y - range.x, kPairs);
+      const uint32_t slices = tiles == 0 ? 0 : ceil_div(width_of(n, group), slice_width);
+      const uint32_t own = tiles * slices, last = sum_of_lanes(own), last_slice = sum_of_lanes(slices);
+      const uint32_t kind = group < n.num_experts ? kOfExpert : group == n.num_experts ? kOfShared : kLinear;
+      Job* to = all + jobs.num + last - own;
+      for (uint32_t slice = 0; slice < slices; ++slice) {
+        const uint32_t column = slice * slice_width, index = jobs.num_slices + last_slice - slices + slice;
+        for (uint32_t i = 0; i < tiles; ++i) {
+          const uint32_t row = range.x + i * kPairs;
+          *to++ = Job(row, first_neuron_of(n, group) + column, column, index, kind, min(range.y - row, kPairs), i == 0,
+                      i + 1 == tiles);
+        }
       }
-      Job* const to = all + jobs + sum - own;
-      for (uint32_t i = 0; i < own; ++i) {
-        const uint32_t row = range.x + i * kPairs;
-        to[i] = Job(row, group, min(range.y - row, kPairs));
-      }
-      if (group + 1 == p.neurons.num_experts) of_experts = jobs + sum;
-      if (group == p.neurons.num_experts) of_shared = own;
-      jobs += __shfl_sync(0xffffffffu, sum, 31);
+      jobs.num += __shfl_sync(0xffffffffu, last, 31);
+      jobs.num_slices += __shfl_sync(0xffffffffu, last_slice, 31);
     }
-    if (threadIdx.x == 0) num_jobs = jobs;
-    fence_for_copies();  // stages come where the ends were
+    if (threadIdx.x == 0) found_jobs = jobs;
+    fence_for_copies();  // slots are where the ends were
   }
   __syncthreads();
-  return {all, of_experts, of_shared, num_jobs};
+  return found_jobs;
 }
 
-/// Pieces of 64 columns that a block takes: of all, every `num_lanes`-th.
-__device__ __forceinline__ uint32_t items_of(const moefy_experts_sums_params& p, uint32_t lane) {
-  return ceil_div(ceil_div(p.experts.neurons.d_model, kColumns) - lane, p.num_lanes);
+/// Pieces of 64 columns that a block takes: of all, every `num_across`-th.
+__device__ __forceinline__ uint32_t items_of(const moefy_experts_sums_params& p, uint32_t across) {
+  return ceil_div(ceil_div(p.experts.neurons.d_model, kColumns) - across, p.num_across);
 }
 
-__device__ __forceinline__ uint32_t column_of(const moefy_experts_sums_params& p, uint32_t lane, uint32_t item) {
-  return (lane + item * p.num_lanes) * kColumns;
+__device__ __forceinline__ uint32_t column_of(const moefy_experts_sums_params& p, uint32_t across, uint32_t item) {
+  return (across + item * p.num_across) * kColumns;
 }
 
-/// Fills a stage again and again.
-__device__ __forceinline__ void copy_items(const moefy_experts_sums_params& sums, const Jobs& jobs, uint32_t lane,
-                                           uint32_t memory, const Pipeline<kStages, true>& pipeline, uint32_t slot) {
-  const uint32_t to = memory + slot * kStageBytes, full = pipeline.full(slot), empty = pipeline.empty(slot);
-  Walk walk(sums.experts, jobs, items_of(sums, lane), 0);
-  uint32_t stage = slot;  // of the job
-  for (uint32_t times = 0;; ++times) {
-    while (walk.exists() && stage >= walk.num_stages()) {
-      stage -= walk.num_stages();
-      walk.skip(1);
+/// Asks for weights that the jobs of 32 stages later bring to be in the second-level cache by then. They come from memory, and
+/// every block needs them at about the same time: blocks of other tokens take turns.
+__device__ __forceinline__ void ask_ahead(const moefy_experts_sums_params& sums, const Job* all, const Jobs& jobs,
+                                          uint32_t column, uint32_t stage) {
+  const uint32_t job_stages = stages_of_job(sums.experts.neurons);
+  if (stage >= jobs.num * job_stages) return;
+  const Job job = all[stage / job_stages];
+  const uint32_t num_blocks = gridDim.x / sums.num_across;
+  if (!job.brings_weights() || job.slice() % num_blocks != blockIdx.x % num_blocks) return;
+  prefetch_box(sums.w_out, column, job.neuron + stage % job_stages * kDepth);
+}
+
+/// Asks for h of all jobs, or for their weights: a warp for every kAskers-th stage. Lanes find what to ask for side by side, since
+/// a thread alone needs long for it, and ask one after another.
+template <bool kOfWeights>
+__device__ __forceinline__ void ask(const moefy_experts_sums_params& sums, const Job* all, const Jobs& jobs, uint32_t across,
+                                    uint32_t memory, const Slots& slots, uint32_t asker) {
+  constexpr uint32_t kFirstSlot = kOfWeights ? kHiddenSlots : 0, kOwnSlots = kOfWeights ? kWeightSlots : kHiddenSlots;
+  const uint32_t num_items = items_of(sums, across), job_stages = stages_of_job(sums.experts.neurons);
+  const uint32_t num_stages = jobs.num * job_stages, lane = threadIdx.x % 32;
+  uint32_t slot = kFirstSlot + asker, phase = 1;  // of the warp's next stage; at first the slots are empty
+#pragma unroll 1
+  for (uint32_t item = 0; item < num_items; ++item) {
+    const uint32_t column = column_of(sums, across, item);
+#pragma unroll 1
+    for (uint32_t first = 0; first < num_stages; first += 32) {
+      const uint32_t stage = first + lane, of_job = stage % job_stages;
+      const Job job = all[min(stage / job_stages, jobs.num - 1)];
+      const bool is_of_expert = job.kind() == kOfExpert;
+      const uint32_t eights = is_of_expert ? (job.count() + 7) / 8 : 8;
+      const moefy_tensor_map* const map = kOfWeights                 ? &sums.w_out
+                                          : is_of_expert             ? &sums.hidden[eights - 1]
+                                          : job.kind() == kOfShared  ? &sums.hidden_shared
+                                                                     : &sums.hidden_linear;
+      const uint32_t bytes = kOfWeights ? kSlotBytes : eights * 8 * kRowBytes;
+      const uint32_t from_column = kOfWeights ? column : job.column + of_job * kDepth;
+      const uint32_t from_row = kOfWeights ? job.neuron + of_job * kDepth : job.row;
+      const uint32_t use = kOfWeights ? (item * jobs.num_slices + job.slice()) * job_stages + of_job : item * num_stages + stage;
+      const bool wants = stage < num_stages && use % kAskers == asker && (!kOfWeights || job.brings_weights());
+      if (kOfWeights && asker == 0) {
+        const bool same_item = first + 32 < num_stages;
+        const uint32_t later = same_item ? column : column_of(sums, across, item + 1);
+        if (same_item || item + 1 < num_items) ask_ahead(sums, all, jobs, later, same_item ? stage + 32 : lane);
+      }
+      uint32_t left = __ballot_sync(0xffffffffu, wants);
+#pragma unroll 1
+      while (left != 0) {
+        const uint32_t next = __ffs(left) - 1;
+        left &= left - 1;
+        if (lane == next) {
+          barrier_wait(slots.empty(slot), phase);
+          barrier_expect(slots.full(slot), bytes);
+          copy_box(memory + slot * kSlotBytes, *map, from_column, from_row, slots.full(slot));
+        }
+        // Or the next lane would wait for a phase that this one has not begun.
+        __syncwarp();
+        slot += kAskers;
+        if (slot >= kFirstSlot + kOwnSlots) {
+          slot -= kOwnSlots;
+          phase ^= 1;
+        }
+      }
     }
-    if (!walk.exists()) return;
-    if (times > 0) barrier_wait(empty, (times - 1) & 1);
-    barrier_expect(full, kStageBytes);
-    copy_box(to + kPairBytes, sums.w_out, column_of(sums, lane, walk.item), walk.first_neuron() + stage * kDepth, full);
-    if (walk.is_of_experts()) {
-      copy_box(to, sums.hidden, stage * kDepth, walk.job.row, full);
-    } else if (walk.is_linear()) {
-      copy_box(to, sums.hidden_linear, stage * kDepth, walk.job.row, full);
-    } else {
-      copy_box(to, sums.hidden_shared, stage * kDepth, walk.job.row, full);
-    }
-    stage += kStages;
   }
 }
 
@@ -197,7 +232,6 @@ __device__ __forceinline__ void copy_items(const moefy_experts_sums_params& sums
 /// y of a block in shared memory: rows of 64 sums, in an order that gives a lane four that follow each other: columns 2 t and
 /// 2 t + 1 of two blocks of eight, for the lane t of a quad.
 constexpr uint32_t kSumBytes = kColumns * sizeof(float);
-constexpr uint32_t kNoSums = 0xffffffffu;
 
 __device__ __forceinline__ float4 load_sums(uint32_t address) {
   float4 v;
@@ -205,24 +239,53 @@ __device__ __forceinline__ float4 load_sums(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ void store_sums_if(bool exists, uint32_t address, float4 v) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0;\n@p st.shared.v4.f32 [%0], {%1,%2,%3,%4};}" ::"r"(address), "f"(v.x),
+               "f"(v.y), "f"(v.z), "f"(v.w), "r"(static_cast<int>(exists))
+               : "memory");
+}
+
 __device__ __forceinline__ void store_sums(uint32_t address, float4 v) {
   asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
-/// Barriers: of all warpgroups that multiply; for each of them, of it and the one before it: when it may multiply, and when it
-/// may add to either half of the columns.
-enum Barrier : uint32_t { kAll = 1, kMultiplies = 2, kAdds = kMultiplies + kGroups, kEnd = kAdds + 2 * kGroups };
-static_assert(kEnd <= 16, "a block has 16 barriers");
+/// The barrier of all who multiply; those after it are for turns of two warpgroups.
+constexpr uint32_t kAll = 1;
 
-__device__ __forceinline__ void wait_for_all() { asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory"); }
+__device__ __forceinline__ void wait_for_all() { asm volatile("bar.sync %0, %1;" ::"n"(kAll), "n"(kGroups * 128) : "memory"); }
 
-__device__ __forceinline__ void wait_for_last(uint32_t barrier) {
-  asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory");
-}
+/// Whose turn it is: to multiply, and to add to either half of the columns.
+///
+/// For the sums each warpgroup has a barrier where all threads of the one before it arrive, although one thread of a warp would
+/// do: racecheck sees no order by other threads' arrivals, and none by `bar.arrive`, which is as fast (kernels/NOTES.md). Whoever
+/// multiplies only has to come later.
+class Turns {
+ public:
+  enum What : uint32_t { kAddFirst, kAddSecond, kNum };
 
-__device__ __forceinline__ void let_next(uint32_t barrier) {
-  asm volatile("bar.arrive %0, 256;" ::"r"(barrier) : "memory");
-}
+  /// By all threads of a block, before another barrier of it.
+  __device__ explicit Turns() {
+    __shared__ uint64_t memory[kNum * kGroups];
+    barriers_ = shared_address(memory);
+    if (threadIdx.x < kNum * kGroups) barrier_init(barriers_ + threadIdx.x * 8, 128);
+  }
+
+  /// `round`: of the warpgroup. The first one's first turn has come.
+  __device__ void wait_to_add(What what, uint32_t group, uint32_t round) const {
+    barrier_wait(barriers_ + (what * kGroups + group) * 8, (group == 0 ? round + 1 : round) & 1);
+  }
+  __device__ void let_next_add(What what, uint32_t group) const {
+    barrier_arrive(barriers_ + (what * kGroups + (group + 1) % kGroups) * 8);
+  }
+
+  __device__ void wait_to_multiply(uint32_t group) const { asm volatile("bar.sync %0, 256;" ::"r"(kAll + 1 + group) : "memory"); }
+  __device__ void let_next_multiply(uint32_t group) const {
+    asm volatile("bar.arrive %0, 256;" ::"r"(kAll + 1 + (group + 1) % kGroups) : "memory");
+  }
+
+ private:
+  uint32_t barriers_;
+};
 
 /// A fourth of a row of products, of which `half` says whether it is this lane's first row or the one eight further.
 __device__ __forceinline__ float4 part_of_row(const float (&c)[kColumns / 2], int part, int half) {
@@ -233,15 +296,15 @@ __device__ __forceinline__ float4 part_of_row(const float (&c)[kColumns / 2], in
 /// Adds products to two fourths of the rows of their tokens, of which each lane has two places or none. Even rows of a warp
 /// take the first part first, odd ones the second, so that they meet other banks.
 template <uint32_t kFirst>
-__device__ __forceinline__ void add_products(const float (&c)[kColumns / 2], const uint32_t (&rows)[2]) {
-  const uint32_t odd = threadIdx.x / 4 % 2;
+__device__ __forceinline__ void add_products(const float (&c)[kColumns / 2], const uint32_t (&rows)[2], const bool (&exists)[2]) {
+  const bool odd = threadIdx.x / 4 % 2;
   float4 sums[2][2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (uint32_t part = 0; part < 2; ++part) {
       const uint32_t at = rows[half] + ((kFirst + part) ^ odd) * 64;
-      if (rows[half] != kNoSums) sums[half][part] = load_sums(at);
+      if (exists[half]) sums[half][part] = load_sums(at);
     }
   }
 #pragma unroll
@@ -255,7 +318,7 @@ __device__ __forceinline__ void add_products(const float (&c)[kColumns / 2], con
       v.y += odd ? odd_part.y : even_part.y;
       v.z += odd ? odd_part.z : even_part.z;
       v.w += odd ? odd_part.w : even_part.w;
-      if (rows[half] != kNoSums) store_sums(at, v);
+      store_sums_if(exists[half], at, v);
     }
   }
 }
@@ -305,84 +368,109 @@ __device__ __forceinline__ void store_rows(const moefy_experts_params& p, uint32
   }
 }
 
-/// Tokens of this lane's two rows of a job, of all, or kNoSums. Nothing looks at them before the next job, so nothing waits.
+/// Tokens of this lane's two rows of a job, of all. Nothing looks at them before the next job, so nothing waits.
 struct Tokens {
   uint32_t of_row[2];
 
-  __device__ Tokens(const moefy_experts_params& p, const Walk& walk, uint32_t own_row) {
+  __device__ Tokens(const moefy_experts_params& p, const Job& job, uint32_t own_row) {
+    const uint32_t row = job.row + own_row;
+    const uint32_t* const from = p.token_ids + row;
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
-      const uint32_t own = own_row + half * 8, row = walk.job.row + own;
-      const bool exists = walk.exists() && own < walk.job.count();
-      of_row[half] = exists ? row : kNoSums;
+      of_row[half] = row + half * 8;
       asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0;\n@p ld.global.u32 %0, [%1];}"
                    : "+r"(of_row[half])
-                   : "l"(p.token_ids + row), "r"(static_cast<int>(exists && walk.is_of_experts())));
+                   : "l"(from + half * 8), "r"(static_cast<int>(own_row + half * 8 < job.count() && job.kind() == kOfExpert)));
     }
   }
 };
 
 template <class T>
-__device__ __forceinline__ void multiply_items(const moefy_experts_sums_params& p, const Jobs& jobs, uint32_t token0,
-                                               uint32_t count, uint32_t lane, uint32_t memory,
-                                               const Pipeline<kStages, true>& pipeline) {
-  const uint32_t sums = memory + kStages * kStageBytes, thread = threadIdx.x, group = thread / 128;
-  const uint32_t next_group = group + 1 == kGroups ? 0 : group + 1;
+__device__ __forceinline__ void multiply_items(const moefy_experts_sums_params& p, const Job* all, const Jobs& jobs, uint32_t token0,
+                                               uint32_t count, uint32_t across, uint32_t memory, const Slots& slots,
+                                               const Turns& turns) {
+  const uint32_t sums = memory + kSlots * kSlotBytes, thread = threadIdx.x, group = uniform(thread / 128);
   const uint32_t own_row = thread % 128 / 32 * 16 + thread % 32 / 4;
   for (uint32_t i = thread; i < count * (kSumBytes / 16); i += kGroups * 128) {
     store_sums(sums + i * 16, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
   }
   wait_for_all();
-  const uint32_t num_items = items_of(p, lane);
-  const auto free_stage = [&](uint32_t stage) {
-    if (thread % 32 == 0) barrier_arrive(pipeline.empty(stage % kStages));
+  const uint32_t num_stages = stages_of_job(p.experts.neurons);
+  const uint32_t num_items = items_of(p, across), first_row = sums - token0 * kSumBytes + thread % 4 * 16;
+  const bool is_first_lane = thread % 32 == 0;
+  const auto free_hidden = [&](uint32_t stage) {
+    if (is_first_lane) barrier_arrive(slots.empty(stage % kHiddenSlots));
   };
-  Walk walk(p.experts, jobs, num_items, group);
-  Tokens next_tokens(p.experts, walk, own_row);
+  const auto free_weights = [&](uint32_t stage) {
+    if (is_first_lane) barrier_arrive(slots.empty(kHiddenSlots + stage % kWeightSlots));
+  };
+  const auto find_job = [&](uint32_t index) {
+#pragma unroll 1
+    while (index >= jobs.num && jobs.num > 0) index -= jobs.num;
+    return all[index];
+  };
+  Job job = find_job(group);
+  Tokens tokens(p.experts, job, own_row);
+  uint32_t index = group, round = 0;  // of this item's jobs; of this warpgroup's
 #pragma unroll 1
   for (uint32_t item = 0; item < num_items; ++item) {
 #pragma unroll 1
-    while (walk.exists() && walk.item == item) {
-      const uint32_t first_stage = walk.first_stage(), end_stage = first_stage + walk.num_stages();
-      const bool is_first = walk.is_first(), is_last = walk.is_last();
-      uint32_t rows[2];
-#pragma unroll
-      for (uint32_t half = 0; half < 2; ++half) {
-        const uint32_t token = next_tokens.of_row[half];
-        rows[half] = token == kNoSums ? kNoSums : sums + (token - token0) * kSumBytes + thread % 4 * 16;
-      }
+    for (; index < jobs.num; index += kGroups, ++round) {
+      const uint32_t rows[2] = {first_row + tokens.of_row[0] * kSumBytes, first_row + tokens.of_row[1] * kSumBytes};
+      const bool exists[2] = {own_row < job.count(), own_row + 8 < job.count()};
+      const bool is_last_job = item + 1 == num_items && index + 1 == jobs.num;
+      const Job same(uniform(job.what));
+      const bool brings = same.brings_weights(), gives_up = same.gives_weights_up();
+      uint32_t h = (item * jobs.num + index) * num_stages, w = (item * jobs.num_slices + same.slice()) * num_stages;
+      const uint32_t end = h + num_stages;
       // Who would wait for a stage before the last one has seen its own would take an earlier phase for that.
-      if (!is_first) wait_for_last(kMultiplies + group);
+      if (group + round > 0) turns.wait_to_multiply(group);
       float c[kColumns / 2];
+      bool adds = false;
 #pragma unroll 1
-      for (uint32_t stage = first_stage; stage < end_stage; ++stage) {
-        const uint32_t from = memory + stage % kStages * kStageBytes;
-        barrier_wait(pipeline.full(stage % kStages), stage / kStages & 1);
-        if (stage + 1 == end_stage && !is_last) let_next(kMultiplies + next_group);
-        const uint64_t a = operand_of_rows(from), b = operand_of_columns(from + kPairBytes, kDepth * kRowBytes);
+      for (;;) {
+        const uint32_t slot = h % kHiddenSlots, weight_slot = kHiddenSlots + w % kWeightSlots;
+        if (brings) barrier_wait(slots.full(weight_slot), w / kWeightSlots & 1);
+        barrier_wait(slots.full(slot), h / kHiddenSlots & 1);
+        if (h + 1 == end && !is_last_job) turns.let_next_multiply(group);
+        const uint64_t a = operand_of_rows(memory + slot * kSlotBytes);
+        const uint64_t b = operand_of_columns(memory + weight_slot * kSlotBytes, kSlotBytes);
         wgmma_fence();
 #pragma unroll
         for (uint32_t step = 0; step < kDepth / 16; ++step) {
-          wgmma<T, true>(c, a + 2 * step, b + 128 * step, stage > first_stage || step > 0);
+          wgmma<T, true>(c, operand_after(a, 32 * step), operand_after(b, 2048 * step), step > 0 || adds);
         }
         wgmma_commit();
-        if (stage == first_stage) continue;
-        wgmma_wait<1>();
-        free_stage(stage - 1);
+        if (adds) {
+          wgmma_wait<1>();
+          free_hidden(h - 1);
+          if (brings && gives_up) free_weights(w - 1);
+        }
+        adds = true;
+        if (h + 1 == end) break;
+        ++h;
+        ++w;
       }
-      walk.skip(kGroups);
-      next_tokens = Tokens(p.experts, walk, own_row);
+      job = find_job(index + kGroups);
+      tokens = Tokens(p.experts, job, own_row);
       wgmma_wait<0>();
-      free_stage(end_stage - 1);
-      if (!is_first) wait_for_last(kAdds + group);
-      add_products<0>(c, rows);
-      if (!is_last) let_next(kAdds + next_group);
-      if (!is_first) wait_for_last(kAdds + kGroups + group);
-      add_products<2>(c, rows);
-      if (!is_last) let_next(kAdds + kGroups + next_group);
+      free_hidden(h);
+      if (brings && gives_up) free_weights(w);
+      turns.wait_to_add(Turns::kAddFirst, group, round);
+      // Those before this one have multiplied by them too.
+      if (gives_up && !brings) {
+#pragma unroll 1
+        for (uint32_t i = 0; i < num_stages; ++i) free_weights(w - i);
+      }
+      add_products<0>(c, rows, exists);
+      turns.let_next_add(Turns::kAddFirst, group);
+      turns.wait_to_add(Turns::kAddSecond, group, round);
+      add_products<2>(c, rows, exists);
+      turns.let_next_add(Turns::kAddSecond, group);
     }
+    index -= jobs.num;
     wait_for_all();
-    store_rows<T>(p.experts, sums, token0, count, column_of(p, lane, item));
+    store_rows<T>(p.experts, sums, token0, count, column_of(p, across, item));
     wait_for_all();
   }
 }
@@ -390,26 +478,34 @@ __device__ __forceinline__ void multiply_items(const moefy_experts_sums_params& 
 template <class T>
 __device__ __forceinline__ void many_sums(const moefy_experts_sums_params& p) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  Job* const all = reinterpret_cast<Job*>(memory + kStages * kStageBytes + p.block_tokens * kSumBytes);
-  const Pipeline<kStages, true> pipeline(1, 128 / 32);
+  Job* const all = reinterpret_cast<Job*>(memory + kSlots * kSlotBytes + p.block_tokens * kSumBytes);
+  const Slots slots(1, 128 / 32);
+  const Turns turns;
   begin();
   if (by_tokens(p.experts)) return;
-  const uint32_t num_blocks = ceil_div(p.experts.num_tokens, p.block_tokens), lane = blockIdx.x / num_blocks;
+  const uint32_t num_blocks = ceil_div(p.experts.num_tokens, p.block_tokens), across = blockIdx.x / num_blocks;
   const uint32_t token0 = blockIdx.x % num_blocks * p.block_tokens;
   const uint32_t count = min(p.block_tokens, p.experts.num_tokens - token0);
   const Jobs jobs = find_jobs(p.experts, token0, count, reinterpret_cast<uint2*>(memory), all);
-  const uint32_t warp = threadIdx.x / 32;
-  if (warp < kGroups * 4) {
-    multiply_items<T>(p, jobs, token0, count, lane, shared_address(memory), pipeline);
-  } else if (threadIdx.x % 32 == 0) {
-    copy_items(p, jobs, lane, shared_address(memory), pipeline, warp - kGroups * 4);
+  const uint32_t asker = threadIdx.x / 32 - kGroups * 4;
+  // All have 61,440 registers.
+  if (threadIdx.x < kGroups * 128) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+    multiply_items<T>(p, all, jobs, token0, count, across, shared_address(memory), slots, turns);
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+    if (asker < kAskers) {
+      ask<false>(p, all, jobs, across, shared_address(memory), slots, asker);
+    } else {
+      ask<true>(p, all, jobs, across, shared_address(memory), slots, asker - kAskers);
+    }
   }
 }
 
 }  // namespace
 }  // namespace moefy
 
-// Dynamic shared memory: the stages, where the ends of the groups are at first, 256 bytes for each token of a block, and two
+// Dynamic shared memory: the slots, where the ends of the groups are at first, 256 bytes for each token of a block, and four
 // words for each job that can be.
 #define MOEFY_EXPERTS_MANY_SUMS(name, type)                                                     \
   extern "C" __global__ void __launch_bounds__(moefy::kThreads, 1)                              \

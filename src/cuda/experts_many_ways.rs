@@ -142,7 +142,7 @@ impl Cost {
     }
 
     /// Of the second product of few pairs. Outputs of pairs: a byte of y of a pair, written, read and added. Where it keeps its
-    /// sums: for a block of tokens and each expert 64 pairs are the least, and what is more is as much for each pair.
+    /// sums: for a block of tokens and each expert its weights, and 64 pairs are the least.
     fn of_pairs(launch: &Launch) -> Self {
         if !launch.is_wide {
             let row = (launch.d_model * launch.dtype.bytes()) as f64;
@@ -150,9 +150,10 @@ impl Cost {
         }
         let stages = launch.expert_width.div_ceil(TOKEN_DEPTH) as f64;
         let columns = launch.d_model as f64 / 64.0;
-        let of_job = columns * (0.28 + 0.17 * stages) / launch.multiprocessors as f64;
-        let jobs = (launch.num_tokens.div_ceil(512) * launch.num_experts) as f64;
-        Self { base: 8.0 + 0.5 * jobs * of_job, of_pair: of_job / 64.0 }
+        let rounds = columns / launch.multiprocessors as f64;
+        let (of_weights, of_job) = (rounds * 0.1 * stages, rounds * 0.12 * (1.0 + stages));
+        let experts = (launch.num_tokens.div_ceil(512) * launch.num_experts) as f64;
+        Self { base: 8.0 + experts * (of_weights + 0.4 * of_job), of_pair: of_job / 64.0 }
     }
 
     /// Of the same by tiles of tokens, where that is possible: a stage of a round of tiles, and to find the rows of an expert

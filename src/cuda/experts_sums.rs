@@ -4,19 +4,22 @@ use super::driver::{Function, RawStream, matrix_map};
 use super::experts::Launch;
 use super::kernels::Modules;
 use crate::abi::{
-    MOEFY_EXPERTS_SUMS_COLUMNS, MOEFY_EXPERTS_SUMS_STAGES, moefy_experts_params,
-    moefy_experts_sums_params, moefy_tensor_map,
+    MOEFY_EXPERTS_SUMS_COLUMNS, MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS, MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS,
+    moefy_experts_params, moefy_experts_sums_params, moefy_tensor_map,
 };
 use crate::dtype::DType;
 use crate::error::Result;
 
-/// Of a block: four warpgroups, and a warp for each stage.
-const THREADS: u32 = 512 + MOEFY_EXPERTS_SUMS_STAGES * 32;
+/// Of a block: four warpgroups that multiply, and one that asks for what they need.
+const THREADS: u32 = 640;
 /// Pairs of a job. Tokens of a block are a multiple of it, and so many at most.
 const TOKENS_STEP: usize = 64;
 const MAX_TOKENS: usize = 512;
-/// Rows of a box of the copy engine.
+/// The most rows of a box of the copy engine, and where those of pairs differ.
 const BOX_ROWS: u32 = 64;
+const BOX_STEP: u32 = 8;
+/// Neurons of a stage; a job has two stages at most.
+const DEPTH: usize = 64;
 const COLUMNS: usize = MOEFY_EXPERTS_SUMS_COLUMNS as usize;
 /// What a block has on every device that has this kernel, less what is the kernel's own.
 const MAX_SHARED_BYTES: usize = 226 << 10;
@@ -26,10 +29,17 @@ pub(super) fn load(modules: &Modules, name: &'static str) -> Result<Function> {
     modules.function("sm90_experts_many_sums", name, MAX_SHARED_BYTES)
 }
 
-/// Stages, y of the tokens of a block in f32, and two words for each job that can be.
-fn shared_bytes(block_tokens: usize, num_experts: usize) -> usize {
-    const STAGES_BYTES: usize = MOEFY_EXPERTS_SUMS_STAGES as usize * 2 * 64 * 128;
-    STAGES_BYTES + block_tokens * COLUMNS * 4 + (num_experts + 2) * (block_tokens / TOKENS_STEP) * 8
+/// Slots, y of the tokens of a block in f32, and four words for each job that can be.
+fn shared_bytes(block_tokens: usize, num_slices: usize) -> usize {
+    const SLOTS: u32 = MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS + MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS;
+    const SLOTS_BYTES: usize = SLOTS as usize * BOX_ROWS as usize * DEPTH * 2;
+    SLOTS_BYTES + block_tokens * COLUMNS * 4 + num_slices * (block_tokens / TOKENS_STEP) * 16
+}
+
+/// Of all neurons: as many as a job has, or what is left of an expert.
+fn slices(num_experts: usize, expert_width: usize, shared: usize, rank: usize) -> usize {
+    let width = if expert_width > DEPTH { 2 * DEPTH } else { DEPTH };
+    num_experts * expert_width.div_ceil(width) + shared.div_ceil(width) + rank.div_ceil(width)
 }
 
 /// Sizes of the launch.
@@ -44,7 +54,7 @@ pub(super) struct Shape {
     num_tokens: usize,
     block_tokens: usize,
     /// Blocks that share the columns of the same tokens.
-    num_lanes: usize,
+    num_across: usize,
     pub(super) shared_bytes: usize,
 }
 
@@ -52,15 +62,16 @@ impl Shape {
     /// `None` for more experts than there are lists for.
     pub(super) fn new(launch: &Launch) -> Option<Self> {
         let Launch { dtype, d_model, d_ff, shared, rank, num_tokens, num_experts, .. } = *launch;
-        let across = d_model.div_ceil(COLUMNS);
+        let slices = slices(num_experts, launch.expert_width, shared, rank);
+        let pieces = d_model.div_ceil(COLUMNS);
         let blocks = |block_tokens: usize| num_tokens.div_ceil(block_tokens).max(1);
-        let lanes = |block_tokens: usize| (launch.multiprocessors / blocks(block_tokens)).max(1);
+        let across = |block_tokens: usize| (launch.multiprocessors / blocks(block_tokens)).max(1);
         // More tokens in a block read weights less often, but are fewer blocks (kernels/NOTES.md).
         let cost = |&block_tokens: &usize| {
             let rounds = blocks(block_tokens).div_ceil(launch.multiprocessors);
-            rounds * across.div_ceil(lanes(block_tokens)) * (300 + block_tokens)
+            rounds * pieces.div_ceil(across(block_tokens)) * (300 + block_tokens)
         };
-        let fits = |&tokens: &usize| shared_bytes(tokens, num_experts) <= MAX_SHARED_BYTES;
+        let fits = |&tokens: &usize| shared_bytes(tokens, slices) <= MAX_SHARED_BYTES;
         let sizes = (TOKENS_STEP..=MAX_TOKENS).step_by(TOKENS_STEP).filter(fits);
         let block_tokens = sizes.min_by_key(cost)?;
         Some(Self {
@@ -71,8 +82,8 @@ impl Shape {
             rank,
             num_tokens,
             block_tokens,
-            num_lanes: lanes(block_tokens).min(across),
-            shared_bytes: shared_bytes(block_tokens, num_experts),
+            num_across: across(block_tokens).min(pieces),
+            shared_bytes: shared_bytes(block_tokens, slices),
         })
     }
 
@@ -85,29 +96,36 @@ impl Shape {
         params: &moefy_experts_params,
     ) -> Result<()> {
         let element = self.dtype.bytes() as u64;
-        let map = |matrix: u64, rows: usize, columns: usize| -> Result<moefy_tensor_map> {
+        let map = |matrix: u64, rows: usize, columns: usize, box_rows: u32| {
             if rows == 0 || columns == 0 {
                 return Ok(bytemuck::Zeroable::zeroed());
             }
             let sizes = [rows as u32, columns as u32];
-            matrix_map(self.dtype, matrix, sizes, columns as u64, BOX_ROWS)
+            matrix_map(self.dtype, matrix, sizes, columns as u64, box_rows)
         };
         let of_tokens = |first: u64, width: usize| {
             let width = width.next_multiple_of(8);
-            map(params.hidden + first * element, self.num_tokens, width)
+            map(params.hidden + first * element, self.num_tokens, width, BOX_ROWS)
         };
         let pairs = params.max_pairs as usize;
+        let mut hidden: [moefy_tensor_map; (BOX_ROWS / BOX_STEP) as usize] =
+            bytemuck::Zeroable::zeroed();
+        for (map_of_pairs, box_rows) in
+            hidden.iter_mut().zip((BOX_STEP..).step_by(BOX_STEP as usize))
+        {
+            *map_of_pairs = map(params.hidden, pairs, params.hidden_stride as usize, box_rows)?;
+        }
         let params = moefy_experts_sums_params {
-            hidden: map(params.hidden, pairs, params.hidden_stride as usize)?,
+            hidden,
             hidden_shared: of_tokens(params.hidden_shared, self.shared)?,
             hidden_linear: of_tokens(params.hidden_linear, self.rank)?,
-            w_out: map(params.neurons.w_out, self.rows, self.d_model)?,
+            w_out: map(params.neurons.w_out, self.rows, self.d_model, BOX_ROWS)?,
             experts: *params,
             block_tokens: self.block_tokens as u32,
-            num_lanes: self.num_lanes as u32,
+            num_across: self.num_across as u32,
             reserved: [0; 3],
         };
-        let blocks = self.num_tokens.div_ceil(self.block_tokens) * self.num_lanes;
+        let blocks = self.num_tokens.div_ceil(self.block_tokens) * self.num_across;
         // SAFETY: the caller's promise.
         unsafe { kernel.launch(stream, [blocks as u32, 1, 1], THREADS, self.shared_bytes, &params) }
     }

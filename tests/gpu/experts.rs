@@ -265,7 +265,7 @@ fn draw_shape(rng: &mut ChaCha8Rng, num_tokens: usize) -> Shape {
         let shape = Shape {
             d_model: pick(&[64, 384, 768, 1000, 4096]),
             num_experts: pick(&[1, 12, 48, 112, 129, 448]),
-            expert_width: pick(&[1, 4, 6, 24, 32, 48, 64, 100, 128]),
+            expert_width: pick(&[1, 4, 6, 24, 32, 48, 64, 100, 128, 300]),
             shared: pick(&[0, 0, 5, 64]),
             rank: pick(&[0, 0, 3, 16]),
             glu: pick(&[0, 1]) == 1,
@@ -371,13 +371,17 @@ fn short_lists(gpu: &Gpu) {
 }
 
 /// Lists with room for more pairs than their outputs have: few pairs go in one launch, all of them by tiles of tokens, and
-/// where experts are not whole groups of eight neurons all go in two launches.
+/// where experts are not whole groups of eight neurons all go in two launches, as where they are wide.
 fn long_lists(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let aligned =
         Shape { d_model: 1000, num_experts: 100, expert_width: 8, shared: 16, rank: 3, glu: false };
     let odd = Shape { expert_width: 6, ..aligned };
+    let wide =
+        Shape { expert_width: 300, num_experts: 5, shared: 200, rank: 70, glu: true, ..aligned };
     for (shape, density, dtype) in [
+        (wide, 0.1, DType::F16),
+        (wide, 0.4, DType::BF16),
         (aligned, 0.1, DType::F16),
         (aligned, 1.0, DType::F16),
         (aligned, 0.1, DType::BF16),
