@@ -249,38 +249,33 @@ __device__ __forceinline__ void store_sums(uint32_t address, float4 v) {
   asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
-/// The barrier of all who multiply; those after it are for turns of two warpgroups.
-constexpr uint32_t kAll = 1;
+__device__ __forceinline__ void wait_for_all() { asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory"); }
 
-__device__ __forceinline__ void wait_for_all() { asm volatile("bar.sync %0, %1;" ::"n"(kAll), "n"(kGroups * 128) : "memory"); }
-
-/// Whose turn it is: to multiply, and to add to either half of the columns.
+/// Whose turn it is: to multiply, and to add to either half of the columns. Of each warpgroup a barrier where the one before it
+/// arrives.
 ///
-/// For the sums each warpgroup has a barrier where all threads of the one before it arrive, although one thread of a warp would
-/// do: racecheck sees no order by other threads' arrivals, and none by `bar.arrive`, which is as fast (kernels/NOTES.md). Whoever
-/// multiplies only has to come later.
+/// All threads that have added arrive, although one of a warp would do, and nothing is by `bar.arrive`: racecheck sees no order
+/// by either (kernels/NOTES.md).
 class Turns {
  public:
-  enum What : uint32_t { kAddFirst, kAddSecond, kNum };
+  enum What : uint32_t { kMultiply, kAddFirst, kAddSecond, kNum };
 
   /// By all threads of a block, before another barrier of it.
-  __device__ explicit Turns() {
+  __device__ Turns() {
     __shared__ uint64_t memory[kNum * kGroups];
     barriers_ = shared_address(memory);
-    if (threadIdx.x < kNum * kGroups) barrier_init(barriers_ + threadIdx.x * 8, 128);
+    const uint32_t i = threadIdx.x;
+    if (i < kNum * kGroups) barrier_init(barriers_ + i * 8, i / kGroups == kMultiply ? 128 / 32 : 128);
   }
 
   /// `round`: of the warpgroup. The first one's first turn has come.
-  __device__ void wait_to_add(What what, uint32_t group, uint32_t round) const {
+  __device__ void wait(What what, uint32_t group, uint32_t round) const {
     barrier_wait(barriers_ + (what * kGroups + group) * 8, (group == 0 ? round + 1 : round) & 1);
   }
-  __device__ void let_next_add(What what, uint32_t group) const {
-    barrier_arrive(barriers_ + (what * kGroups + (group + 1) % kGroups) * 8);
-  }
 
-  __device__ void wait_to_multiply(uint32_t group) const { asm volatile("bar.sync %0, 256;" ::"r"(kAll + 1 + group) : "memory"); }
-  __device__ void let_next_multiply(uint32_t group) const {
-    asm volatile("bar.arrive %0, 256;" ::"r"(kAll + 1 + (group + 1) % kGroups) : "memory");
+  __device__ void pass(What what, uint32_t group) const {
+    if (what == kMultiply && threadIdx.x % 32 != 0) return;
+    barrier_arrive(barriers_ + (what * kGroups + (group + 1) % kGroups) * 8);
   }
 
  private:
@@ -405,8 +400,9 @@ __device__ __forceinline__ void multiply_items(const moefy_experts_sums_params& 
     if (is_first_lane) barrier_arrive(slots.empty(kHiddenSlots + stage % kWeightSlots));
   };
   const auto find_job = [&](uint32_t index) {
+    if (jobs.num == 0) return Job(0);
 #pragma unroll 1
-    while (index >= jobs.num && jobs.num > 0) index -= jobs.num;
+    while (index >= jobs.num) index -= jobs.num;
     return all[index];
   };
   Job job = find_job(group);
@@ -418,13 +414,12 @@ __device__ __forceinline__ void multiply_items(const moefy_experts_sums_params& 
     for (; index < jobs.num; index += kGroups, ++round) {
       const uint32_t rows[2] = {first_row + tokens.of_row[0] * kSumBytes, first_row + tokens.of_row[1] * kSumBytes};
       const bool exists[2] = {own_row < job.count(), own_row + 8 < job.count()};
-      const bool is_last_job = item + 1 == num_items && index + 1 == jobs.num;
       const Job same(uniform(job.what));
       const bool brings = same.brings_weights(), gives_up = same.gives_weights_up();
       uint32_t h = (item * jobs.num + index) * num_stages, w = (item * jobs.num_slices + same.slice()) * num_stages;
       const uint32_t end = h + num_stages;
       // Who would wait for a stage before the last one has seen its own would take an earlier phase for that.
-      if (group + round > 0) turns.wait_to_multiply(group);
+      turns.wait(Turns::kMultiply, group, round);
       float c[kColumns / 2];
       bool adds = false;
 #pragma unroll 1
@@ -432,7 +427,7 @@ __device__ __forceinline__ void multiply_items(const moefy_experts_sums_params& 
         const uint32_t slot = h % kHiddenSlots, weight_slot = kHiddenSlots + w % kWeightSlots;
         if (brings) barrier_wait(slots.full(weight_slot), w / kWeightSlots & 1);
         barrier_wait(slots.full(slot), h / kHiddenSlots & 1);
-        if (h + 1 == end && !is_last_job) turns.let_next_multiply(group);
+        if (h + 1 == end) turns.pass(Turns::kMultiply, group);
         const uint64_t a = operand_of_rows(memory + slot * kSlotBytes);
         const uint64_t b = operand_of_columns(memory + weight_slot * kSlotBytes, kSlotBytes);
         wgmma_fence();
@@ -456,17 +451,17 @@ __device__ __forceinline__ void multiply_items(const moefy_experts_sums_params& 
       wgmma_wait<0>();
       free_hidden(h);
       if (brings && gives_up) free_weights(w);
-      turns.wait_to_add(Turns::kAddFirst, group, round);
+      turns.wait(Turns::kAddFirst, group, round);
       // Those before this one have multiplied by them too.
       if (gives_up && !brings) {
 #pragma unroll 1
         for (uint32_t i = 0; i < num_stages; ++i) free_weights(w - i);
       }
       add_products<0>(c, rows, exists);
-      turns.let_next_add(Turns::kAddFirst, group);
-      turns.wait_to_add(Turns::kAddSecond, group, round);
+      turns.pass(Turns::kAddFirst, group);
+      turns.wait(Turns::kAddSecond, group, round);
       add_products<2>(c, rows, exists);
-      turns.let_next_add(Turns::kAddSecond, group);
+      turns.pass(Turns::kAddSecond, group);
     }
     index -= jobs.num;
     wait_for_all();
