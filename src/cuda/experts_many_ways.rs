@@ -151,7 +151,7 @@ impl Cost {
         let stages = launch.expert_width.div_ceil(TOKEN_DEPTH) as f64;
         let columns = launch.d_model as f64 / 64.0;
         let rounds = columns / launch.multiprocessors as f64;
-        let (of_weights, of_job) = (rounds * 0.1 * stages, rounds * 0.12 * (1.0 + stages));
+        let (of_weights, of_job) = (rounds * 0.05 * stages, rounds * 0.143 * (1.0 + stages));
         let experts = (launch.num_tokens.div_ceil(512) * launch.num_experts) as f64;
         Self { base: 8.0 + experts * (of_weights + 0.4 * of_job), of_pair: of_job / 64.0 }
     }
@@ -254,8 +254,15 @@ pub(super) mod tests {
             (8192, 1024, 64, 64, 0.1, 122.5),
             (8192, 1024, 64, 64, 0.2, 223.5),
             (8192, 1024, 64, 64, 0.4, 288.5),
+            (2048, 4096, 112, 128, 0.1, 300.0),
+            (2048, 4096, 112, 128, 0.2, 490.0),
+            (8192, 4096, 112, 128, 0.1, 1030.0),
+            (8192, 4096, 112, 128, 0.2, 1780.0),
+            (8192, 4096, 112, 128, 0.4, 3140.0),
         ] {
-            let launch = launch(num_tokens, d_model, num_experts, expert_width);
+            let halves = if d_model == 4096 { 2 } else { 1 };
+            let launch =
+                Launch { halves, ..launch(num_tokens, d_model, num_experts, expert_width) };
             let max_pairs = num_tokens * num_experts;
             let estimate = products_us(&launch, max_pairs, max_pairs as f64 * density);
             assert!(
