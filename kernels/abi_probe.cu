@@ -25,7 +25,7 @@ extern "C" __global__ void moefy_abi_probe(const __grid_constant__ moefy_abi_pro
       LAYOUT(moefy_token_tiles_params, reserved),
       LAYOUT(moefy_experts_tiled_params, inverse_width),
       LAYOUT(moefy_experts_tiled_engine_params, reserved),
-      LAYOUT(moefy_ffn_few_params, log_stage_neurons),
+      LAYOUT(moefy_ffn_few_params, routing_bytes),
       LAYOUT(moefy_add_shares_params, num_tokens),
       LAYOUT(moefy_gates_params, reserved),
       LAYOUT(moefy_embed_tokens_params, d_model),

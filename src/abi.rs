@@ -9,6 +9,7 @@ pub const MOEFY_ROUTE_INDEX_WARP_BLOCKS: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_DIRECT_WORDS: u32 = 16;
 pub const MOEFY_EXPERTS_MANY_SLAB: u32 = 256;
 pub const MOEFY_EXPERTS_MANY_SUM_COLUMNS: u32 = 256;
+pub const MOEFY_EXPERTS_SUMS_THREADS: u32 = 640;
 pub const MOEFY_EXPERTS_SUMS_COLUMNS: u32 = 64;
 pub const MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS: u32 = 6;
 pub const MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS: u32 = 4;
@@ -17,6 +18,7 @@ pub const MOEFY_FFN_FEW_STAGES: u32 = 8;
 pub const MOEFY_FFN_FEW_TILE: u32 = 8;
 pub const MOEFY_FFN_FEW_THREADS: u32 = 256;
 pub const MOEFY_FFN_FEW_ROUTER_ROWS: u32 = 8;
+pub const MOEFY_FFN_FEW_WHOLE_STAGES: u32 = 4;
 pub const MOEFY_ROUTE_INDEX_CHUNK: u32 = 8;
 pub const MOEFY_ROUTE_INDEX_BLOCKS: u32 = 128;
 pub const MOEFY_ROUTER_SELECT_BLOCKS: u32 = 16;
@@ -776,10 +778,12 @@ pub struct moefy_ffn_few_params {
     pub inverse_width: f32,
     pub inverse_blocks: f32,
     pub log_stage_neurons: u32,
+    pub block_neurons: u32,
+    pub routing_bytes: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 264usize];
+    ["Size of moefy_ffn_few_params"][::std::mem::size_of::<moefy_ffn_few_params>() - 272usize];
     ["Alignment of moefy_ffn_few_params"][::std::mem::align_of::<moefy_ffn_few_params>() - 8usize];
     ["Offset of field: moefy_ffn_few_params::neurons"]
         [::std::mem::offset_of!(moefy_ffn_few_params, neurons) - 0usize];
@@ -803,6 +807,10 @@ const _: () = {
         [::std::mem::offset_of!(moefy_ffn_few_params, inverse_blocks) - 256usize];
     ["Offset of field: moefy_ffn_few_params::log_stage_neurons"]
         [::std::mem::offset_of!(moefy_ffn_few_params, log_stage_neurons) - 260usize];
+    ["Offset of field: moefy_ffn_few_params::block_neurons"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, block_neurons) - 264usize];
+    ["Offset of field: moefy_ffn_few_params::routing_bytes"]
+        [::std::mem::offset_of!(moefy_ffn_few_params, routing_bytes) - 268usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

@@ -131,7 +131,7 @@ struct ClusterRouter {
     }
   }
 
-  /// Leaves the outputs of the first layer of all tokens in every block.
+  /// Sends the outputs of the first layer of all tokens to every block.
   __device__ void first_layer(const typename Slice<T, 1, kSteps>::X& x) const {
     const uint32_t token = threadIdx.x / 32, unit = lane_id() % 16;
     const bool has_scale = !kTwoLayers && p.w1_scale != nullptr && unit < num_rows;
@@ -166,8 +166,10 @@ struct ClusterRouter {
         if (four < num_rows) store_async(to + four, values, &fixed.first_barrier, unit);
       }
     }
-    wait_for_stores(&fixed.first_barrier);
   }
+
+  /// Until those of all blocks are here.
+  __device__ void wait_for_first() const { wait_for_stores(&fixed.first_barrier); }
 
   /// Threads that share the scores of an expert for some tokens: as many as there are blocks, or half of them.
   template <int kTokens>

@@ -100,15 +100,23 @@ struct Slice {
   /// there are `rows`; nobody looks at the sums of the others. `kHigh`: whether there is a second eight.
   template <bool kHigh = true>
   __device__ void multiply(uint32_t low, uint32_t high, uint32_t rows, const X& x, Sums<kTiles>& sums) const {
+    multiply<kHigh>(low, high, rows, rows, x, sums);
+  }
+
+  /// The same where the second eight are fewer.
+  template <bool kHigh = true>
+  __device__ void multiply(uint32_t low, uint32_t high, uint32_t low_rows, uint32_t high_rows, const X& x,
+                           Sums<kTiles>& sums) const {
     constexpr int kChains = 4 / kTiles;  // sums that do not wait for each other
     const uint32_t g = lane_id() / 4, t = lane_id() % 4;
     const uint32_t bytes = bytes_before((row_bytes + 63) / 64 * 64);
-    const uint32_t offset = min(g, rows - 1) * in_row_stride(row_bytes) +
-                            (bytes > 0 ? first_step * (kStepColumns * uint32_t(sizeof(T))) : 0) + t * 16;
+    const uint32_t inside = (bytes > 0 ? first_step * (kStepColumns * uint32_t(sizeof(T))) : 0) + t * 16;
+    low += min(g, low_rows - 1) * in_row_stride(row_bytes) + inside;
+    high += min(g, high_rows - 1) * in_row_stride(row_bytes) + inside;
     float chains[kTiles][kChains][4] = {};
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const uint32_t step = offset + within(i * kStepColumns * sizeof(T), bytes);
+      const uint32_t step = within(i * kStepColumns * sizeof(T), bytes);
       const uint4 a = load_shared_vector(low + step);
       const uint4 b = kHigh ? load_shared_vector(high + step) : uint4{};
       const uint32_t first[4] = {a.x, b.x, a.y, b.y}, second[4] = {a.z, b.z, a.w, b.w};

@@ -41,15 +41,32 @@ __host__ __device__ constexpr uint32_t round_up_128(uint32_t bytes) { return (by
 
 /// The rest, one after the other, each at a multiple of 128 bytes: the host adds up the same sizes.
 struct Sized {
-  uint32_t* keys;               // [num_tokens, round_up_32(num_experts)], later gates
+  uint32_t* keys;                // [num_tokens, round_up_32(num_experts)], later gates
   unsigned char* router_inputs;  // what the routing of a kernel needs beside the ring
-  unsigned char* ring;          // before there are neurons: the router's, then what selection sorts
+  unsigned char* routing;        // the rest of what it needs: the router's, then what selection sorts
+  unsigned char* ring;           // the same place where rows are asked for later
 
-  __device__ Sized(uint32_t num_tokens, uint32_t num_experts, unsigned char* memory, uint32_t router_bytes)
+  /// `routing_bytes`: 0 where it is the ring's place.
+  __device__ Sized(uint32_t num_tokens, uint32_t num_experts, unsigned char* memory, uint32_t router_bytes,
+                   uint32_t routing_bytes)
       : keys(reinterpret_cast<uint32_t*>(memory)),
         router_inputs(memory + round_up_128(4 * num_tokens * round_up_32(num_experts))),
-        ring(router_inputs + round_up_128(router_bytes)) {}
+        routing(router_inputs + round_up_128(router_bytes)),
+        ring(routing + round_up_128(routing_bytes)) {}
 };
+
+/// Asks for scores to be read instead of the router's, to where the keys will be.
+__device__ __forceinline__ void ask_for_scores(const moefy_router_select_params& r, uint32_t num_tokens, uint32_t* keys) {
+  if (r.imposed == nullptr) return;
+#pragma unroll 1
+  for (uint32_t e = threadIdx.x; e < r.num_experts; e += kThreads) {
+#pragma unroll 4
+    for (uint32_t token = 0; token < num_tokens; ++token) {
+      copy_async_word(shared_address(keys + token * round_up_32(r.num_experts) + e), r.imposed + token * r.num_experts + e);
+    }
+  }
+  copy_async_commit();
+}
 
 /// Waits for scores to be read instead of the router's, which are on their way to where the keys go.
 __device__ __forceinline__ void wait_for_imposed(const moefy_router_select_params& r) {
@@ -122,7 +139,7 @@ __device__ __noinline__ void select_rows(const moefy_ffn_few_params& p, Fixed<kT
 #pragma unroll 1
   for (uint32_t token = warp; token < r.num_tokens; token += kWarps) {
     uint32_t* keys = shared.keys + token * round_up_32(r.num_experts);
-    uint32_t* scratch = reinterpret_cast<uint32_t*>(shared.ring) + warp * MOEFY_FFN_FEW_EXPERTS;
+    uint32_t* scratch = reinterpret_cast<uint32_t*>(shared.routing) + warp * MOEFY_FFN_FEW_EXPERTS;
     const bool selected = RowSelection{keys, scratch, r.num_experts, fixed.masks[token]}.run(r.selection);
     __syncwarp();
     const bool lost = blockIdx.x == 0 && r.status != nullptr && token < num_valid && !selected;
@@ -133,16 +150,25 @@ __device__ __noinline__ void select_rows(const moefy_ffn_few_params& p, Fixed<kT
   __syncthreads();
 }
 
+/// Whether the least keys say which experts run, and there are no gates.
+template <int kTiles>
+__device__ __forceinline__ bool is_plain(const moefy_ffn_few_params& p, uint32_t num_tokens, const Fixed<kTiles>& fixed) {
+  return p.gate == MOEFY_GATE_ONE && __all_sync(kFullWarp, fixed.least_keys[min(lane_id(), num_tokens - 1)] != 0);
+}
+
+/// Whether this block is the one that tells others what was selected.
+__device__ __forceinline__ bool writes_masks(const moefy_router_select_params& r) {
+  return blockIdx.x == 0 && r.mask != nullptr;
+}
+
 /// The union of the tokens' experts, with the tokens of each; returns its size.
 template <int kTiles>
 __device__ __forceinline__ uint32_t unite(const moefy_ffn_few_params& p, uint32_t num_tokens, Fixed<kTiles>& fixed,
                                           const Sized& shared) {
   const moefy_router_select_params& r = p.router;
   const uint32_t stride = round_up_32(r.num_experts), warp = threadIdx.x / 32;
-  const bool plain = p.gate == MOEFY_GATE_ONE &&
-                     __all_sync(kFullWarp, fixed.least_keys[min(lane_id(), num_tokens - 1)] != 0);
+  const bool plain = is_plain(p, num_tokens, fixed), writes = writes_masks(r);
   if (!plain) select_rows(p, fixed, shared);
-  const bool writes = blockIdx.x == 0 && r.mask != nullptr;
   uint32_t size = 0;
 #pragma unroll 1
   for (uint32_t first = 0; first < r.num_experts; first += kThreads) {
@@ -192,6 +218,34 @@ __device__ __forceinline__ uint32_t unite(const moefy_ffn_few_params& p, uint32_
   return size;
 }
 
+/// Stores a warp's columns of the block's share of y.
+template <class T, int kTiles, int kSteps>
+__device__ __forceinline__ void store_share(const moefy_ffn_few_params& p, uint32_t num_tokens,
+                                            const Slice<T, kTiles, kSteps>& slice, const float (&y)[kSteps * 2][kTiles][4]) {
+  const uint32_t g = lane_id() / 4, t = lane_id() % 4;
+  const uint64_t d_model = p.neurons.d_model;
+  const uint32_t column = slice.first_step * kStepColumns + g;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const uint32_t token = tile * kTile + 2 * t + odd;
+      if (token >= num_tokens) continue;
+      float* to = p.partials + (static_cast<uint64_t>(blockIdx.x) * num_tokens + token) * d_model + column;
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        if (i >= slice.num_steps) break;
+#pragma unroll
+        for (int eight = 0; eight < 4; ++eight) {
+          if (column + i * kStepColumns + eight * 8 < d_model) {
+            to[i * kStepColumns + eight * 8] = y[2 * i + eight / 2][tile][eight % 2 * 2 + odd];
+          }
+        }
+      }
+    }
+  }
+}
+
 __device__ __forceinline__ void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b, __half) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -235,7 +289,7 @@ struct Stream {
       : p(params),
         num_tokens(tokens),
         fixed(fixed_memory),
-        shared(tokens, params.router.num_experts, memory, router_bytes),
+        shared(tokens, params.router.num_experts, memory, router_bytes, 0),
         slice(params.neurons.d_model),
         place(row_place()) {}
 
@@ -260,21 +314,6 @@ struct Stream {
       }
       fence_barriers();
     }
-  }
-
-  /// Scores to be read instead of the router's, to where the keys will be.
-  __device__ void ask_for_scores() const {
-    if (p.router.imposed == nullptr) return;
-    const uint32_t num_experts = p.router.num_experts;
-#pragma unroll 1
-    for (uint32_t e = threadIdx.x; e < num_experts; e += kThreads) {
-#pragma unroll 4
-      for (uint32_t token = 0; token < num_tokens; ++token) {
-        copy_async_word(shared_address(shared.keys + token * round_up_32(num_experts) + e),
-                        p.router.imposed + token * num_experts + e);
-      }
-    }
-    copy_async_commit();
   }
 
   /// Neurons of the n-th stage that exist. All stages' neurons are the block's own.
@@ -458,32 +497,7 @@ struct Stream {
         parity ^= 1;
       }
     }
-    store(y);
-  }
-
-  __device__ void store(const Y& y) const {
-    const uint32_t g = lane_id() / 4, t = lane_id() % 4;
-    const uint64_t d_model = p.neurons.d_model;
-    const uint32_t column = slice.first_step * kStepColumns + g;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const uint32_t token = tile * kTile + 2 * t + odd;
-        if (token >= num_tokens) continue;
-        float* to = p.partials + (static_cast<uint64_t>(blockIdx.x) * num_tokens + token) * d_model + column;
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
-          if (i >= slice.num_steps) break;
-#pragma unroll
-          for (int eight = 0; eight < 4; ++eight) {
-            if (column + i * kStepColumns + eight * 8 < d_model) {
-              to[i * kStepColumns + eight * 8] = y[2 * i + eight / 2][tile][eight % 2 * 2 + odd];
-            }
-          }
-        }
-      }
-    }
+    store_share(p, num_tokens, slice, y);
   }
 };
 

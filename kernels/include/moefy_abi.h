@@ -32,7 +32,8 @@
 /* Columns that a warp of moefy_experts_many_sum takes at once. */
 #define MOEFY_EXPERTS_MANY_SUM_COLUMNS 256u
 
-/* moefy_experts_many_sums: columns of a block, stages. */
+/* moefy_experts_many_sums: threads and columns of a block, slots for h and for weights. */
+#define MOEFY_EXPERTS_SUMS_THREADS 640u
 #define MOEFY_EXPERTS_SUMS_COLUMNS 64u
 #define MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS 6u
 #define MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS 4u
@@ -43,6 +44,9 @@
 #define MOEFY_FFN_FEW_TILE 8u
 #define MOEFY_FFN_FEW_THREADS 256u
 #define MOEFY_FFN_FEW_ROUTER_ROWS 8u
+
+/* moefy_ffn_few_whole: stages of 16 neurons of a block at most. */
+#define MOEFY_FFN_FEW_WHOLE_STAGES 4u
 
 /* moefy_route_index_transpose: token blocks of 32 per chunk and round, and chunks * words of experts at most. */
 #define MOEFY_ROUTE_INDEX_CHUNK 8u
@@ -382,6 +386,9 @@ typedef struct moefy_ffn_few_params {
   float inverse_width;     /* 1 / expert_width */
   float inverse_blocks;    /* 1 / the blocks that share the neurons */
   uint32_t log_stage_neurons; /* of base two; a stage has at most what the kernel multiplies at once */
+  /* moefy_ffn_few_whole: neurons of a block at most; what routing needs in shared memory beside their rows. */
+  uint32_t block_neurons;
+  uint32_t routing_bytes;
 } moefy_ffn_few_params;
 
 /* Scores -> gates of moefy_experts_params. */

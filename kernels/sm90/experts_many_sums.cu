@@ -24,10 +24,41 @@ constexpr int kSlots = kHiddenSlots + kWeightSlots;  // those of weights come la
 /// Warps that fill the slots of either kind, each of them always the same ones: two would take each other's phases for theirs.
 constexpr uint32_t kAskers = 2;
 static_assert(kHiddenSlots % kAskers == 0 && kWeightSlots % kAskers == 0, "a slot has one asker");
-constexpr uint32_t kGroups = 4;  // that multiply
-constexpr uint32_t kThreads = kGroups * 128 + 2 * kAskers * 32;
+constexpr uint32_t kThreads = MOEFY_EXPERTS_SUMS_THREADS;
+constexpr uint32_t kGroups = (kThreads - 2 * kAskers * 32) / 128;  // that multiply
 
-using Slots = Pipeline<kSlots, true>;
+/// What tells when a slot is full and when it is empty again.
+///
+/// Who waits for the phase of a barrier takes the last but one for it, and warpgroups overtake each other. So the barriers of
+/// full slots are more than there are slots: a stage has the next one, and before a warpgroup waits for it, this warpgroup has
+/// added the products of a job that was after the barrier's last stage.
+class Slots {
+ public:
+  /// By all threads of a block, before another barrier of it.
+  __device__ Slots() {
+    __shared__ uint64_t memory[kSlots + 2 * kFull];
+    barriers_ = shared_address(memory);
+    const uint32_t i = threadIdx.x;
+    if (i < kSlots + 2 * kFull) {
+      barrier_init(barriers_ + i * 8, i < kSlots ? 128 / 32 : 1);
+      fence_barriers();
+    }
+  }
+
+  __device__ uint32_t empty(uint32_t slot) const { return barriers_ + slot * 8; }
+  /// Of a stage of h or of weights, by its number.
+  __device__ uint32_t full(bool of_weights, uint32_t stage) const {
+    return barriers_ + (kSlots + of_weights * kFull + stage % kFull) * 8;
+  }
+  __device__ void wait_until_full(bool of_weights, uint32_t stage) const {
+    barrier_wait(full(of_weights, stage), stage / kFull & 1);
+  }
+
+ private:
+  static constexpr uint32_t kFull = 16;
+  static_assert(kFull >= 2 * kGroups && kFull % kAskers == 0, "a job has two stages at most");
+  uint32_t barriers_;
+};
 
 /// Tells the compiler that all lanes of the warp have the same.
 __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
@@ -212,8 +243,8 @@ __device__ __forceinline__ void ask(const moefy_experts_sums_params& sums, const
         left &= left - 1;
         if (lane == next) {
           barrier_wait(slots.empty(slot), phase);
-          barrier_expect(slots.full(slot), bytes);
-          copy_box(memory + slot * kSlotBytes, *map, from_column, from_row, slots.full(slot));
+          barrier_expect(slots.full(kOfWeights, use), bytes);
+          copy_box(memory + slot * kSlotBytes, *map, from_column, from_row, slots.full(kOfWeights, use));
         }
         // Or the next lane would wait for a phase that this one has not begun.
         __syncwarp();
@@ -251,21 +282,20 @@ __device__ __forceinline__ void store_sums(uint32_t address, float4 v) {
 
 __device__ __forceinline__ void wait_for_all() { asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory"); }
 
-/// Whose turn it is: to multiply, and to add to either half of the columns. Of each warpgroup a barrier where the one before it
-/// arrives.
+/// Whose turn it is to add to either half of the columns. Of each warpgroup a barrier where the one before it arrives.
 ///
-/// All threads that have added arrive, although one of a warp would do, and nothing is by `bar.arrive`: racecheck sees no order
-/// by either (kernels/NOTES.md).
+/// All threads arrive, although one of a warp would do, and nothing is by `bar.arrive`: racecheck sees no order by either
+/// (kernels/NOTES.md).
 class Turns {
  public:
-  enum What : uint32_t { kMultiply, kAddFirst, kAddSecond, kNum };
+  enum What : uint32_t { kAddFirst, kAddSecond, kNum };
 
   /// By all threads of a block, before another barrier of it.
   __device__ Turns() {
     __shared__ uint64_t memory[kNum * kGroups];
     barriers_ = shared_address(memory);
     const uint32_t i = threadIdx.x;
-    if (i < kNum * kGroups) barrier_init(barriers_ + i * 8, i / kGroups == kMultiply ? 128 / 32 : 128);
+    if (i < kNum * kGroups) barrier_init(barriers_ + i * 8, 128);
   }
 
   /// `round`: of the warpgroup. The first one's first turn has come.
@@ -274,7 +304,6 @@ class Turns {
   }
 
   __device__ void pass(What what, uint32_t group) const {
-    if (what == kMultiply && threadIdx.x % 32 != 0) return;
     barrier_arrive(barriers_ + (what * kGroups + (group + 1) % kGroups) * 8);
   }
 
@@ -418,16 +447,13 @@ __device__ __forceinline__ void multiply_items(const moefy_experts_sums_params& 
       const bool brings = same.brings_weights(), gives_up = same.gives_weights_up();
       uint32_t h = (item * jobs.num + index) * num_stages, w = (item * jobs.num_slices + same.slice()) * num_stages;
       const uint32_t end = h + num_stages;
-      // Who would wait for a stage before the last one has seen its own would take an earlier phase for that.
-      turns.wait(Turns::kMultiply, group, round);
       float c[kColumns / 2];
       bool adds = false;
 #pragma unroll 1
       for (;;) {
         const uint32_t slot = h % kHiddenSlots, weight_slot = kHiddenSlots + w % kWeightSlots;
-        if (brings) barrier_wait(slots.full(weight_slot), w / kWeightSlots & 1);
-        barrier_wait(slots.full(slot), h / kHiddenSlots & 1);
-        if (h + 1 == end) turns.pass(Turns::kMultiply, group);
+        slots.wait_until_full(true, w);
+        slots.wait_until_full(false, h);
         const uint64_t a = operand_of_rows(memory + slot * kSlotBytes);
         const uint64_t b = operand_of_columns(memory + weight_slot * kSlotBytes, kSlotBytes);
         wgmma_fence();
@@ -474,7 +500,7 @@ template <class T>
 __device__ __forceinline__ void many_sums(const moefy_experts_sums_params& p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   Job* const all = reinterpret_cast<Job*>(memory + kSlots * kSlotBytes + p.block_tokens * kSumBytes);
-  const Slots slots(1, 128 / 32);
+  const Slots slots;
   const Turns turns;
   begin();
   if (by_tokens(p.experts)) return;
@@ -483,12 +509,12 @@ __device__ __forceinline__ void many_sums(const moefy_experts_sums_params& p) {
   const uint32_t count = min(p.block_tokens, p.experts.num_tokens - token0);
   const Jobs jobs = find_jobs(p.experts, token0, count, reinterpret_cast<uint2*>(memory), all);
   const uint32_t asker = threadIdx.x / 32 - kGroups * 4;
-  // All have 61,440 registers.
+  // All have 65,536 registers or, with four warpgroups that multiply, 61,440.
   if (threadIdx.x < kGroups * 128) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kGroups == 3 ? 144 : 104));
     multiply_items<T>(p, all, jobs, token0, count, across, shared_address(memory), slots, turns);
   } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kGroups == 3 ? 80 : 64));
     if (asker < kAskers) {
       ask<false>(p, all, jobs, across, shared_address(memory), slots, asker);
     } else {

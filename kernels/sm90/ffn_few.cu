@@ -102,7 +102,7 @@ __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char
     barrier_expect(shared_address(&parts_barrier), part_bytes);
     copy_bulk(shared_address(shared.router_inputs), r.first, part_bytes, shared_address(&parts_barrier));
   }
-  stream.ask_for_scores();
+  ask_for_scores(r, r.num_tokens, shared.keys);
   typename Slice<T, kTiles, kSteps>::X x;
   stream.slice.load(r.x, r.num_tokens, x);
 

@@ -32,9 +32,10 @@ __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char
 
   typename Slice<T, 1, kSteps>::X x;
   stream.slice.load(r.x, num_tokens, x);
-  stream.ask_for_scores();
+  ask_for_scores(r, num_tokens, stream.shared.keys);
   const uint32_t num_valid = valid_tokens(r);
   router.first_layer(x);
+  router.wait_for_first();
   // Every block gets all scores.
   float* const own = scores + router.expert0 * score_tokens;
   if (!kTwoLayers) {

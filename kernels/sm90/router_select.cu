@@ -40,6 +40,7 @@ __device__ __forceinline__ void route(const moefy_router_select_params& p, unsig
   }
   const bool valid = token < valid_tokens(p);
   router.first_layer(x);
+  router.wait_for_first();
   float* const scores = router.end;  // [round_up_32(num_experts)], which become keys; then what selection sorts
   const auto send = [&](uint32_t e, uint32_t token0, const auto& of_tokens) {
     constexpr uint32_t kTokens = sizeof(of_tokens) / sizeof(float);

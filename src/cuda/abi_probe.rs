@@ -43,7 +43,7 @@ pub fn host_abi() -> Vec<u32> {
         moefy_token_tiles_params.reserved,
         moefy_experts_tiled_params.inverse_width,
         moefy_experts_tiled_engine_params.reserved,
-        moefy_ffn_few_params.log_stage_neurons,
+        moefy_ffn_few_params.routing_bytes,
         moefy_add_shares_params.num_tokens,
         moefy_gates_params.reserved,
         moefy_embed_tokens_params.d_model,

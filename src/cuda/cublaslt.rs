@@ -7,7 +7,7 @@ use std::ptr;
 use cudarc::cublaslt::{result, sys};
 use cudarc::driver::{result as driver, sys as driver_sys};
 
-use super::driver::{RawStream, cannot};
+use super::driver::{Graph, RawStream, Stream, cannot};
 pub(super) use super::product::{Epilogue, Operands, ProductShape};
 use super::{Buffer, Device};
 use crate::dtype::DType;
@@ -19,13 +19,13 @@ pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
 const CANDIDATES: usize = 24;
 /// Runs of each, of which the fastest counts; then so many of the best are run so often, by turns, and the median counts.
 const RUNS: usize = 3;
-const FINALISTS: usize = 4;
+const FINALISTS: usize = 6;
 const FINAL_RUNS: usize = 12;
-/// Runs of one timing: of a short product several, each on a copy of the weights that is not near, because an event's half
-/// microsecond is much of one; more of them, and the host would not be ahead of the device.
+/// Runs of one timing, a graph: of a short product many, each on a copy of the weights that is not near, because an event's half
+/// microsecond is much of one.
 const SHORT_TOKENS: usize = 1024;
-const SHORT_RUNS: usize = 8;
-/// Where weights are too large to be copied, from so many tokens on so many runs: what a run reads again is in the
+const SHORT_RUNS: usize = 16;
+/// Of others so many, where weights are too large to be copied from so many tokens on: what a run reads again is in the
 /// second-level cache then, as in a layer.
 const MANY_TOKENS: usize = 256;
 const MANY_RUNS: usize = 4;
@@ -245,40 +245,43 @@ impl Product {
         let weights_bytes = shape.rows * shape.depth * shape.dtype.bytes();
         let copies = timer.copies(operands.weights, weights_bytes)?;
         let runs = match (copies.is_empty(), operands.tokens) {
-            (false, ..SHORT_TOKENS) => SHORT_RUNS,
+            (false, ..SHORT_TOKENS) => copies.len(),
             (true, ..MANY_TOKENS) => 1,
             _ => MANY_RUNS,
         };
         let mut weights = copies.iter().copied().cycle();
         let mut run = |product: &Self| {
             let weights = weights.next().unwrap_or(operands.weights);
+            // SAFETY: the caller's promise.
             unsafe { product.run(library, timer.stream(), &Operands { weights, ..*operands }) }
         };
         let mut patience_ms = shape.patience_ms(operands.tokens, runs);
-        let mut fastest = |product: &Self, timings| {
+        let mut fastest = |graph: &Graph, timings| {
             (0..timings).try_fold(f32::INFINITY, |best, _| {
                 if patience_ms < 0.0 {
                     return Ok(best);
                 }
-                let time = timer.time(runs, || run(product))?;
+                let time = timer.time(graph)?;
                 patience_ms -= time;
                 Ok::<_, Error>(time.min(best))
             })
         };
-        let mut times = Vec::new();
+        let mut timed = Vec::new();
         for (index, product) in candidates.iter().enumerate() {
-            // The first run loads the kernel, which takes as long as many runs.
-            // SAFETY: the caller's promise.
-            if unsafe { product.run(library, timer.stream(), operands) }.is_ok() {
-                times.push((fastest(product, RUNS)?, index));
+            // The first run loads the kernel, which a capture must not do.
+            if run(product).is_ok()
+                && let Some(graph) =
+                    timer.stream.capture(|| (0..runs).try_for_each(|_| run(product)))?
+            {
+                timed.push((fastest(&graph, RUNS)?, graph, index));
             }
         }
-        times.sort_by(|a, b| a.0.total_cmp(&b.0));
-        times.truncate(FINALISTS);
-        let mut finals: Vec<_> = times.iter().map(|&(_, index)| (Vec::new(), index)).collect();
+        timed.sort_by(|a, b| a.0.total_cmp(&b.0));
+        timed.truncate(FINALISTS);
+        let mut finals = vec![Vec::new(); timed.len()];
         for _ in 0..FINAL_RUNS {
-            for (times, index) in &mut finals {
-                times.push(fastest(&candidates[*index], 1)?);
+            for (times, (_, graph, _)) in finals.iter_mut().zip(&timed) {
+                times.push(fastest(graph, 1)?);
             }
         }
         // One lucky run does not decide.
@@ -286,8 +289,8 @@ impl Product {
             times.sort_by(f32::total_cmp);
             times[FINAL_RUNS / 2]
         };
-        let medians = finals.iter_mut().map(|(times, index)| (median(times), *index));
-        let best = medians.min_by(|a, b| a.0.total_cmp(&b.0)).map_or(0, |best| best.1);
+        let medians = finals.iter_mut().map(median).zip(&timed);
+        let best = medians.min_by(|a, b| a.0.total_cmp(&b.0)).map_or(0, |(_, timed)| timed.2);
         Ok(candidates.swap_remove(best))
     }
 
@@ -355,10 +358,10 @@ impl Product {
     }
 }
 
-/// Time between two events on a stream of its own, with weights from memory: what was in the second-level cache has been
-/// overwritten. That also keeps the device busy while the host launches, so that the way there is not counted.
+/// Time of graphs between two events on a stream of its own, with weights from memory: what was in the second-level cache has
+/// been overwritten. That also keeps the device busy while the host launches, so that the way there is not counted.
 pub(super) struct Timer {
-    stream: driver_sys::CUstream,
+    stream: Stream,
     events: [driver_sys::CUevent; 2],
     overwritten: Buffer,
     copies: Buffer,
@@ -370,8 +373,7 @@ impl Timer {
         let event = || driver::event::create(driver_sys::CUevent_flags::CU_EVENT_DEFAULT);
         let bytes = 2 * device.properties().l2_bytes;
         Ok(Self {
-            stream: driver::stream::create(driver::stream::StreamKind::NonBlocking)
-                .map_err(cannot(doing))?,
+            stream: Stream::new(&device.context)?,
             events: [event().map_err(cannot(doing))?, event().map_err(cannot(doing))?],
             overwritten: Buffer::new(device, bytes)?,
             copies: Buffer::new(device, bytes)?,
@@ -379,37 +381,39 @@ impl Timer {
     }
 
     fn stream(&self) -> RawStream {
-        RawStream(self.stream.cast())
+        self.stream.raw()
     }
 
-    /// Copies of weights for the runs of a timing; none where there is no room for them.
+    /// Copies of weights for the runs of a timing; none where there is no room for many.
     fn copies(&self, weights: u64, bytes: usize) -> Result<Vec<u64>> {
         let room = bytes.next_multiple_of(256).max(256);
-        if self.copies.bytes() / room < SHORT_RUNS {
+        let count = (self.copies.bytes() / room).min(SHORT_RUNS);
+        if count < SHORT_RUNS / 2 {
             return Ok(Vec::new());
         }
-        let copies = (0..SHORT_RUNS).map(|i| self.copies.address() + (i * room) as u64);
+        let copies = (0..count).map(|i| self.copies.address() + (i * room) as u64);
         let copy = |to| {
             // SAFETY: the caller's weights, and a place of our buffer.
-            unsafe { driver::memcpy_dtod_async(to, weights, bytes, self.stream) }
+            unsafe { driver::memcpy_dtod_async(to, weights, bytes, self.stream.0.cu_stream()) }
                 .map_err(cannot("copy weights"))?;
             Ok(to)
         };
         copies.map(copy).collect()
     }
 
-    fn time(&self, runs: usize, mut run: impl FnMut() -> Result<()>) -> Result<f32> {
+    /// Milliseconds.
+    fn time(&self, graph: &Graph) -> Result<f32> {
         let doing = "time a dense product";
         let [start, end] = self.events;
-        let Self { overwritten, .. } = self;
+        let (stream, overwritten) = (self.stream.0.cu_stream(), &self.overwritten);
         // SAFETY: stream, events and buffer are ours.
         unsafe {
-            driver::memset_d8_async(overwritten.address(), 0, overwritten.bytes(), self.stream)
+            driver::memset_d8_async(overwritten.address(), 0, overwritten.bytes(), stream)
                 .map_err(cannot(doing))?;
-            driver::event::record(start, self.stream).map_err(cannot(doing))?;
-            (0..runs).try_for_each(|_| run())?;
-            driver::event::record(end, self.stream).map_err(cannot(doing))?;
-            driver::stream::synchronize(self.stream).map_err(cannot(doing))?;
+            driver::event::record(start, stream).map_err(cannot(doing))?;
+            graph.launch()?;
+            driver::event::record(end, stream).map_err(cannot(doing))?;
+            driver::stream::synchronize(stream).map_err(cannot(doing))?;
             driver::event::elapsed(start, end).map_err(cannot(doing))
         }
     }
@@ -422,7 +426,6 @@ impl Drop for Timer {
             for event in self.events {
                 let _ = driver::event::destroy(event);
             }
-            let _ = driver::stream::destroy(self.stream);
         }
     }
 }

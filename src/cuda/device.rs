@@ -5,8 +5,9 @@ use super::kernels::{Modules, build_info};
 #[cfg(feature = "cuda")]
 use super::read_bandwidth;
 use super::{
-    Tuning, abi_probe, add_shares, body, dense, experts, ffn_few, ffn_few_cluster, gates, padding,
-    route_index, router_few, router_many, router_select, select, statistics, token_tiles,
+    Tuning, abi_probe, add_shares, body, dense, experts, ffn_few, ffn_few_cluster, ffn_few_whole,
+    gates, padding, route_index, router_few, router_many, router_select, select, statistics,
+    token_tiles,
 };
 use crate::error::{Error, Result};
 
@@ -40,6 +41,7 @@ pub struct Device {
     pub(super) experts: experts::Kernels,
     pub(super) ffn_few: Option<ffn_few::Kernels>,
     pub(super) ffn_few_cluster: Option<ffn_few_cluster::Kernels>,
+    pub(super) ffn_few_whole: Option<ffn_few_whole::Kernels>,
     pub(super) add_shares: add_shares::Kernels,
     pub(super) gates: gates::Kernels,
     pub(super) padding: padding::Kernels,
@@ -74,6 +76,7 @@ impl Device {
             experts: experts::Kernels::load(&modules, properties.max_shared_bytes)?,
             ffn_few: ffn_few::Kernels::load(&modules, properties.max_shared_bytes)?,
             ffn_few_cluster: ffn_few_cluster::Kernels::load(&modules, properties.max_shared_bytes)?,
+            ffn_few_whole: ffn_few_whole::Kernels::load(&modules, properties.max_shared_bytes)?,
             add_shares: add_shares::Kernels::load(&modules)?,
             gates: gates::Kernels::load(&modules)?,
             padding: padding::Kernels::load(&modules)?,

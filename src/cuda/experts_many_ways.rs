@@ -151,7 +151,7 @@ impl Cost {
         let stages = launch.expert_width.div_ceil(TOKEN_DEPTH) as f64;
         let columns = launch.d_model as f64 / 64.0;
         let rounds = columns / launch.multiprocessors as f64;
-        let (of_weights, of_job) = (rounds * 0.05 * stages, rounds * 0.143 * (1.0 + stages));
+        let (of_weights, of_job) = (rounds * 0.05 * stages, rounds * 0.125 * (1.0 + stages));
         let experts = (launch.num_tokens.div_ceil(512) * launch.num_experts) as f64;
         Self { base: 8.0 + experts * (of_weights + 0.4 * of_job), of_pair: of_job / 64.0 }
     }
@@ -177,8 +177,6 @@ impl Cost {
 
 /// What both products take for so many pairs, of `max_pairs` that there could be.
 pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 {
-    /// A tile for both products, however few pairs it has.
-    const TILE_US: f64 = 19.5;
     /// Two launches of kernels that end at once.
     const IDLE_US: f64 = 2.0;
     let Some(ways) = Ways::new(launch, max_pairs) else { return f64::INFINITY };
@@ -190,7 +188,8 @@ pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 
     let idle_us = if max_pairs >= ways.min_token_pairs { IDLE_US } else { 0.0 };
     let second_us = match ways.fused {
         Some(size) if pairs < ways.min_token_pairs as f64 => {
-            let products = Cost::of_fused(launch, size).us(pairs).max(TILE_US);
+            let products =
+                Cost::of_fused(launch, size).us(pairs).max(fused_rounds_us(launch, size, pairs));
             return idle_us + products.max(in_us + out_us) + Cost::of_sum(launch).us(pairs);
         }
         Some(_) => match ways.masked {
@@ -200,6 +199,15 @@ pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 
         None => by_tokens().min(Cost::of_pairs(launch).us(pairs)),
     };
     Cost::of_all(launch).base + Cost::of_hidden(launch).us(pairs).max(in_us) + second_us.max(out_us)
+}
+
+/// Of one kernel for both products, what the rounds of its tiles take at least, however few pairs they have.
+fn fused_rounds_us(launch: &Launch, size: usize, pairs: f64) -> f64 {
+    const TILE_TOKENS: f64 = 192.0;
+    let of_expert = (pairs / launch.num_experts as f64 / TILE_TOKENS).ceil() as usize;
+    let of_all = groups_of_all(launch) * launch.num_tokens.div_ceil(TILE_TOKENS as usize);
+    let rounds = (launch.num_experts * of_expert + of_all).div_ceil(launch.multiprocessors);
+    rounds as f64 * launch.d_model as f64 * (0.0176 + 6e-5 * FUSED_ROWS[size] as f64)
 }
 
 #[cfg(test)]
@@ -242,6 +250,7 @@ pub(super) mod tests {
             (8192, 768, 24, 128, 0.2, 79.0),
             (8192, 768, 24, 128, 1.0, 160.5),
             (2048, 768, 96, 32, 0.1, 44.7),
+            (4096, 768, 96, 32, 0.05, 49.7),
             (2048, 768, 96, 32, 0.4, 58.3),
             (4096, 768, 96, 32, 0.4, 90.6),
             (8192, 768, 96, 32, 0.05, 76.3),
@@ -254,11 +263,13 @@ pub(super) mod tests {
             (8192, 1024, 64, 64, 0.1, 122.5),
             (8192, 1024, 64, 64, 0.2, 223.5),
             (8192, 1024, 64, 64, 0.4, 288.5),
-            (2048, 4096, 112, 128, 0.1, 300.0),
-            (2048, 4096, 112, 128, 0.2, 490.0),
-            (8192, 4096, 112, 128, 0.1, 1030.0),
-            (8192, 4096, 112, 128, 0.2, 1780.0),
-            (8192, 4096, 112, 128, 0.4, 3140.0),
+            (2048, 4096, 112, 128, 0.1, 288.2),
+            (2048, 4096, 112, 128, 0.2, 453.0),
+            (2048, 4096, 112, 128, 0.3, 559.6),
+            (8192, 4096, 112, 128, 0.1, 972.1),
+            (8192, 4096, 112, 128, 0.2, 1725.2),
+            (8192, 4096, 112, 128, 0.3, 2347.3),
+            (8192, 4096, 112, 128, 0.4, 3067.0),
         ] {
             let halves = if d_model == 4096 { 2 } else { 1 };
             let launch =

@@ -4,14 +4,13 @@ use super::driver::{Function, RawStream, matrix_map};
 use super::experts::Launch;
 use super::kernels::Modules;
 use crate::abi::{
-    MOEFY_EXPERTS_SUMS_COLUMNS, MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS, MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS,
-    moefy_experts_params, moefy_experts_sums_params, moefy_tensor_map,
+    MOEFY_EXPERTS_SUMS_COLUMNS, MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS, MOEFY_EXPERTS_SUMS_THREADS,
+    MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS, moefy_experts_params, moefy_experts_sums_params,
+    moefy_tensor_map,
 };
 use crate::dtype::DType;
 use crate::error::Result;
 
-/// Of a block: four warpgroups that multiply, and one that asks for what they need.
-const THREADS: u32 = 640;
 /// Pairs of a job. Tokens of a block are a multiple of it, and so many at most.
 const TOKENS_STEP: usize = 64;
 const MAX_TOKENS: usize = 512;
@@ -127,7 +126,15 @@ impl Shape {
         };
         let blocks = self.num_tokens.div_ceil(self.block_tokens) * self.num_across;
         // SAFETY: the caller's promise.
-        unsafe { kernel.launch(stream, [blocks as u32, 1, 1], THREADS, self.shared_bytes, &params) }
+        unsafe {
+            kernel.launch(
+                stream,
+                [blocks as u32, 1, 1],
+                MOEFY_EXPERTS_SUMS_THREADS,
+                self.shared_bytes,
+                &params,
+            )
+        }
     }
 }
 

@@ -1,13 +1,14 @@
 //! A whole layer for few tokens on Hopper: the first layer of the router, then a kernel that finishes the routing and
 //! streams the rows of the executed neurons, then the sum of its shares. Up to eight tokens of narrow layers, clusters of
-//! blocks do the first two in one launch ([`super::ffn_few_cluster`]).
+//! blocks do the first two in one launch: they stream the rows of the executed neurons ([`super::ffn_few_cluster`]) or, where
+//! those are most, all rows while they route ([`super::ffn_few_whole`]).
 //!
 //! The second layer of a router of f16 is kept a second time as two matrices of bf16: 4 · E · hidden bytes.
 
 use super::driver::{Function, RawStream};
 use super::kernels::Modules;
 use super::workspace::Layout;
-use super::{Device, Neurons, RouterView, ffn_few_cluster};
+use super::{Device, Neurons, RouterView, ffn_few_cluster, ffn_few_whole};
 use crate::abi::{
     MOEFY_FFN_FEW_EXPERTS, MOEFY_FFN_FEW_ROUTER_ROWS, MOEFY_FFN_FEW_STAGES, MOEFY_FFN_FEW_THREADS,
     MOEFY_FFN_FEW_TILE, moefy_add_shares_params, moefy_ffn_few_params,
@@ -193,7 +194,12 @@ pub(super) struct Stream {
     pub(super) num_blocks: usize,
     pub(super) log_stage_neurons: usize,
     pub(super) num_stages: usize,
+    /// Where all rows are asked for: neurons of a block at most, and shared memory of the routing beside them.
+    pub(super) block_neurons: usize,
+    pub(super) routing_bytes: usize,
     pub(super) shared_bytes: usize,
+    /// What all launches take, on an H100 (kernels/NOTES.md).
+    pub(super) us: f64,
 }
 
 /// Sizes of the launches and places in the workspace.
@@ -220,10 +226,18 @@ pub(super) struct Sizes<'a> {
     pub(super) expected_neurons: usize,
 }
 
+impl Sizes<'_> {
+    /// Microseconds that the rows of so many neurons take from memory.
+    pub(super) fn read_us(&self, neurons: usize) -> f64 {
+        let rows = neurons * (self.neurons.halves() + 1);
+        (rows * self.neurons.d_model() * self.dtype.bytes()) as f64 / 2.8e6
+    }
+}
+
 impl Shape {
-    /// Whether clusters route.
-    pub(super) fn is_of_clusters(&self) -> bool {
-        self.first_layer.is_none()
+    /// What all launches take, on an H100.
+    pub(super) fn us(&self) -> f64 {
+        self.stream.us
     }
 
     /// `None` where these sizes are not for this path, or the device is not.
@@ -238,7 +252,10 @@ impl Shape {
             return None;
         }
         let mut layout = Layout::default();
-        let (first_layer, stream, first) = match ffn_few_cluster::stream(device, sizes) {
+        let of_clusters =
+            [ffn_few_whole::stream(device, sizes), ffn_few_cluster::stream(device, sizes)];
+        let fastest = of_clusters.into_iter().flatten().min_by(|a, b| a.us.total_cmp(&b.us));
+        let (first_layer, stream, first) = match fastest {
             Some(stream) => (None, stream, 0),
             None => {
                 let width = if hidden == 0 { num_experts } else { hidden };
@@ -264,14 +281,15 @@ impl Shape {
         params: &moefy_ffn_few_params,
         workspace: u64,
     ) -> Result<()> {
-        let Stream { kernel, num_blocks, log_stage_neurons, num_stages, shared_bytes } =
-            self.stream;
+        let Stream { kernel, num_blocks, shared_bytes, .. } = self.stream;
         let mut params = *params;
         params.router.first = workspace + self.first;
         params.partials = workspace + self.partials;
         params.inverse_blocks = 1.0 / num_blocks as f32;
-        params.num_stages = num_stages as u32;
-        params.log_stage_neurons = log_stage_neurons as u32;
+        params.num_stages = self.stream.num_stages as u32;
+        params.log_stage_neurons = self.stream.log_stage_neurons as u32;
+        params.block_neurons = self.stream.block_neurons as u32;
+        params.routing_bytes = self.stream.routing_bytes as u32;
         let shares = moefy_add_shares_params {
             shares: params.partials,
             b_out: params.neurons.b_out,
@@ -326,8 +344,25 @@ fn stream(device: &Device, sizes: &Sizes) -> Option<Stream> {
         let ring_bytes = (num_stages * stage_bytes).max(least_bytes);
         let shared_bytes = fixed + ring_bytes;
         let fits = num_stages >= enough.min(useful) && ring_bytes <= left;
-        fits.then_some(Stream { kernel, num_blocks, log_stage_neurons, num_stages, shared_bytes })
+        fits.then_some(Stream {
+            kernel,
+            num_blocks,
+            log_stage_neurons,
+            num_stages,
+            block_neurons: 0,
+            routing_bytes: 0,
+            shared_bytes,
+            us: us(sizes, num_blocks),
+        })
     };
     let find = |enough| stages.iter().find_map(|stage| ring(stage, enough));
     find(2).or_else(|| find(1))
+}
+
+/// Launches and routing; the rows; each block's share of y; tokens beyond a tile.
+fn us(sizes: &Sizes, num_blocks: usize) -> f64 {
+    let (tokens, d_model) = (sizes.num_tokens as f64, sizes.neurons.d_model() as f64);
+    let shares = (num_blocks * 8) as f64 * tokens * d_model / 4e6;
+    let beyond = 0.6 * (tokens - MOEFY_FFN_FEW_TILE as f64).max(0.0);
+    7.5 + 0.0008 * d_model + sizes.read_us(sizes.expected_neurons) + shares + beyond
 }

@@ -12,11 +12,11 @@ use crate::abi::{
 use crate::dtype::DType;
 use crate::error::Result;
 
-const BLOCKS: usize = MOEFY_ROUTER_SELECT_BLOCKS as usize;
+pub(super) const BLOCKS: usize = MOEFY_ROUTER_SELECT_BLOCKS as usize;
 /// What the driver keeps of a multiprocessor's shared memory for each block.
 const RESERVED_BYTES: usize = 1 << 10;
 /// As many as there is room for at once, and the fewest: below, what a block reads takes longer than what the others cost.
-const CLUSTERS: std::ops::RangeInclusive<usize> = 2..=7;
+pub(super) const CLUSTERS: std::ops::RangeInclusive<usize> = 2..=7;
 
 /// Of a type: by the layers of the router, for 8 and for 16 neurons at once, for one token and for several.
 type OfDType = [[[Variant; 2]; 2]; 2];
@@ -87,15 +87,7 @@ pub(super) fn stream(device: &Device, sizes: &Sizes) -> Option<Stream> {
     };
     let (kernel, available) = of_dtype[usize::from(router.hidden() > 0)][usize::from(!neurons.glu)]
         [usize::from(num_tokens > 1)];
-    // As in the kernel.
-    let round_up = |bytes: usize| bytes.next_multiple_of(128);
-    let score_tokens = match (router.hidden(), num_tokens) {
-        (0, _) => 0,
-        (_, 1) => 1,
-        _ => num_tokens.next_multiple_of(4),
-    };
-    let fixed = round_up(4 * num_tokens * num_experts.next_multiple_of(32))
-        + round_up(4 * score_tokens * num_experts);
+    let fixed = fixed_bytes(sizes);
     let of_router = cluster_router_bytes(d_model, router.hidden(), num_experts, num_tokens, dtype)?;
     let least_bytes = of_router.max(scratch_bytes(sorts));
     // With one stage there is room for two blocks; a second one did not pay.
@@ -111,8 +103,24 @@ pub(super) fn stream(device: &Device, sizes: &Sizes) -> Option<Stream> {
         num_blocks,
         log_stage_neurons,
         num_stages,
+        block_neurons: 0,
+        routing_bytes: 0,
         shared_bytes,
+        us: 5.0 + 1.16 * sizes.read_us(expected_neurons) + 3.6e-4 * (num_tokens * d_model) as f64,
     })
+}
+
+/// Keys and scores in shared memory, as in the kernels.
+pub(super) fn fixed_bytes(sizes: &Sizes) -> usize {
+    let (num_tokens, num_experts) = (sizes.num_tokens, sizes.neurons.num_experts);
+    let score_tokens = match (sizes.router.hidden(), num_tokens) {
+        (0, _) => 0,
+        (_, 1) => 1,
+        _ => num_tokens.next_multiple_of(4),
+    };
+    let round_up = |bytes: usize| bytes.next_multiple_of(128);
+    round_up(4 * num_tokens * num_experts.next_multiple_of(32))
+        + round_up(4 * score_tokens * num_experts)
 }
 
 /// The number of clusters with the least time for so many stages of neurons: a stage of a block, and a block's share of y, in

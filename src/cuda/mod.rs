@@ -41,6 +41,7 @@ mod experts_sums;
 mod experts_tiled;
 mod ffn_few;
 mod ffn_few_cluster;
+mod ffn_few_whole;
 mod gates;
 #[cfg(feature = "cuda")]
 pub mod interop;

@@ -246,17 +246,8 @@ impl MoeFfn {
         let dense_us = 9.2 + (0.965 * all_us).max(of_products);
         let router_us = |num_tokens: usize| 8.5 + 1e-6 * num_tokens as f64 * d_model;
         match path {
-            Path::FewFused
-                if self
-                    .few_fused(num_tokens, options)
-                    .is_some_and(|shape| shape.is_of_clusters()) =>
-            {
-                6.0 + 1.1 * union_us + 0.35 * (tokens - 1.0)
-            }
-            // Launches and routing; each multiprocessor's share of y; tokens beyond a tile.
             Path::FewFused => {
-                let shares = 132.0 * 8.0 * tokens * d_model / 4e6;
-                7.5 + 0.0008 * d_model + union_us + shares + 0.6 * (tokens - 8.0).max(0.0)
+                self.few_fused(num_tokens, options).map_or(f64::INFINITY, |shape| shape.us())
             }
             Path::Few => 9.7 + 0.96 * union_us + 0.4 * tokens,
             Path::DenseExact => dense_us,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use moefy::cuda::{FfnInputs, Format, MoeFfn, Path, PlanOptions, View, Workspace};
 use moefy::ffn::{self, ExpertMask, Gate, Selection, SelectionRule};
 use moefy::{DType, TensorRef, reference};
+use rand::RngExt;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 
@@ -33,7 +34,9 @@ fn check(
     let (d_model, num_experts) = (layer.d_model(), layer.num_experts());
     let dtype = layer.neurons().dtype();
     let on_device = Arc::new(MoeFfn::new(&gpu.device, layer).expect("memory"));
-    let options = PlanOptions { path: Some(Path::FewFused), ..PlanOptions::default() };
+    // By the density a plan expects, the rows of all neurons are asked for or those of the experts that run.
+    let density = Some([0.02, 1.0][rng.random_range(0..2)]);
+    let options = PlanOptions { path: Some(Path::FewFused), density, ..PlanOptions::default() };
     let Ok(plan) = on_device.plan(num_tokens, options) else { return false };
 
     let x = tokens(rng, num_tokens, d_model, dtype);
