@@ -15,6 +15,7 @@ extern "C" __global__ void moefy_abi_probe(const __grid_constant__ moefy_abi_pro
       LAYOUT(moefy_router_select_params, w2_in_shared),
       LAYOUT(moefy_router_layer_params, reserved),
       LAYOUT(moefy_router_many_params, reserved),
+      LAYOUT(moefy_router_block_params, reserved),
       LAYOUT(moefy_route_index_params, reserved),
       LAYOUT(moefy_neurons, reserved),
       LAYOUT(moefy_experts_params, fused),

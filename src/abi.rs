@@ -27,6 +27,8 @@ pub const MOEFY_TILE_TOKENS: u32 = 128;
 pub const MOEFY_TILE_CHUNK: u32 = 256;
 pub const MOEFY_TILE_MAX_TOKENS: u32 = 8192;
 pub const MOEFY_ROUTER_TILE: u32 = 64;
+pub const MOEFY_ROUTER_BLOCK_OUTPUTS: u32 = 128;
+pub const MOEFY_ROUTER_BLOCK_STAGES: u32 = 8;
 pub const MOEFY_ROUTER_MANY_TOKENS: u32 = 64;
 pub const MOEFY_ROUTER_MANY_THREADS: u32 = 384;
 pub const MOEFY_ROUTER_MANY_STAGES: u32 = 8;
@@ -308,6 +310,45 @@ const _: () = {
         [::std::mem::offset_of!(moefy_router_many_params, rows_offset) - 540usize];
     ["Offset of field: moefy_router_many_params::reserved"]
         [::std::mem::offset_of!(moefy_router_many_params, reserved) - 544usize];
+};
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct moefy_router_block_params {
+    pub x: moefy_tensor_map,
+    pub w1: moefy_tensor_map,
+    pub w2: moefy_tensor_map,
+    pub router: moefy_router_select_params,
+    pub num_stages: u32,
+    pub w2_offset: u32,
+    pub parts_offset: u32,
+    pub rows_offset: u32,
+    pub reserved: [u32; 10usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of moefy_router_block_params"]
+        [::std::mem::size_of::<moefy_router_block_params>() - 576usize];
+    ["Alignment of moefy_router_block_params"]
+        [::std::mem::align_of::<moefy_router_block_params>() - 64usize];
+    ["Offset of field: moefy_router_block_params::x"]
+        [::std::mem::offset_of!(moefy_router_block_params, x) - 0usize];
+    ["Offset of field: moefy_router_block_params::w1"]
+        [::std::mem::offset_of!(moefy_router_block_params, w1) - 128usize];
+    ["Offset of field: moefy_router_block_params::w2"]
+        [::std::mem::offset_of!(moefy_router_block_params, w2) - 256usize];
+    ["Offset of field: moefy_router_block_params::router"]
+        [::std::mem::offset_of!(moefy_router_block_params, router) - 384usize];
+    ["Offset of field: moefy_router_block_params::num_stages"]
+        [::std::mem::offset_of!(moefy_router_block_params, num_stages) - 520usize];
+    ["Offset of field: moefy_router_block_params::w2_offset"]
+        [::std::mem::offset_of!(moefy_router_block_params, w2_offset) - 524usize];
+    ["Offset of field: moefy_router_block_params::parts_offset"]
+        [::std::mem::offset_of!(moefy_router_block_params, parts_offset) - 528usize];
+    ["Offset of field: moefy_router_block_params::rows_offset"]
+        [::std::mem::offset_of!(moefy_router_block_params, rows_offset) - 532usize];
+    ["Offset of field: moefy_router_block_params::reserved"]
+        [::std::mem::offset_of!(moefy_router_block_params, reserved) - 536usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

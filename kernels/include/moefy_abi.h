@@ -65,6 +65,10 @@
 /* Tokens and outputs of a block of moefy_router_layer. */
 #define MOEFY_ROUTER_TILE 64u
 
+/* moefy_router_block: outputs of the first layer and stages of inputs at most. */
+#define MOEFY_ROUTER_BLOCK_OUTPUTS 128u
+#define MOEFY_ROUTER_BLOCK_STAGES 8u
+
 /* moefy_router_many: tokens of a cluster; threads of a block; stages of inputs; pieces of the second layer that each of two
  * warpgroups has, at most. */
 #define MOEFY_ROUTER_MANY_TOKENS 64u
@@ -183,6 +187,20 @@ typedef struct moefy_router_many_params {
   uint32_t rows_offset;   /* there: scores of the second layer; 0: where the sums of the first one were */
   uint32_t reserved[8];   /* to a multiple of the alignment */
 } moefy_router_many_params;
+
+/* The same of two layers, for a block's tokens at a time, as many as the kernel's name says. A box is 64 columns: of x those
+ * tokens, of w1 all outputs, of w2 64 experts. */
+typedef struct moefy_router_block_params {
+  moefy_tensor_map x;
+  moefy_tensor_map w1;
+  moefy_tensor_map w2;
+  moefy_router_select_params router;
+  uint32_t num_stages;
+  uint32_t w2_offset;    /* in shared memory, after the stages: all of w2, in pieces of 64 experts by 64 hidden units */
+  uint32_t parts_offset; /* there: parts of the hidden units */
+  uint32_t rows_offset;  /* there: scores */
+  uint32_t reserved[10]; /* to a multiple of the alignment */
+} moefy_router_block_params;
 
 /* Masks -> lists. */
 typedef struct moefy_route_index_params {

@@ -53,11 +53,13 @@ __device__ __forceinline__ void wgmma(float (&c)[kSums], const uint32_t (&a)[4],
 
 // Sums as operands, and their numbers in the text.
 #define MOEFY_SUMS_4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define MOEFY_SUMS_8(i) MOEFY_SUMS_4(i), MOEFY_SUMS_4(i + 4)
 #define MOEFY_SUMS_16(i) MOEFY_SUMS_4(i), MOEFY_SUMS_4(i + 4), MOEFY_SUMS_4(i + 8), MOEFY_SUMS_4(i + 12)
 #define MOEFY_SUMS_32(i) MOEFY_SUMS_16(i), MOEFY_SUMS_16(i + 16)
 #define MOEFY_SUMS_64(i) MOEFY_SUMS_32(i), MOEFY_SUMS_32(i + 32)
 #define MOEFY_SUMS_96(i) MOEFY_SUMS_64(i), MOEFY_SUMS_32(i + 64)
 #define MOEFY_SUMS_128(i) MOEFY_SUMS_64(i), MOEFY_SUMS_64(i + 64)
+#define MOEFY_NUMBERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define MOEFY_NUMBERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define MOEFY_NUMBERS_32 \
   MOEFY_NUMBERS_16 \
@@ -98,6 +100,7 @@ __device__ __forceinline__ void wgmma(float (&c)[kSums], const uint32_t (&a)[4],
   }
 
 #define MOEFY_WGMMA(type, name)                                                                   \
+  MOEFY_WGMMA_SHARED(type, name, 16, 8, 0, "%8", "%9", "%10")                                     \
   MOEFY_WGMMA_SHARED(type, name, 32, 16, 0, "%16", "%17", "%18")                                  \
   MOEFY_WGMMA_SHARED(type, name, 64, 32, 0, "%32", "%33", "%34")                                  \
   MOEFY_WGMMA_SHARED(type, name, 64, 32, 1, "%32", "%33", "%34")                                  \

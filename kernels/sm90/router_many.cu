@@ -9,8 +9,7 @@
 #include "dependency.cuh"
 #include "experts.cuh"
 #include "parts.cuh"
-#include "router.cuh"
-#include "select.cuh"
+#include "router_rows.cuh"
 #include "wgmma.cuh"
 
 namespace moefy {
@@ -217,27 +216,6 @@ __device__ __forceinline__ void leave(const Place& place, FirstSums<kOutputs>& s
 
 // ---- tokens of a block ----
 
-/// Whether the rows of scores are filled by scores to be read instead, since nobody wants the router's own.
-__device__ __forceinline__ bool rows_are_imposed(const moefy_router_select_params& r) {
-  return r.imposed != nullptr && r.scores == nullptr;
-}
-
-/// Brings scores to a row, by so many threads.
-__device__ __forceinline__ void copy_imposed(const moefy_router_select_params& r, uint32_t token, uint32_t row,
-                                             uint32_t thread, uint32_t num_threads) {
-  const float* from = r.imposed + static_cast<uint64_t>(token) * r.num_experts;
-  const bool is_aligned = (reinterpret_cast<uint64_t>(r.imposed) | r.num_experts * 4) % kChunkBytes == 0;
-  const uint32_t step = is_aligned ? 4 : 1;
-#pragma unroll 1
-  for (uint32_t e = thread * step; e < r.num_experts; e += num_threads * step) {
-    if (is_aligned) {
-      copy_async(row + e * 4, from + e, true);
-    } else {
-      copy_async_word(row + e * 4, from + e);
-    }
-  }
-}
-
 /// Splits hidden units, of which a lane has 128 i + 4 lane + k as value 4 i + k.
 template <class T, class Place, uint32_t kValues>
 __device__ __forceinline__ void split(const Place& place, Fixed& fixed, uint32_t token, float (&v)[kValues]) {
@@ -391,112 +369,6 @@ __device__ __forceinline__ void second_layer(const Place& place, const Fixed& fi
   }
 }
 
-/// Rows become scores, which go to memory if anyone wants them, then keys, by which experts are selected. Eight lanes take a
-/// token, so that a warp has four of them side by side.
-template <class Place>
-__device__ __forceinline__ void select_tokens(const Place& place, const Fixed& fixed, uint32_t token0, float* rows,
-                                              uint32_t num_valid, uint32_t* scratch) {
-  constexpr uint32_t kLanes = 8, kWords = 4;
-  const moefy_router_select_params& r = place.p.router;
-  const uint32_t end = round_up_32(r.num_experts), row_words = end / 32;
-  const bool is_imposed = rows_are_imposed(r), is_sigmoid = r.kind == MOEFY_ROUTER_MOEFICATION;
-  const bool is_absolute = r.kind != MOEFY_ROUTER_CENTROID;
-  const uint32_t lane = lane_id() % kLanes, token = token0 + lane_id() / kLanes, index = place.first_token + token;
-  const bool exists = index < r.num_tokens, valid = index < num_valid;
-  float* const row = rows + token * place.row_words();
-  uint32_t* const mask = r.mask + uint64_t(index) * row_words;
-  const float scale = fixed.scales[token];
-  uint32_t largest = 0;
-#pragma unroll 1
-  for (uint32_t first = lane * 4; first < end; first += kWords * 32) {
-    float score[kWords][4];
-#pragma unroll
-    for (uint32_t i = 0; i < kWords; ++i) {
-      const uint32_t e = first + i * 32;
-      const float4 four = *reinterpret_cast<const float4*>(row + (e < end ? e : first));
-      score[i][0] = four.x, score[i][1] = four.y, score[i][2] = four.z, score[i][3] = four.w;
-    }
-    if (!is_imposed) {
-#pragma unroll
-      for (uint32_t i = 0; i < kWords * 4; ++i) {
-        const uint32_t e = first + i / 4 * 32 + i % 4;
-        float& s = score[i / 4][i % 4];
-        s *= scale;
-        if (r.w1_scale != nullptr) s *= r.w1_scale[min(e, r.num_experts - 1)];
-        s = is_sigmoid ? s : is_absolute ? fabsf(s) : fmaxf(s, 0.0f);
-      }
-      if (is_sigmoid) {
-#pragma unroll
-        for (uint32_t i = 0; i < kWords * 4; ++i) {
-          float& s = score[i / 4][i % 4];
-          s = activate(MOEFY_ROUTER_ACTIVATION_SIGMOID, s);
-        }
-      }
-      if (r.scores != nullptr) {
-#pragma unroll
-        for (uint32_t i = 0; i < kWords * 4; ++i) {
-          const uint32_t e = first + i / 4 * 32 + i % 4;
-          const uint64_t at = static_cast<uint64_t>(index) * r.num_experts + e;
-          if (!exists || e >= r.num_experts) continue;
-          r.scores[at] = valid ? score[i / 4][i % 4] : 0.0f;
-          if (r.imposed != nullptr) score[i / 4][i % 4] = __ldcg(r.imposed + at);
-        }
-      }
-    }
-#pragma unroll
-    for (uint32_t i = 0; i < kWords; ++i) {
-      const uint32_t e = first + i * 32;
-      uint32_t key[4];
-#pragma unroll
-      for (uint32_t k = 0; k < 4; ++k) {
-        key[k] = valid && e + k < r.num_experts ? score_key(score[i][k]) : 0;
-        largest = max(largest, key[k]);
-      }
-      if (e < end) *reinterpret_cast<uint4*>(row + e) = make_uint4(key[0], key[1], key[2], key[3]);
-    }
-  }
-#pragma unroll
-  for (uint32_t step = 1; step < kLanes; step *= 2) largest = max(largest, __shfl_xor_sync(kFullWarp, largest, step));
-  const uint32_t least = plain_threshold(r.selection, r.num_experts, largest);
-  const uint32_t is_plain = __ballot_sync(kFullWarp, least > 0);
-  uint32_t count = 0;
-#pragma unroll 1
-  for (uint32_t first = 0; is_plain != 0 && first < end; first += kWords * 32) {
-    uint32_t words[kWords];
-#pragma unroll
-    for (uint32_t i = 0; i < kWords; ++i) {
-      const uint32_t e = first + i * 32 + lane * 4;
-      const uint4 key = *reinterpret_cast<const uint4*>(row + (e < end ? e : lane * 4));
-      words[i] = (key.x >= least ? 1u : 0) | (key.y >= least ? 2u : 0) | (key.z >= least ? 4u : 0) | (key.w >= least ? 8u : 0);
-      words[i] <<= lane * 4;
-#pragma unroll
-      for (uint32_t step = 1; step < kLanes; step *= 2) words[i] |= __shfl_xor_sync(kFullWarp, words[i], step);
-    }
-#pragma unroll
-    for (uint32_t i = 0; i < kWords; ++i) {
-      if (first + i * 32 >= end) break;
-      count += __popc(words[i]);
-      if (lane == i && exists && least > 0) mask[first / 32 + i] = words[i];
-    }
-  }
-  if (r.counts != nullptr && lane == 0 && exists && least > 0) r.counts[index] = count;
-  // The others one by one.
-  __syncwarp();
-#pragma unroll 1
-  for (uint32_t others = __ballot_sync(kFullWarp, exists && lane == 0 && least == 0); others != 0; others &= others - 1) {
-    const uint32_t from = __ffs(others) - 1, its_token = token0 + from / kLanes, its_index = place.first_token + its_token;
-    uint32_t* const keys = reinterpret_cast<uint32_t*>(rows + its_token * place.row_words());
-    const RowSelection selection{keys, scratch, r.num_experts, r.mask + uint64_t(its_index) * row_words};
-    const bool has_score = selection.run(r.selection);
-    report({r.mask, r.counts, r.status}, selection, its_index, has_score, its_index < num_valid);
-  }
-}
-
-/// Words that a warp sorts in.
-__device__ __forceinline__ uint32_t scratch_words(const moefy_router_select_params& r) {
-  return r.selection.rule == MOEFY_RULE_CUMULATIVE_SHARE ? next_power_of_two(round_up_32(r.num_experts)) : 0;
-}
-
 template <class T, uint32_t kOutputs, uint32_t kColumns>
 __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
   using Place = Place<kOutputs, kColumns>;
@@ -574,7 +446,7 @@ __device__ __forceinline__ void router_many(const moefy_router_many_params& p) {
   uint32_t* const scratch = reinterpret_cast<uint32_t*>(memory + p.parts_offset) + warp * scratch_words(r);
 #pragma unroll 1
   for (uint32_t token = warp * 4; token < place.num_tokens; token += 4 * kWarps) {
-    select_tokens(place, fixed, token, rows, num_valid, scratch);
+    select_tokens(r, {rows, place.row_words(), fixed.scales, place.first_token}, token, num_valid, scratch);
   }
 }
 

@@ -33,6 +33,7 @@ pub fn host_abi() -> Vec<u32> {
         moefy_router_select_params.w2_in_shared,
         moefy_router_layer_params.reserved,
         moefy_router_many_params.reserved,
+        moefy_router_block_params.reserved,
         moefy_route_index_params.reserved,
         moefy_neurons.reserved,
         moefy_experts_params.fused,

@@ -6,7 +6,7 @@ use super::kernels::{Modules, build_info};
 use super::read_bandwidth;
 use super::{
     Tuning, abi_probe, add_shares, body, dense, experts, ffn_few, ffn_few_cluster, ffn_few_whole,
-    gates, padding, route_index, router_few, router_many, router_select, select, statistics,
+    gates, padding, route_index, router_block, router_few, router_many, router_select, select, statistics,
     token_tiles,
 };
 use crate::error::{Error, Result};
@@ -49,6 +49,7 @@ pub struct Device {
     pub(super) read_bandwidth: read_bandwidth::Kernels,
     pub(super) route_index: route_index::Kernels,
     pub(super) router_few: Option<router_few::Kernels>,
+    pub(super) router_block: Option<router_block::Kernels>,
     pub(super) router_many: Option<router_many::Kernels>,
     pub(super) router_select: router_select::Kernels,
     pub(super) select: select::Kernels,
@@ -84,6 +85,7 @@ impl Device {
             read_bandwidth: read_bandwidth::Kernels::load(&modules)?,
             route_index: route_index::Kernels::load(&modules)?,
             router_few: router_few::Kernels::load(&modules)?,
+            router_block: router_block::Kernels::load(&modules, &properties)?,
             router_many: router_many::Kernels::load(&modules, &properties)?,
             router_select: router_select::Kernels::load(&modules, properties.max_shared_bytes)?,
             select: select::Kernels::load(&modules)?,

@@ -58,6 +58,7 @@ mod read_bandwidth;
 mod route_index;
 mod router;
 mod router_few;
+mod router_block;
 mod router_many;
 mod router_select;
 mod select;

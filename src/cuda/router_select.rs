@@ -7,7 +7,7 @@ use super::select::{
     SelectOutputs, abi_selection, check_num_experts, launch_select, selection_words,
 };
 use super::view::{Arguments, Format, View, Workspace};
-use super::{Device, RouterView, router_few, router_many};
+use super::{Device, RouterView, router_block, router_few, router_many};
 use crate::abi::{
     MOEFY_ROUTER_TILE, moefy_ffn_few_params, moefy_router_activation, moefy_router_kind,
     moefy_router_layer_params, moefy_router_select_params, moefy_select_params, moefy_selection,
@@ -174,7 +174,8 @@ pub fn router_select_is_one_launch(
     // Tokens could be anywhere.
     let x = View::matrix(router.first().address, Format::Float(dtype), shape);
     let (params, dtype) = check_router(&check, x, None, router, selection)?;
-    Ok(router_many::Shape::new(device, dtype, &params).is_some())
+    Ok(router_block::Shape::new(device, dtype, &params).is_some()
+        || router_many::Shape::new(device, dtype, &params).is_some())
 }
 
 /// Scores r and selection S(t) of tokens x \[num_tokens, d_model\], whose rows may lie apart. The
@@ -259,6 +260,10 @@ pub(super) unsafe fn router_select_by(
         return Ok(());
     }
     device.context.bind()?;
+    if std::env::var("MOEFY_LAB").is_err() && let Some(shape) = router_block::Shape::new(device, dtype, &params) {
+        // SAFETY: as below.
+        return unsafe { shape.launch(stream, dtype, &params) };
+    }
     if let Some(shape) = router_many::Shape::new(device, dtype, &params) {
         // SAFETY: as below.
         return unsafe { shape.launch(stream, dtype, &params) };
