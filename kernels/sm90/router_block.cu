@@ -237,7 +237,10 @@ __device__ __forceinline__ void router_block(const moefy_router_block_params& p)
   __syncwarp();
   wait_for_dependencies();
   const uint32_t num_valid = valid_tokens(r);
+  // racecheck sees no barrier here but the cluster's, of one block.
   __syncthreads();
+  arrive_in_cluster();
+  wait_for_cluster();
   uint32_t* const scratch = reinterpret_cast<uint32_t*>(memory) + warp * scratch_words(r);
 #pragma unroll 1
   for (uint32_t token = warp * 4; token < kTokens; token += 4 * kWarps) {

@@ -138,6 +138,10 @@ impl Description {
         if has_bias {
             description.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
+        if shape.multiprocessors > 0 {
+            let count = shape.multiprocessors as i32;
+            description.set(Attribute::CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &count)?;
+        }
         if !shape.depth_major {
             // CUBLAS_OP_T
             let transposed = 1i32;
@@ -250,47 +254,17 @@ impl Product {
             _ => MANY_RUNS,
         };
         let mut weights = copies.iter().copied().cycle();
-        let mut run = |product: &Self| {
-            let weights = weights.next().unwrap_or(operands.weights);
-            // SAFETY: the caller's promise.
-            unsafe { product.run(library, timer.stream(), &Operands { weights, ..*operands }) }
-        };
-        let mut patience_ms = shape.patience_ms(operands.tokens, runs);
-        let mut fastest = |graph: &Graph, timings| {
-            (0..timings).try_fold(f32::INFINITY, |best, _| {
-                if patience_ms < 0.0 {
-                    return Ok(best);
+        let patience_ms = shape.patience_ms(operands.tokens, runs);
+        let best = timer.fastest(candidates.len(), patience_ms, |index, stream| {
+            (0..runs).try_for_each(|_| {
+                let weights = weights.next().unwrap_or(operands.weights);
+                // SAFETY: the caller's promise.
+                unsafe {
+                    candidates[index].run(library, stream, &Operands { weights, ..*operands })
                 }
-                let time = timer.time(graph)?;
-                patience_ms -= time;
-                Ok::<_, Error>(time.min(best))
             })
-        };
-        let mut timed = Vec::new();
-        for (index, product) in candidates.iter().enumerate() {
-            // The first run loads the kernel, which a capture must not do.
-            if run(product).is_ok()
-                && let Some(graph) =
-                    timer.stream.capture(|| (0..runs).try_for_each(|_| run(product)))?
-            {
-                timed.push((fastest(&graph, RUNS)?, graph, index));
-            }
-        }
-        timed.sort_by(|a, b| a.0.total_cmp(&b.0));
-        timed.truncate(FINALISTS);
-        let mut finals = vec![Vec::new(); timed.len()];
-        for _ in 0..FINAL_RUNS {
-            for (times, (_, graph, _)) in finals.iter_mut().zip(&timed) {
-                times.push(fastest(graph, 1)?);
-            }
-        }
-        // One lucky run does not decide.
-        let median = |times: &mut Vec<f32>| {
-            times.sort_by(f32::total_cmp);
-            times[FINAL_RUNS / 2]
-        };
-        let medians = finals.iter_mut().map(median).zip(&timed);
-        let best = medians.min_by(|a, b| a.0.total_cmp(&b.0)).map_or(0, |(_, timed)| timed.2);
+        })?;
+        let best = best.unwrap_or(0);
         Ok(candidates.swap_remove(best))
     }
 
@@ -380,10 +354,6 @@ impl Timer {
         })
     }
 
-    fn stream(&self) -> RawStream {
-        self.stream.raw()
-    }
-
     /// Copies of weights for the runs of a timing; none where there is no room for many.
     fn copies(&self, weights: u64, bytes: usize) -> Result<Vec<u64>> {
         let room = bytes.next_multiple_of(256).max(256);
@@ -399,6 +369,49 @@ impl Timer {
             Ok(to)
         };
         copies.map(copy).collect()
+    }
+
+    /// Which of so many launches takes least time; those that fail are left out. Each runs once before it is timed, which loads
+    /// its kernels: a capture must not do that. Waits for the device.
+    pub(super) fn fastest(
+        &self,
+        count: usize,
+        mut patience_ms: f32,
+        mut launch: impl FnMut(usize, RawStream) -> Result<()>,
+    ) -> Result<Option<usize>> {
+        let mut fastest = |graph: &Graph, timings| {
+            (0..timings).try_fold(f32::INFINITY, |best, _| {
+                if patience_ms < 0.0 {
+                    return Ok(best);
+                }
+                let time = self.time(graph)?;
+                patience_ms -= time;
+                Ok::<_, Error>(time.min(best))
+            })
+        };
+        let mut timed = Vec::new();
+        for index in 0..count {
+            if launch(index, self.stream.raw()).is_ok()
+                && let Some(graph) = self.stream.capture(|| launch(index, self.stream.raw()))?
+            {
+                timed.push((fastest(&graph, RUNS)?, graph, index));
+            }
+        }
+        timed.sort_by(|a, b| a.0.total_cmp(&b.0));
+        timed.truncate(FINALISTS);
+        let mut finals = vec![Vec::new(); timed.len()];
+        for _ in 0..FINAL_RUNS {
+            for (times, (_, graph, _)) in finals.iter_mut().zip(&timed) {
+                times.push(fastest(graph, 1)?);
+            }
+        }
+        // One lucky run does not decide.
+        let median = |times: &mut Vec<f32>| {
+            times.sort_by(f32::total_cmp);
+            times[FINAL_RUNS / 2]
+        };
+        let medians = finals.iter_mut().map(median).zip(&timed);
+        Ok(medians.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, timed)| timed.2))
     }
 
     /// Milliseconds.

@@ -120,6 +120,7 @@ impl DenseLayer {
             depth,
             depth_major,
             epilogue,
+            multiprocessors: 0,
         };
         [shape(self.inputs(), d_model, false, first), shape(d_model, self.hidden(), true, second)]
     }
@@ -210,6 +211,32 @@ impl Dense {
             dense.sizes.push((num_tokens, products));
         }
         Ok(dense)
+    }
+
+    /// The numbers of tokens that there are algorithms for, ascending.
+    pub(super) fn sizes(&self) -> Vec<usize> {
+        self.sizes.iter().map(|(size, _)| *size).collect()
+    }
+
+    /// What cuBLASLt proposes for the first product of a size, where it has these multiprocessors (0: all).
+    pub(super) fn first_candidates(
+        &self,
+        num_tokens: usize,
+        multiprocessors: &[u32],
+    ) -> Result<Vec<Product>> {
+        let mut all = Vec::new();
+        for &multiprocessors in multiprocessors {
+            let shape = ProductShape { multiprocessors, ..self.layer.products()[0] };
+            let bias = self.layer.bias_in;
+            all.extend(Product::candidates(&self.library, &shape, bias, num_tokens)?);
+        }
+        Ok(all)
+    }
+
+    /// Takes this one for the first product of a size that there are algorithms for.
+    pub(super) fn set_first(&mut self, num_tokens: usize, product: Product) {
+        let of_size = self.sizes.iter_mut().find(|(size, _)| *size == num_tokens);
+        of_size.expect("one of the sizes").1[0] = product;
     }
 
     /// The same algorithms for another layer of the same sizes.
@@ -306,6 +333,21 @@ impl Dense {
         let [input, _] = self.operands(run);
         // SAFETY: the caller's promise.
         unsafe { self.product(0, stream, &input) }
+    }
+
+    /// The same by another product.
+    ///
+    /// # Safety
+    /// As for [`Self::run`].
+    pub(super) unsafe fn begin_by(
+        &self,
+        product: &Product,
+        stream: RawStream,
+        run: &DenseRun,
+    ) -> Result<()> {
+        let [input, _] = self.operands(run);
+        // SAFETY: the caller's promise.
+        unsafe { product.run(&self.library, stream, &input) }
     }
 
     /// The rest of a run.

@@ -6,8 +6,8 @@ use super::kernels::{Modules, build_info};
 use super::read_bandwidth;
 use super::{
     Tuning, abi_probe, add_shares, body, dense, experts, ffn_few, ffn_few_cluster, ffn_few_whole,
-    gates, padding, route_index, router_block, router_few, router_many, router_select, select, statistics,
-    token_tiles,
+    gates, padding, route_index, router_block, router_few, router_many, router_select, select,
+    statistics, token_tiles,
 };
 use crate::error::{Error, Result};
 

@@ -244,7 +244,10 @@ impl MoeFfn {
         let union_us = (shared + (1.0 - shared) * union) * all_us;
         let of_products = tokens * (rows_in + rows_out) * d_model / 3.6e8;
         let dense_us = 9.2 + (0.965 * all_us).max(of_products);
-        let router_us = |num_tokens: usize| 8.5 + 1e-6 * num_tokens as f64 * d_model;
+        let router_us = |num_tokens: usize| {
+            let inputs = num_tokens as f64 * d_model;
+            if d_model <= 1024.0 { 6.0 + 0.75e-6 * inputs } else { 8.5 + 1e-6 * inputs }
+        };
         match path {
             Path::FewFused => {
                 self.few_fused(num_tokens, options).map_or(f64::INFINITY, |shape| shape.us())

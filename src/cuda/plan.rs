@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::cublaslt::Timer;
 use super::dense::{Dense, DenseLayer, DenseRun};
 use super::driver::{Branch, RawStream};
 use super::path::Paths;
@@ -14,9 +15,11 @@ use super::{
     RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, ffn_few, gates, padding,
     route_index, token_tiles,
 };
+use crate::Tensor;
 use crate::abi::{
     moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_split_valid_params,
 };
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::ffn::Gate;
 
@@ -97,11 +100,12 @@ impl MoeFfn {
         if self.may_be_masked(&options) && max_tokens > 0 {
             plan.branch = Some(Arc::new(Branch::new(&self.device().context)?));
         }
-        if options.statistics {
-            plan.counters = Some(Counters::new(self.device(), self.neurons().num_experts)?);
-        }
         if let Some(layer) = self.dense_layer_of(max_tokens, &options)? {
             plan.dense = Some(dense(&plan, layer)?);
+            plan.tune_beside()?;
+        }
+        if options.statistics {
+            plan.counters = Some(Counters::new(self.device(), self.neurons().num_experts)?);
         }
         Ok(plan)
     }
@@ -454,6 +458,21 @@ impl FfnPlan {
         base: u64,
         op: Workspace,
     ) -> Result<()> {
+        let dense = self.dense();
+        // SAFETY: the caller's promise.
+        unsafe { self.run_masked_by(|run| dense.begin(stream, run), stream, y, inputs, base, op) }
+    }
+
+    /// `begin` launches the first product.
+    unsafe fn run_masked_by(
+        &self,
+        begin: impl FnOnce(&DenseRun) -> Result<()>,
+        stream: RawStream,
+        y: View,
+        inputs: &FfnInputs,
+        base: u64,
+        op: Workspace,
+    ) -> Result<()> {
         let (dense, device) = (self.dense(), self.ffn.device());
         let first = self.dense_run(y, inputs, op);
         let mut run = first;
@@ -473,10 +492,10 @@ impl FfnPlan {
             if self.ffn.routes_beside(inputs.x.shape[0])
                 && let Some(branch) = &self.branch
             {
-                branch.run(stream, route, || dense.begin(stream, &first))?;
+                branch.run(stream, route, || begin(&first))?;
             } else {
                 route(stream)?;
-                dense.begin(stream, &first)?;
+                begin(&first)?;
             }
             dense.finish(device, stream, &run)?;
             self.clear_invalid(stream, y, inputs)
@@ -521,16 +540,66 @@ impl FfnPlan {
         self.tune(layer, if sizes[0] == 0 { &sizes[1..] } else { &sizes })
     }
 
+    /// Where a router runs beside the first product, that product is the fastest by an algorithm that leaves it multiprocessors:
+    /// times whole runs.
+    fn tune_beside(&mut self) -> Result<()> {
+        /// With fewer tokens the first product leaves enough anyway; tokens of a block of the router.
+        const MIN_TOKENS: usize = 65;
+        const ROUTER_TOKENS: usize = 16;
+        let Some(dense) = self.dense.as_ref().filter(|_| self.branch.is_some()) else {
+            return Ok(());
+        };
+        let beside = |&size: &usize| size >= MIN_TOKENS && self.ffn.routes_beside(size);
+        let sizes: Vec<_> = dense.sizes().into_iter().filter(beside).collect();
+        let Some(&most) = sizes.last() else { return Ok(()) };
+        let (device, dtype) = (self.ffn.device(), self.ffn.dtype());
+        let d_model = self.ffn.neurons().d_model();
+        let x =
+            Buffer::from_slice(device, tokens_as_they_might_be(most * d_model, dtype).as_bytes())?;
+        let y = Buffer::new(device, x.bytes())?;
+        let workspace = Buffer::zeroed(device, self.places.bytes)?;
+        let base = workspace.address();
+        let op = Workspace {
+            address: base + self.places.op,
+            bytes: self.places.bytes - self.places.op as usize,
+        };
+        device.context.bind()?;
+        let timer = Timer::new(device)?;
+        let all = device.properties().multiprocessors as u32;
+        let mut chosen = Vec::new();
+        for size in sizes {
+            let of_router = (size.div_ceil(ROUTER_TOKENS) as u32).min(all / 2);
+            let mut candidates = dense.first_candidates(size, &[0, all - of_router])?;
+            let view = |buffer: &Buffer| {
+                View::matrix(buffer.address(), Format::Float(dtype), [size, d_model])
+            };
+            let inputs = FfnInputs::new(view(&x));
+            let patience_ms = 100.0;
+            let best = timer.fastest(candidates.len(), patience_ms, |index, stream| {
+                let begin = |run: &DenseRun| {
+                    // SAFETY: the buffers have room for the most of these tokens, and live until everything has run.
+                    unsafe { dense.begin_by(&candidates[index], stream, run) }
+                };
+                // SAFETY: as above.
+                unsafe { self.run_masked_by(begin, stream, view(&y), &inputs, base, op) }
+            })?;
+            if let Some(best) = best {
+                chosen.push((size, candidates.swap_remove(best)));
+            }
+        }
+        device.context.synchronize()?;
+        if let Some(dense) = &mut self.dense {
+            chosen.into_iter().for_each(|(size, product)| dense.set_first(size, product));
+        }
+        Ok(())
+    }
+
     /// Times dense products for so many tokens, ascending.
     fn tune(&self, layer: DenseLayer, sizes: &[usize]) -> Result<Dense> {
         let device = self.ffn.device();
         let chunk = self.places.chunk;
         let d_model = self.ffn.neurons().d_model();
-        // Values as they might be: products of zeros run faster.
-        let values: Vec<f32> = (0..chunk * d_model)
-            .map(|i| ((i as u32).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0)
-            .collect();
-        let x = crate::Tensor::vector(values).to_dtype(self.ffn.dtype());
+        let x = tokens_as_they_might_be(chunk * d_model, self.ffn.dtype());
         let x = Buffer::from_slice(device, x.as_bytes())?;
         let y = Buffer::new(device, x.bytes())?;
         let op_bytes = self.places.bytes - self.places.op as usize;
@@ -549,6 +618,14 @@ impl FfnPlan {
         device.context.synchronize()?;
         dense
     }
+}
+
+/// Products of zeros run faster.
+fn tokens_as_they_might_be(len: usize, dtype: DType) -> Tensor {
+    let values: Vec<f32> = (0..len)
+        .map(|i| ((i as u32).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0)
+        .collect();
+    Tensor::vector(values).to_dtype(dtype)
 }
 
 fn rows(view: View, first: usize, count: usize) -> View {

@@ -24,6 +24,8 @@ pub(super) struct ProductShape {
     pub(super) depth: usize,
     pub(super) depth_major: bool,
     pub(super) epilogue: Epilogue,
+    /// So many are left to it; 0 for all.
+    pub(super) multiprocessors: u32,
 }
 
 /// What a product is run on.

@@ -12,7 +12,7 @@ use crate::dtype::DType;
 use crate::error::Result;
 
 /// Fewer tokens have their rows of the first layer dealt out. More have clusters, whose blocks read less each.
-const TOKENS: std::ops::RangeInclusive<u32> = 9..=8192;
+const TOKENS: std::ops::RangeInclusive<u32> = 96..=8192;
 /// A wider token's weights of the first layer take longer to read than clusters need.
 const MAX_D_MODEL: u32 = 1024;
 /// Of the second layer, all of which is in shared memory.

@@ -339,6 +339,7 @@ impl Backend for Gpu {
             depth: linear.d_in,
             depth_major: false,
             epilogue: Epilogue::Bias,
+            multiprocessors: 0,
         };
         let operands = Operands {
             tokens: num_tokens,

@@ -18,6 +18,7 @@ pub fn tests() -> crate::Tests {
         ("router_select::few_tokens", few_tokens),
         ("router_select::many_tokens", many_tokens),
         ("router_select::one_launch", one_launch),
+        ("router_select::many_tokens_of_a_block", many_tokens_of_a_block),
         ("router_select::one_launch_of_many_outputs", one_launch_of_many_outputs),
         ("router_select::many_experts", many_experts),
         ("router_select::padding_and_rows_apart", padding_and_rows_apart),
@@ -271,6 +272,20 @@ fn one_launch(gpu: &Gpu) {
     }
     cases.retain(|(_, case)| !is_small() || case.num_tokens < 600);
     check_one_launch(gpu, &thin(cases, 3));
+}
+
+/// So many that a block takes 32 and 64 of them, where blocks take them through a whole router.
+fn many_tokens_of_a_block(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let shape = if is_small() { [5, 16, 8] } else { [96, 768, 128] };
+    let mut rules = selections(shape[0]).into_iter().cycle();
+    for dtype in [DType::F16, DType::BF16] {
+        for num_tokens in [2113, 4300] {
+            let case = Case { valid: num_tokens - 70, ..Case::new(num_tokens, shape[1], dtype) };
+            let router = routers(rng, shape, dtype).swap_remove(1);
+            case.check(gpu, rng, &router, &rules.next().expect("a cycle"));
+        }
+    }
 }
 
 /// More than 128 hidden units, or experts of a router with one layer.

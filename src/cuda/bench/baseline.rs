@@ -188,6 +188,7 @@ impl Batch<'_> {
                 First::Fused(epilogue) => epilogue,
                 _ => Epilogue::Nothing,
             },
+            multiprocessors: 0,
         }
     }
 
@@ -201,6 +202,7 @@ impl Batch<'_> {
             depth: layer.neurons.d_ff as usize,
             depth_major: true,
             epilogue: if layer.bias_out == 0 { Epilogue::Nothing } else { Epilogue::Bias },
+            multiprocessors: 0,
         }
     }
 

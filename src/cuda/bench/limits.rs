@@ -91,6 +91,7 @@ fn product_seconds(device: &Device, stream: &Arc<CudaStream>, dtype: DType) -> R
         depth: SIDE,
         depth_major: false,
         epilogue: Epilogue::Nothing,
+        multiprocessors: 0,
     };
     let operands = Operands {
         tokens: SIDE,
