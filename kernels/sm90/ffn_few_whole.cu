@@ -26,7 +26,7 @@ __device__ __forceinline__ void run(const moefy_ffn_few_params& p, unsigned char
   launch_dependents();
   whole.load_constants();
   wait_for_cluster();
-  whole.wait_for(0);
+  if (whole.count > 0) whole.wait_for(0);
   whole.ask(1);
   wait_for_dependencies();
 
