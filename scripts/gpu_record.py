@@ -3,9 +3,9 @@
 
     record.py [RECORD] [--only PART...] [--within SECONDS]
 
-RECORD is record.json by default, in the folder $OUT where that is set. Parts are tests, sanitizers, bench and models; where
-RECORD exists, what runs now takes the place of what it has, so that the parts of a record can be made one after another; it must
-be of the same code on the same GPU. It is written after each part and each set of benchmarks, what has not ended yet as failed:
+RECORD is record.json by default, in the folder $OUT where that is set. Parts are tests, sanitizers (or one by its name), bench
+and models; where RECORD exists, what runs now takes the place of what it has, so that the parts of a record can be made one after
+another; it must be of the same code on the same GPU. It is written after each part and each set of benchmarks, what has not ended yet as failed:
 where time runs out, the rest can follow.
 
 The bundle's model is checked against the reference and the CPU, and whole models are timed beside PyTorch where this
@@ -57,6 +57,8 @@ GROUPS = [[beginning, "--skip", ALONE] for beginning in BEGINNINGS]
 GROUPS.append([argument for name in (ALONE, *BEGINNINGS) for argument in ("--skip", name)])
 # Only this project's kernels: those of cuBLASLt take most of the time. Of them, memcheck sees which addresses they get.
 SANITIZER_ARGUMENTS = {tool: [] if tool == "memcheck" else ["--kernel-name", "kns=moefy_"] for tool in SANITIZERS}
+# Of a block. Left to itself synccheck (2025.3) makes room for fewer than moefy_experts_many_sums has.
+SANITIZER_ARGUMENTS["synccheck"] += ["--num-cuda-barriers", "128"]
 # racecheck (2025.3) fails as soon as cuBLASLt's kernels for Hopper run, even when told to check none. Of the kernels in the
 # tests that need them, those with shared memory, which is all that racecheck looks at, are in other tests as well.
 # initcheck does not see what kernels write that it is told to leave out, and a model's memory begins empty.
@@ -162,12 +164,16 @@ def sanitizer_errors(code, output):
     return errors if code == 0 else max(errors, 1)
 
 
-def run_sanitizers(machine, pool):
+def sanitizers_of(parts):
+    return SANITIZERS if "sanitizers" in parts else tuple(tool for tool in SANITIZERS if tool in parts)
+
+
+def run_sanitizers(machine, pool, tools):
     """A function that waits for the number of errors of each tool."""
     program = next(filter(None, map(lambda path: shutil.which("compute-sanitizer", path=path),
                                     (None, *SANITIZER_PLACES))), None)
     if program is None:
-        return lambda: dict.fromkeys(SANITIZERS)
+        return lambda: dict.fromkeys(tools)
 
     def errors_of(tool, part):
         # Wrong arguments are part of the tests, and the driver's refusals no errors.
@@ -175,11 +181,11 @@ def run_sanitizers(machine, pool):
         return sanitizer_errors(*machine.run(command, SANITIZERS_LIMIT, MOEFY_REQUIRE_GPU="1", MOEFY_TEST_SMALL="1"))
 
     parts = {tool: [pool.submit(errors_of, tool, part) for part in GROUPS if part[0] not in LEFT_OUT.get(tool, ())]
-             for tool in SANITIZERS}
+             for tool in tools}
 
     def wait():
-        errors = {tool: [part.result() for part in parts[tool]] for tool in SANITIZERS}
-        return {tool: None if None in errors[tool] else sum(errors[tool]) for tool in SANITIZERS}
+        errors = {tool: [part.result() for part in parts[tool]] for tool in tools}
+        return {tool: None if None in errors[tool] else sum(errors[tool]) for tool in tools}
 
     return wait
 
@@ -249,8 +255,7 @@ def forget(record, parts):
     """What runs now has no results yet: it counts as failed until it has."""
     if "tests" in parts:
         record["tests"] = [test for test in record["tests"] if test["name"] in BENCHES] + [UNFINISHED]
-    if "sanitizers" in parts:
-        record["sanitizers"] = dict.fromkeys(SANITIZERS)
+    record["sanitizers"].update(dict.fromkeys(sanitizers_of(parts)))
     if "bench" in parts:
         record["bench"] = []
     if "models" in parts:
@@ -274,7 +279,7 @@ def replaced(tests, names, results):
 def arguments():
     parser = argparse.ArgumentParser(usage=__doc__.split("\n\n")[1].strip())
     parser.add_argument("record", nargs="?", default=os.path.join(os.environ.get("OUT", ""), "record.json"))
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--only", nargs="+", choices=(*PARTS, *SANITIZERS), default=PARTS)
     parser.add_argument("--within", type=float, default=3600.0)
     return parser.parse_args()
 
@@ -292,8 +297,9 @@ def main():
         forget(record, wanted.only)
         write(path, record)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            if "sanitizers" in wanted.only:
-                errors = run_sanitizers(machine, pool)
+            tools = sanitizers_of(wanted.only)
+            if tools:
+                errors = run_sanitizers(machine, pool, tools)
             if "tests" in wanted.only:
                 tests = run_tests(machine, pool)
         if "tests" in wanted.only:
@@ -302,10 +308,11 @@ def main():
             write(path, record)
             for test in results:
                 print("{result:8} {name}".format(**test), flush=True)
-        if "sanitizers" in wanted.only:
-            record["sanitizers"] = errors()
+        if tools:
+            found = errors()
+            record["sanitizers"].update(found)
             write(path, record)
-            for tool, count in record["sanitizers"].items():
+            for tool, count in found.items():
                 print("{}: {} errors".format(tool, count), flush=True)
         if "bench" in wanted.only:
             for name in SETS:
