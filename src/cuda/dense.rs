@@ -218,19 +218,26 @@ impl Dense {
         self.sizes.iter().map(|(size, _)| *size).collect()
     }
 
-    /// What cuBLASLt proposes for the first product of a size, where it has these multiprocessors (0: all).
+    /// What cuBLASLt proposes for the first product of a size, where it has these multiprocessors (0: all): at least one, but
+    /// perhaps none for some of these numbers.
     pub(super) fn first_candidates(
         &self,
         num_tokens: usize,
         multiprocessors: &[u32],
     ) -> Result<Vec<Product>> {
-        let mut all = Vec::new();
+        let (mut all, mut failure) = (Vec::new(), None);
         for &multiprocessors in multiprocessors {
             let shape = ProductShape { multiprocessors, ..self.layer.products()[0] };
             let bias = self.layer.bias_in;
-            all.extend(Product::candidates(&self.library, &shape, bias, num_tokens)?);
+            match Product::candidates(&self.library, &shape, bias, num_tokens) {
+                Ok(candidates) => all.extend(candidates),
+                Err(error) => failure = Some(error),
+            }
         }
-        Ok(all)
+        match failure {
+            Some(error) if all.is_empty() => Err(error),
+            _ => Ok(all),
+        }
     }
 
     /// Takes this one for the first product of a size that there are algorithms for.
