@@ -371,30 +371,34 @@ impl Timer {
         copies.map(copy).collect()
     }
 
-    /// Which of so many launches takes least time; those that fail are left out. Each runs once before it is timed, which loads
-    /// its kernels: a capture must not do that. Waits for the device.
+    /// Which of so many launches takes least time; those that fail are left out, and so are those that patience does not reach,
+    /// but for the first that works. Each runs once before it is timed, which loads its kernels: a capture must not do that.
+    /// Waits for the device.
     pub(super) fn fastest(
         &self,
         count: usize,
         mut patience_ms: f32,
         mut launch: impl FnMut(usize, RawStream) -> Result<()>,
     ) -> Result<Option<usize>> {
-        let mut fastest = |graph: &Graph, timings| {
+        let fastest = |graph: &Graph, timings, patience_ms: &mut f32| {
             (0..timings).try_fold(f32::INFINITY, |best, _| {
-                if patience_ms < 0.0 {
+                if *patience_ms < 0.0 {
                     return Ok(best);
                 }
                 let time = self.time(graph)?;
-                patience_ms -= time;
+                *patience_ms -= time;
                 Ok::<_, Error>(time.min(best))
             })
         };
         let mut timed = Vec::new();
         for index in 0..count {
+            if patience_ms < 0.0 && !timed.is_empty() {
+                break;
+            }
             if launch(index, self.stream.raw()).is_ok()
-                && let Some(graph) = self.stream.capture(|| launch(index, self.stream.raw()))?
+                && let Ok(Some(graph)) = self.stream.capture(|| launch(index, self.stream.raw()))
             {
-                timed.push((fastest(&graph, RUNS)?, graph, index));
+                timed.push((fastest(&graph, RUNS, &mut patience_ms)?, graph, index));
             }
         }
         timed.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -402,9 +406,11 @@ impl Timer {
         let mut finals = vec![Vec::new(); timed.len()];
         for _ in 0..FINAL_RUNS {
             for (times, (_, graph, _)) in finals.iter_mut().zip(&timed) {
-                times.push(fastest(graph, 1)?);
+                times.push(fastest(graph, 1, &mut patience_ms)?);
             }
         }
+        // What could not be captured may still run.
+        self.stream.wait()?;
         // One lucky run does not decide.
         let median = |times: &mut Vec<f32>| {
             times.sort_by(f32::total_cmp);
