@@ -102,7 +102,6 @@ impl MoeFfn {
         }
         if let Some(layer) = self.dense_layer_of(max_tokens, &options)? {
             plan.dense = Some(dense(&plan, layer)?);
-            plan.tune_beside()?;
         }
         if options.statistics {
             plan.counters = Some(Counters::new(self.device(), self.neurons().num_experts)?);
@@ -276,17 +275,14 @@ impl FfnPlan {
     ) -> Result<()> {
         let (ffn, neurons) = (&self.ffn, self.ffn.neurons());
         let num_tokens = inputs.x.shape[0];
-        let op = Workspace {
-            address: base + self.places.op,
-            bytes: self.places.bytes - self.places.op as usize,
-        };
+        let op = self.op_workspace(base);
         // SAFETY: the caller's promise.
         unsafe {
             if path == Path::DenseExact {
                 return self.run_dense(stream, y, inputs, op);
             }
             if path == Path::DenseMasked && last == Stage::Experts {
-                return self.run_masked(stream, y, inputs, base, op);
+                return self.run_masked(stream, y, inputs, base);
             }
             if path == Path::FewFused && last == Stage::Experts {
                 return self.run_few_fused(stream, y, inputs, base, op);
@@ -456,25 +452,26 @@ impl FfnPlan {
         y: View,
         inputs: &FfnInputs,
         base: u64,
-        op: Workspace,
     ) -> Result<()> {
         let dense = self.dense();
         // SAFETY: the caller's promise.
-        unsafe { self.run_masked_by(|run| dense.begin(stream, run), stream, y, inputs, base, op) }
+        let begin = |run: &DenseRun| unsafe { dense.begin(stream, run) };
+        // SAFETY: the caller's promise.
+        unsafe { self.run_masked_by(dense, begin, stream, y, inputs, base) }
     }
 
-    /// `begin` launches the first product.
+    /// The same by other products; `begin` launches the first of them.
     unsafe fn run_masked_by(
         &self,
+        dense: &Dense,
         begin: impl FnOnce(&DenseRun) -> Result<()>,
         stream: RawStream,
         y: View,
         inputs: &FfnInputs,
         base: u64,
-        op: Workspace,
     ) -> Result<()> {
-        let (dense, device) = (self.dense(), self.ffn.device());
-        let first = self.dense_run(y, inputs, op);
+        let device = self.ffn.device();
+        let first = self.dense_run(y, inputs, self.op_workspace(base));
         let mut run = first;
         let beside = Workspace {
             address: base + self.places.beside,
@@ -500,6 +497,12 @@ impl FfnPlan {
             dense.finish(device, stream, &run)?;
             self.clear_invalid(stream, y, inputs)
         }
+    }
+
+    /// What operations and dense layers have of a workspace.
+    fn op_workspace(&self, base: u64) -> Workspace {
+        let op = self.places.op;
+        Workspace { address: base + op, bytes: self.places.bytes - op as usize }
     }
 
     fn dense(&self) -> &Dense {
@@ -542,13 +545,13 @@ impl FfnPlan {
 
     /// Where a router runs beside the first product, that product is the fastest by an algorithm that leaves it multiprocessors:
     /// times whole runs.
-    fn tune_beside(&mut self) -> Result<()> {
+    fn tune_beside(&self, dense: &mut Dense) -> Result<()> {
         /// With fewer tokens the first product leaves enough anyway; tokens of a block of the router.
         const MIN_TOKENS: usize = 65;
         const ROUTER_TOKENS: usize = 16;
-        let Some(dense) = self.dense.as_ref().filter(|_| self.branch.is_some()) else {
+        if self.branch.is_none() {
             return Ok(());
-        };
+        }
         let beside = |&size: &usize| size >= MIN_TOKENS && self.ffn.routes_beside(size);
         let sizes: Vec<_> = dense.sizes().into_iter().filter(beside).collect();
         let Some(&most) = sizes.last() else { return Ok(()) };
@@ -558,15 +561,9 @@ impl FfnPlan {
             Buffer::from_slice(device, tokens_as_they_might_be(most * d_model, dtype).as_bytes())?;
         let y = Buffer::new(device, x.bytes())?;
         let workspace = Buffer::zeroed(device, self.places.bytes)?;
-        let base = workspace.address();
-        let op = Workspace {
-            address: base + self.places.op,
-            bytes: self.places.bytes - self.places.op as usize,
-        };
         device.context.bind()?;
         let timer = Timer::new(device)?;
         let all = device.properties().multiprocessors as u32;
-        let mut chosen = Vec::new();
         for size in sizes {
             let of_router = (size.div_ceil(ROUTER_TOKENS) as u32).min(all / 2);
             let mut candidates = dense.first_candidates(size, &[0, all - of_router])?;
@@ -580,22 +577,26 @@ impl FfnPlan {
                     // SAFETY: the buffers have room for the most of these tokens, and live until everything has run.
                     unsafe { dense.begin_by(&candidates[index], stream, run) }
                 };
+                let (y, base) = (view(&y), workspace.address());
                 // SAFETY: as above.
-                unsafe { self.run_masked_by(begin, stream, view(&y), &inputs, base, op) }
+                unsafe { self.run_masked_by(dense, begin, stream, y, &inputs, base) }
             })?;
             if let Some(best) = best {
-                chosen.push((size, candidates.swap_remove(best)));
+                dense.set_first(size, candidates.swap_remove(best));
             }
         }
-        device.context.synchronize()?;
-        if let Some(dense) = &mut self.dense {
-            chosen.into_iter().for_each(|(size, product)| dense.set_first(size, product));
-        }
-        Ok(())
+        device.context.synchronize()
     }
 
     /// Times dense products for so many tokens, ascending.
     fn tune(&self, layer: DenseLayer, sizes: &[usize]) -> Result<Dense> {
+        let mut dense = self.tune_alone(layer, sizes)?;
+        self.tune_beside(&mut dense)?;
+        Ok(dense)
+    }
+
+    /// The same where nothing runs beside them.
+    fn tune_alone(&self, layer: DenseLayer, sizes: &[usize]) -> Result<Dense> {
         let device = self.ffn.device();
         let chunk = self.places.chunk;
         let d_model = self.ffn.neurons().d_model();
