@@ -52,6 +52,7 @@ mod padding;
 mod path;
 mod places;
 mod plan;
+mod plan_tuning;
 mod product;
 #[cfg(feature = "cuda")]
 mod read_bandwidth;

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use super::cublaslt::Timer;
 use super::dense::{Dense, DenseLayer, DenseRun};
 use super::driver::{Branch, RawStream};
 use super::path::Paths;
@@ -11,15 +10,12 @@ use super::router_select::{check_router, router_select_by};
 use super::statistics::Counters;
 use super::view::{Arguments, Format, View, Workspace};
 use super::{
-    Buffer, ExpertsInputs, FfnInputs, MoeFfn, Path, PlanOptions, RouteIndexOutputs,
-    RouterSelectOutputs, RoutingCounts, SelectOutputs, experts, ffn_few, gates, padding,
-    route_index, token_tiles,
+    ExpertsInputs, FfnInputs, MoeFfn, Path, PlanOptions, RouteIndexOutputs, RouterSelectOutputs,
+    RoutingCounts, SelectOutputs, experts, ffn_few, gates, padding, route_index, token_tiles,
 };
-use crate::Tensor;
 use crate::abi::{
     moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_split_valid_params,
 };
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::ffn::Gate;
 
@@ -34,16 +30,16 @@ pub(super) enum Stage {
 /// A layer that is ready to run up to a number of tokens.
 pub struct FfnPlan {
     ffn: Arc<MoeFfn>,
-    max_tokens: usize,
+    pub(super) max_tokens: usize,
     options: PlanOptions,
-    places: Places,
+    pub(super) places: Places,
     paths: Paths,
     /// The fused path for 1, 2, … tokens.
     few_fused: Vec<Option<ffn_few::Shape>>,
     dense: Option<Dense>,
     counters: Option<Counters>,
     /// For the router of a masked dense layer.
-    branch: Option<Arc<Branch>>,
+    pub(super) branch: Option<Arc<Branch>>,
 }
 
 impl MoeFfn {
@@ -461,7 +457,10 @@ impl FfnPlan {
     }
 
     /// The same by other products; `begin` launches the first of them.
-    unsafe fn run_masked_by(
+    ///
+    /// # Safety
+    /// As for [`Self::run`], with a workspace at `base`.
+    pub(super) unsafe fn run_masked_by(
         &self,
         dense: &Dense,
         begin: impl FnOnce(&DenseRun) -> Result<()>,
@@ -534,99 +533,6 @@ impl FfnPlan {
         // SAFETY: the caller's promise.
         unsafe { padding::clear_invalid(self.ffn.device(), stream, &params) }
     }
-
-    /// Times dense products for full batches alone.
-    #[cfg(feature = "cuda")]
-    pub(super) fn tune_full(&self, layer: DenseLayer) -> Result<Dense> {
-        let chunk = self.places.chunk;
-        let sizes = [self.max_tokens % chunk, chunk];
-        self.tune(layer, if sizes[0] == 0 { &sizes[1..] } else { &sizes })
-    }
-
-    /// Where a router runs beside the first product, that product is the fastest by an algorithm that leaves it multiprocessors:
-    /// times whole runs.
-    fn tune_beside(&self, dense: &mut Dense) -> Result<()> {
-        /// With fewer tokens the first product leaves enough anyway; tokens of a block of the router.
-        const MIN_TOKENS: usize = 65;
-        const ROUTER_TOKENS: usize = 16;
-        if self.branch.is_none() {
-            return Ok(());
-        }
-        let beside = |&size: &usize| size >= MIN_TOKENS && self.ffn.routes_beside(size);
-        let sizes: Vec<_> = dense.sizes().into_iter().filter(beside).collect();
-        let Some(&most) = sizes.last() else { return Ok(()) };
-        let (device, dtype) = (self.ffn.device(), self.ffn.dtype());
-        let d_model = self.ffn.neurons().d_model();
-        let x =
-            Buffer::from_slice(device, tokens_as_they_might_be(most * d_model, dtype).as_bytes())?;
-        let y = Buffer::new(device, x.bytes())?;
-        let workspace = Buffer::zeroed(device, self.places.bytes)?;
-        device.context.bind()?;
-        let timer = Timer::new(device)?;
-        let all = device.properties().multiprocessors as u32;
-        for size in sizes {
-            let of_router = (size.div_ceil(ROUTER_TOKENS) as u32).min(all / 2);
-            let mut candidates = dense.first_candidates(size, &[0, all - of_router])?;
-            let view = |buffer: &Buffer| {
-                View::matrix(buffer.address(), Format::Float(dtype), [size, d_model])
-            };
-            let inputs = FfnInputs::new(view(&x));
-            let patience_ms = 100.0;
-            let best = timer.fastest(candidates.len(), patience_ms, |index, stream| {
-                let begin = |run: &DenseRun| {
-                    // SAFETY: the buffers have room for the most of these tokens, and live until everything has run.
-                    unsafe { dense.begin_by(&candidates[index], stream, run) }
-                };
-                let (y, base) = (view(&y), workspace.address());
-                // SAFETY: as above.
-                unsafe { self.run_masked_by(dense, begin, stream, y, &inputs, base) }
-            })?;
-            if let Some(best) = best {
-                dense.set_first(size, candidates.swap_remove(best));
-            }
-        }
-        device.context.synchronize()
-    }
-
-    /// Times dense products for so many tokens, ascending.
-    fn tune(&self, layer: DenseLayer, sizes: &[usize]) -> Result<Dense> {
-        let mut dense = self.tune_alone(layer, sizes)?;
-        self.tune_beside(&mut dense)?;
-        Ok(dense)
-    }
-
-    /// The same where nothing runs beside them.
-    fn tune_alone(&self, layer: DenseLayer, sizes: &[usize]) -> Result<Dense> {
-        let device = self.ffn.device();
-        let chunk = self.places.chunk;
-        let d_model = self.ffn.neurons().d_model();
-        let x = tokens_as_they_might_be(chunk * d_model, self.ffn.dtype());
-        let x = Buffer::from_slice(device, x.as_bytes())?;
-        let y = Buffer::new(device, x.bytes())?;
-        let op_bytes = self.places.bytes - self.places.op as usize;
-        let workspace = Buffer::zeroed(device, op_bytes)?;
-        let run = DenseRun {
-            x: x.address(),
-            y: y.address(),
-            mask: 0,
-            gates: 0,
-            num_tokens: chunk,
-            workspace: workspace.address(),
-        };
-        device.context.bind()?;
-        // SAFETY: the buffers have the sizes of a chunk, and live until everything has run.
-        let dense = unsafe { Dense::new(device, layer, sizes, &run) };
-        device.context.synchronize()?;
-        dense
-    }
-}
-
-/// Products of zeros run faster.
-fn tokens_as_they_might_be(len: usize, dtype: DType) -> Tensor {
-    let values: Vec<f32> = (0..len)
-        .map(|i| ((i as u32).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0)
-        .collect();
-    Tensor::vector(values).to_dtype(dtype)
 }
 
 fn rows(view: View, first: usize, count: usize) -> View {
