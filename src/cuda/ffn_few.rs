@@ -6,7 +6,7 @@
 //! The second layer of a router of f16 is kept a second time as two matrices of bf16: 4 · E · hidden bytes.
 
 use super::driver::{Function, RawStream};
-use super::kernels::Modules;
+use super::kernels::{Modules, Variant};
 use super::workspace::Layout;
 use super::{Device, Neurons, RouterView, ffn_few_cluster, ffn_few_whole};
 use crate::abi::{
@@ -28,9 +28,6 @@ pub(super) const WARPS: usize = MOEFY_FFN_FEW_THREADS as usize / 32;
 const MAX_ROUTER_SHARED_BYTES: usize = 96 << 10;
 /// Indices of neurons are exact in the kernel's arithmetic below this.
 const MAX_NEURONS: usize = 1 << 21;
-
-/// A kernel, and how much dynamic shared memory it can have.
-pub(super) type Variant = (Function, usize);
 
 struct OfDType {
     router: [Function; 4],

@@ -2,14 +2,14 @@
 //! narrow enough (d_model at most 1024) for two blocks on a multiprocessor and there are at most eight tokens.
 
 use super::Device;
-use super::ffn_few::{Sizes, Stream, Variant, WARPS, neuron_bytes, scratch_bytes};
-use super::kernels::Modules;
+use super::driver::Module;
+use super::ffn_few::{Sizes, Stream, WARPS, neuron_bytes, scratch_bytes};
+use super::kernels::{Half, Modules, Variant, half_names};
 use super::router_few::cluster_router_bytes;
 use crate::abi::{
     MOEFY_FFN_FEW_CLUSTER_STEPS, MOEFY_FFN_FEW_THREADS, MOEFY_FFN_FEW_TILE,
     MOEFY_ROUTER_SELECT_BLOCKS,
 };
-use crate::dtype::DType;
 use crate::error::Result;
 
 pub(super) const BLOCKS: usize = MOEFY_ROUTER_SELECT_BLOCKS as usize;
@@ -18,12 +18,9 @@ const RESERVED_BYTES: usize = 1 << 10;
 /// As many as there is room for at once, and the fewest: below, what a block reads takes longer than what the others cost.
 pub(super) const CLUSTERS: std::ops::RangeInclusive<usize> = 2..=7;
 
-/// Of a type: by the layers of the router, for 8 and for 16 neurons at once, for one token and for several.
-type OfDType = [[[Variant; 2]; 2]; 2];
-
 pub(super) struct Kernels {
-    f16: OfDType,
-    bf16: OfDType,
+    /// By the layers of the router, for 8 and for 16 neurons at once, for one token and for several.
+    variants: Half<8>,
     /// Dynamic shared memory that leaves room for a second block is less than all by so much.
     of_second_block: usize,
 }
@@ -32,41 +29,26 @@ impl Kernels {
     /// `None` where the device is no Hopper, or has no room for a cluster.
     pub(super) fn load(modules: &Modules, max_shared_bytes: usize) -> Result<Option<Self>> {
         let Some(module) = modules.module("sm90_ffn_few_cluster") else { return Ok(None) };
-        let mut kernels = Vec::with_capacity(16);
-        for name in [
-            "moefy_ffn_few_cluster_f16_1_8_1",
-            "moefy_ffn_few_cluster_f16_1_8_8",
-            "moefy_ffn_few_cluster_f16_1_16_1",
-            "moefy_ffn_few_cluster_f16_1_16_8",
-            "moefy_ffn_few_cluster_f16_2_8_1",
-            "moefy_ffn_few_cluster_f16_2_8_8",
-            "moefy_ffn_few_cluster_f16_2_16_1",
-            "moefy_ffn_few_cluster_f16_2_16_8",
-            "moefy_ffn_few_cluster_bf16_1_8_1",
-            "moefy_ffn_few_cluster_bf16_1_8_8",
-            "moefy_ffn_few_cluster_bf16_1_16_1",
-            "moefy_ffn_few_cluster_bf16_1_16_8",
-            "moefy_ffn_few_cluster_bf16_2_8_1",
-            "moefy_ffn_few_cluster_bf16_2_8_8",
-            "moefy_ffn_few_cluster_bf16_2_16_1",
-            "moefy_ffn_few_cluster_bf16_2_16_8",
-        ] {
-            let (_, shared_bytes) = module.function_with_all_shared(name, max_shared_bytes)?;
-            let (blocks, threads) = (MOEFY_ROUTER_SELECT_BLOCKS, MOEFY_FFN_FEW_THREADS);
-            let kernel = module.function_of_large_clusters(name, shared_bytes, blocks, threads)?;
-            let Some(kernel) = kernel else { return Ok(None) };
-            kernels.push((kernel, shared_bytes));
-        }
-        let of = |first: usize| {
-            std::array::from_fn(|layers| {
-                std::array::from_fn(|n| {
-                    std::array::from_fn(|tokens| kernels[first + 4 * layers + 2 * n + tokens])
-                })
-            })
-        };
+        let names = half_names!(
+            "moefy_ffn_few_cluster":
+            "1_8_1", "1_8_8", "1_16_1", "1_16_8", "2_8_1", "2_8_8", "2_16_1", "2_16_8"
+        );
+        let variants = Half::load(names, |name| cluster_variant(module, name, max_shared_bytes))?;
         let of_second_block = (max_shared_bytes + RESERVED_BYTES).div_ceil(2);
-        Ok(Some(Self { f16: of(0), bf16: of(8), of_second_block }))
+        Ok(variants.map(|variants| Self { variants, of_second_block }))
     }
+}
+
+/// One for clusters; `None` where the device has no room for one.
+pub(super) fn cluster_variant(
+    module: &Module,
+    name: &'static str,
+    max_shared_bytes: usize,
+) -> Result<Option<Variant>> {
+    let (_, shared_bytes) = module.function_with_all_shared(name, max_shared_bytes)?;
+    let (blocks, threads) = (MOEFY_ROUTER_SELECT_BLOCKS, MOEFY_FFN_FEW_THREADS);
+    let kernel = module.function_of_large_clusters(name, shared_bytes, blocks, threads)?;
+    Ok(kernel.map(|kernel| (kernel, shared_bytes)))
 }
 
 /// `None` where these sizes are not for these kernels, or the device is not.
@@ -80,13 +62,8 @@ pub(super) fn stream(device: &Device, sizes: &Sizes) -> Option<Stream> {
     }
     // A GLU's neurons take two rows of a fragment each.
     let log_stage_neurons = if neurons.glu { 3 } else { 4 };
-    let of_dtype = match dtype {
-        DType::F32 => return None,
-        DType::F16 => kernels.f16,
-        DType::BF16 => kernels.bf16,
-    };
-    let (kernel, available) = of_dtype[usize::from(router.hidden() > 0)][usize::from(!neurons.glu)]
-        [usize::from(num_tokens > 1)];
+    let which = [router.hidden() > 0, !neurons.glu, num_tokens > 1].map(usize::from);
+    let (kernel, available) = kernels.variants.of(dtype)?[4 * which[0] + 2 * which[1] + which[2]];
     let fixed = fixed_bytes(sizes);
     let of_router = cluster_router_bytes(d_model, router.hidden(), num_experts, num_tokens, dtype)?;
     let least_bytes = of_router.max(scratch_bytes(sorts));

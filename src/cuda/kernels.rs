@@ -122,6 +122,50 @@ impl PerDType {
     }
 }
 
+/// An entry point, and how much dynamic shared memory it can have.
+pub(super) type Variant = (Function, usize);
+
+/// Variants of a kernel, of each type of 16 bits.
+pub(super) struct Half<const N: usize> {
+    f16: [Variant; N],
+    bf16: [Variant; N],
+}
+
+impl<const N: usize> Half<N> {
+    /// Those of [`half_names`]; `None` where `load` finds that the device cannot have one of them.
+    pub(super) fn load(
+        [f16, bf16]: [[&'static str; N]; 2],
+        load: impl Fn(&'static str) -> Result<Option<Variant>>,
+    ) -> Result<Option<Self>> {
+        let of = |names: [&'static str; N]| -> Result<Option<[Variant; N]>> {
+            let variants = names.into_iter().map(&load).collect::<Result<Option<Vec<_>>>>()?;
+            Ok(variants.map(|variants| std::array::from_fn(|i| variants[i])))
+        };
+        let (Some(f16), Some(bf16)) = (of(f16)?, of(bf16)?) else { return Ok(None) };
+        Ok(Some(Self { f16, bf16 }))
+    }
+
+    /// Those of a type, where there are some.
+    pub(super) fn of(&self, dtype: DType) -> Option<&[Variant; N]> {
+        match dtype {
+            DType::F32 => None,
+            DType::F16 => Some(&self.f16),
+            DType::BF16 => Some(&self.bf16),
+        }
+    }
+}
+
+/// Names of entry points, of f16 and of bf16: what stands before the type, and what behind it in each of the variants.
+macro_rules! half_names {
+    ($kernel:literal: $($variant:literal),+) => {
+        [
+            [$(concat!($kernel, "_f16_", $variant)),+],
+            [$(concat!($kernel, "_bf16_", $variant)),+],
+        ]
+    };
+}
+pub(super) use half_names;
+
 /// The machine code for compute capability 8.x and 9.0 runs on any driver of the toolkit's major
 /// version; the PTX for other devices needs a driver as new as the toolkit.
 fn check_device(build: &BuildInfo, device: &Properties) -> Result<(), String> {

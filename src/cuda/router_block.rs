@@ -2,7 +2,7 @@
 //! through all of it.
 
 use super::driver::{Function, RawStream, matrix_map};
-use super::kernels::Modules;
+use super::kernels::{Half, Modules, half_names};
 use super::{Device, Properties};
 use crate::abi::{
     MOEFY_ROUTER_BLOCK_OUTPUTS as OUTPUTS, MOEFY_ROUTER_BLOCK_STAGES, MOEFY_ROUTER_MANY_THREADS,
@@ -25,42 +25,21 @@ const WARPS: u32 = MOEFY_ROUTER_MANY_THREADS / 32;
 /// Tokens of a block, of each kernel.
 const SIZES: [u32; 3] = [16, 32, 64];
 
-/// A kernel, and how much dynamic shared memory it can have.
-type Variant = (Function, usize);
-
 pub(super) struct Kernels {
-    f16: [Variant; SIZES.len()],
-    bf16: [Variant; SIZES.len()],
+    variants: Half<{ SIZES.len() }>,
     multiprocessors: u32,
-}
-
-macro_rules! names {
-    ($dtype:literal) => {
-        [
-            concat!("moefy_router_block_", $dtype, "_16"),
-            concat!("moefy_router_block_", $dtype, "_32"),
-            concat!("moefy_router_block_", $dtype, "_64"),
-        ]
-    };
 }
 
 impl Kernels {
     /// `None` where the device is no Hopper.
     pub(super) fn load(modules: &Modules, properties: &Properties) -> Result<Option<Self>> {
         let Some(module) = modules.module("sm90_router_block") else { return Ok(None) };
-        let load = |names: [&'static str; SIZES.len()]| {
-            let mut variants = Vec::with_capacity(SIZES.len());
-            for name in names {
-                let all = properties.max_shared_bytes;
-                variants.push(module.function_with_all_shared(name, all)?);
-            }
-            Ok(std::array::from_fn(|i| variants[i]))
-        };
-        Ok(Some(Self {
-            f16: load(names!("f16"))?,
-            bf16: load(names!("bf16"))?,
-            multiprocessors: properties.multiprocessors as u32,
-        }))
+        let names = half_names!("moefy_router_block": "16", "32", "64");
+        let load =
+            |name| module.function_with_all_shared(name, properties.max_shared_bytes).map(Some);
+        let multiprocessors = properties.multiprocessors as u32;
+        let variants = Half::load(names, load)?;
+        Ok(variants.map(|variants| Self { variants, multiprocessors }))
     }
 }
 
@@ -84,11 +63,7 @@ impl Shape {
         router: &moefy_router_select_params,
     ) -> Option<Self> {
         let kernels = device.router_block.as_ref()?;
-        let variants = match dtype {
-            DType::F32 => return None,
-            DType::F16 => &kernels.f16,
-            DType::BF16 => &kernels.bf16,
-        };
+        let variants = kernels.variants.of(dtype)?;
         let fits = TOKENS.contains(&router.num_tokens)
             && router.kind == moefy_router_kind::MOEFY_ROUTER_D2DMOE
             && router.d_model <= MAX_D_MODEL

@@ -1,7 +1,7 @@
 //! Scores and selection of a router in one launch, for many tokens on Hopper.
 
 use super::driver::{Function, RawStream, matrix_map};
-use super::kernels::Modules;
+use super::kernels::{Half, Modules, Variant, half_names};
 use super::router_select::first_width;
 use super::{Device, Properties};
 use crate::abi::{
@@ -52,42 +52,21 @@ const SIZES: [Size; 3] = [
     Size { outputs: 512, columns: 64, resident: 1 },
 ];
 
-/// A kernel, and how much dynamic shared memory it can have.
-type Variant = (Function, usize);
-
 pub(super) struct Kernels {
-    f16: [Variant; SIZES.len()],
-    bf16: [Variant; SIZES.len()],
+    variants: Half<{ SIZES.len() }>,
     multiprocessors: u32,
-}
-
-macro_rules! names {
-    ($dtype:literal) => {
-        [
-            concat!("moefy_router_many_", $dtype, "_128"),
-            concat!("moefy_router_many_", $dtype, "_256"),
-            concat!("moefy_router_many_", $dtype, "_512"),
-        ]
-    };
 }
 
 impl Kernels {
     /// `None` where the device is no Hopper.
     pub(super) fn load(modules: &Modules, properties: &Properties) -> Result<Option<Self>> {
         let Some(module) = modules.module("sm90_router_many") else { return Ok(None) };
-        let load = |names: [&'static str; SIZES.len()]| {
-            let mut variants = Vec::with_capacity(SIZES.len());
-            for name in names {
-                let all = properties.max_shared_bytes;
-                variants.push(module.function_with_all_shared(name, all)?);
-            }
-            Ok(std::array::from_fn(|i| variants[i]))
-        };
-        Ok(Some(Self {
-            f16: load(names!("f16"))?,
-            bf16: load(names!("bf16"))?,
-            multiprocessors: properties.multiprocessors as u32,
-        }))
+        let names = half_names!("moefy_router_many": "128", "256", "512");
+        let load =
+            |name| module.function_with_all_shared(name, properties.max_shared_bytes).map(Some);
+        let multiprocessors = properties.multiprocessors as u32;
+        let variants = Half::load(names, load)?;
+        Ok(variants.map(|variants| Self { variants, multiprocessors }))
     }
 
     /// The best kernel and number of blocks that share its tokens.
@@ -134,11 +113,7 @@ impl Shape {
         router: &moefy_router_select_params,
     ) -> Option<Self> {
         let kernels = device.router_many.as_ref()?;
-        let variants = match dtype {
-            DType::F32 => return None,
-            DType::F16 => &kernels.f16,
-            DType::BF16 => &kernels.bf16,
-        };
+        let variants = kernels.variants.of(dtype)?;
         let fits = router.num_tokens >= MIN_TOKENS
             && router.num_experts <= MAX_EXPERTS
             && router.hidden <= MAX_HIDDEN
