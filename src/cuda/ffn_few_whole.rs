@@ -1,6 +1,9 @@
 //! [`super::ffn_few`] where some tokens together execute most of a narrow layer: clusters of blocks route, while the rows of all
 //! neurons come, whether a token selects them or not. Up to eight tokens, no GLU, and as many neurons as the shared memory of
 //! all blocks has room for.
+//!
+//! What a token does not execute is a zero that is multiplied all the same: a weight of the second product that is not finite,
+//! with which no layer is made, gives NaN also where nobody selects its expert, as in the dense function under masks.
 
 use super::Device;
 use super::ffn_few::{Sizes, Stream, WARPS, neuron_bytes, scratch_bytes};

@@ -52,7 +52,9 @@ const MAX_BESIDE: usize = 4 << 20;
 #[serde(rename_all = "kebab-case")]
 pub enum Path {
     /// `few-fused`: streams the union of the tokens' experts, with routing inside; f16 and bf16 on Hopper,
-    /// up to 32 tokens.
+    /// up to 32 tokens. Where two to eight tokens of a narrow layer execute most neurons, it streams all of them, and what a
+    /// token does not execute is multiplied by zero: a weight that is NaN or infinite, with which no layer is made, gives NaN
+    /// then also where nobody selects its expert, as on `dense-masked`.
     FewFused,
     /// `few`: streams the union of the tokens' experts.
     Few,
