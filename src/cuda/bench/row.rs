@@ -44,12 +44,13 @@ pub struct FfnRow {
     pub speedup: f64,
     /// Distance between the quartiles of those ratios, divided by their median.
     pub spread: f64,
-    /// The time that executed bytes or operations need at best.
+    /// The time that executed bytes or operations need at best, whatever the path reads.
     pub bound_us: f64,
     /// bound_us / us.
     pub share_of_bound: f64,
     /// Weights of the union of the tokens' experts, of shared neurons and of the router; mean over the
-    /// sets of weights. What the routing needs, also where a path reads more.
+    /// sets of weights. What the routing needs, also where a path reads more: the dense ones read all neurons, and so does
+    /// [`Path::FewFused`](crate::cuda::Path::FewFused) where two to eight tokens of a narrow layer execute most of them.
     pub executed_bytes: usize,
     /// Router and selection. Of a path of one piece: those operations on their own.
     pub router_select_us: f64,
