@@ -9,8 +9,7 @@
 // fixed order.
 #include <type_traits>
 
-#include "dependency.cuh"
-#include "experts.cuh"
+#include "experts_few.cuh"
 #include "mma.cuh"
 
 namespace moefy {
@@ -19,7 +18,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr uint32_t kThreads = kWarps * 32;
 constexpr int kTile = 8;  // tokens of one fragment
-constexpr uint32_t kAll = 0xffffffffu;
 
 template <class T>
 constexpr int kVector = kChunkBytes / sizeof(T);
@@ -67,94 +65,6 @@ struct Dots<float> {
   }
 };
 
-/// The experts that any token runs, ascending.
-struct Union {
-  uint32_t words[MOEFY_MAX_EXPERTS / 32];
-  uint16_t experts[MOEFY_MAX_EXPERTS];
-
-  /// Finds them in the masks, with all threads; returns how many there are.
-  __device__ __forceinline__ uint32_t find(const moefy_experts_params& p) {
-    const uint32_t num_experts = p.neurons.num_experts, row_words = ceil_div(num_experts, 32);
-    const uint32_t valid = valid_tokens(p);
-    for (uint32_t w = threadIdx.x; w < row_words; w += kThreads) {
-      const uint32_t beyond = (w + 1) * 32 - min((w + 1) * 32, num_experts);
-      uint32_t word = 0;
-#pragma unroll 1
-      for (uint32_t token0 = 0; token0 < valid; token0 += kTile) {
-        // All at once, some twice: one after the other they would take a way to the cache each.
-#pragma unroll
-        for (uint32_t i = 0; i < kTile; ++i) word |= __ldcg(p.mask + min(token0 + i, valid - 1) * row_words + w);
-      }
-      words[w] = word << beyond >> beyond;
-    }
-    __syncthreads();
-    // A warp for each word; of 32 words a lane has one.
-    const uint32_t lane = threadIdx.x % 32;
-    uint32_t count = 0;
-    for (uint32_t first = 0; first < row_words; first += 32) {
-      const uint32_t own = first + lane < row_words ? words[first + lane] : 0;
-      for (uint32_t w = threadIdx.x / 32; w < min(32u, row_words - first); w += kWarps) {
-        const uint32_t before = count + __reduce_add_sync(kAll, lane < w ? __popc(own) : 0);
-        const uint32_t word = __shfl_sync(kAll, own, w);
-        const uint32_t bit = 1u << lane;
-        if (word & bit) experts[before + __popc(word & (bit - 1))] = (first + w) * 32 + lane;
-      }
-      count += __reduce_add_sync(kAll, __popc(own));
-    }
-    __syncthreads();
-    return count;
-  }
-};
-
-/// The executed neurons, which are the columns of h: those of the union's experts, then the shared and the linear ones.
-/// Where rows are must be known soon: a division takes longer than what else is done here.
-struct Executed {
-  const moefy_neurons& n;
-  const Union& united;
-  const float inverse_width;
-  uint32_t routed = 0;
-  uint32_t all = 0;
-
-  /// Before the masks are there.
-  __device__ Executed(const moefy_experts_params& p, const Union& memory)
-      : n(p.neurons), united(memory), inverse_width(1.0f / static_cast<float>(max(p.neurons.expert_width, 1u))) {}
-
-  __device__ void find(const moefy_experts_params& p, Union& memory) {
-    routed = memory.find(p) * n.expert_width;
-    all = routed + n.shared + n.rank;
-  }
-
-  /// Expert and neuron of a column; a column beyond the last gets a neuron whose weights can be read.
-  __device__ uint32_t find(uint32_t column, uint32_t& expert) const {
-    expert = kNoExpert;
-    if (column < routed) {
-      // One too much or too little at most.
-      uint32_t rank = static_cast<uint32_t>((static_cast<float>(column) + 0.5f) * inverse_width);
-      if (rank * n.expert_width > column) --rank;
-      if (column - rank * n.expert_width >= n.expert_width) ++rank;
-      expert = united.experts[rank];
-      return expert * n.expert_width + column - rank * n.expert_width;
-    }
-    return column < all ? routed_neurons(n) + column - routed : 0;
-  }
-};
-
-/// Even shares. To divide takes longer than to correct a quotient that is one too much or too little at most.
-struct Shares {
-  const uint32_t count;
-  const float inverse;
-
-  __device__ explicit Shares(uint32_t num_shares) : count(num_shares), inverse(1.0f / static_cast<float>(num_shares)) {}
-
-  /// Where a share of `all` begins, of which `share` come before.
-  __device__ uint32_t begin(uint32_t all, uint32_t share) const {
-    uint32_t each = static_cast<uint32_t>(static_cast<float>(all) * inverse);
-    if (each * count > all) --each;
-    if (all - each * count >= count) ++each;
-    return share * each + min(share, all - each * count);
-  }
-};
-
 /// The blocks share the neurons evenly. One takes 16 rows of w_in at a time (16 neurons, or 8 of a GLU with gate and up
 /// rows together), and less at the end of its share; its warps split d_model.
 template <class T, int kTiles>
@@ -164,7 +74,7 @@ __device__ __forceinline__ void few_hidden(const moefy_experts_params& p) {
   constexpr uint32_t kBatch = kUnroll * kStep;
   constexpr uint32_t kTokens = kTiles * kTile;
   constexpr int kItems = (16 * kTokens + kThreads - 1) / kThreads;  // values of h of a thread
-  __shared__ Union united;
+  __shared__ Union<kThreads> united;
   __shared__ float sums[2][kWarps][16][kTokens];
   const moefy_neurons& n = p.neurons;
   const uint32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -174,7 +84,7 @@ __device__ __forceinline__ void few_hidden(const moefy_experts_params& p) {
   const uint32_t num_batches = ceil_div(n.d_model, kBatch);
   const T* w_in = static_cast<const T*>(n.w_in);
   const T* x = static_cast<const T*>(p.x) + static_cast<uint64_t>(token0 + g) * n.d_model;
-  Executed executed(p, united);
+  Executed<kThreads> executed(p, united);
   const Shares shares(gridDim.x);
   wait_for_dependencies();
   // Not earlier: the next kernel reads masks before it waits for this one.
@@ -346,7 +256,7 @@ __device__ __forceinline__ void few_output(const moefy_experts_params& p) {
   constexpr uint32_t kStripe = kAcross * kWide * kApart;
   constexpr uint32_t kTokens = kTiles * kTile;
   constexpr int kPerVector = kVector<T> / 2 * 4;  // sums of a lane, for a tile of tokens
-  __shared__ Union united;
+  __shared__ Union<kThreads> united;
   __shared__ float sums[kAcross][kWide * kPerVector][32];
   const moefy_neurons& n = p.neurons;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -356,7 +266,7 @@ __device__ __forceinline__ void few_output(const moefy_experts_params& p) {
   const T* w_out = static_cast<const T*>(n.w_out) + column0;
   const T* hidden = static_cast<const T*>(p.hidden) + (token0 + g) * p.hidden_stride + 4 * t;
   launch_dependents();
-  Executed executed(p, united);
+  Executed<kThreads> executed(p, united);
   executed.find(p, united);
   const uint32_t worker = blockIdx.y * kDown + down, fours = ceil_div(executed.all, 4);
   const Shares shares(kDown * p.num_splits);

@@ -26,6 +26,9 @@
 #define MOEFY_ROUTE_INDEX_WARP_BLOCKS 8u
 #define MOEFY_ROUTE_INDEX_DIRECT_WORDS 16u
 
+/* moefy_experts_few_fused: rows of 512 threads that are under way on a multiprocessor. */
+#define MOEFY_EXPERTS_FEW_FUSED_ROWS 24u
+
 /* Columns of y whose pair outputs are in memory together: a multiple of it, unless they are all. */
 #define MOEFY_EXPERTS_MANY_SLAB 256u
 
@@ -65,7 +68,8 @@
 /* Tokens and outputs of a block of moefy_router_layer. */
 #define MOEFY_ROUTER_TILE 64u
 
-/* moefy_router_block: outputs of the first layer and stages of inputs at most. */
+/* moefy_router_block: threads of a block; outputs of the first layer and stages of inputs at most. */
+#define MOEFY_ROUTER_BLOCK_THREADS 384u
 #define MOEFY_ROUTER_BLOCK_OUTPUTS 128u
 #define MOEFY_ROUTER_BLOCK_STAGES 8u
 

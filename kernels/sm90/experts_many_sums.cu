@@ -56,7 +56,9 @@ class Slots {
 
  private:
   static constexpr uint32_t kFull = 16;
-  static_assert(kFull >= 2 * kGroups && kFull % kAskers == 0, "a job has two stages at most");
+  static_assert(kFull % kAskers == 0, "a stage has one asker");
+  // Between two stages of a barrier lie those that other warpgroups have, of a job two at most, and all slots of either kind.
+  static_assert(kFull >= 2 * kGroups + kHiddenSlots && kFull >= 2 * kGroups + kWeightSlots, "more barriers");
   uint32_t barriers_;
 };
 

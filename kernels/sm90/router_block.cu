@@ -13,7 +13,7 @@
 namespace moefy {
 namespace {
 
-constexpr uint32_t kThreads = MOEFY_ROUTER_MANY_THREADS, kWarps = kThreads / 32;
+constexpr uint32_t kThreads = MOEFY_ROUTER_BLOCK_THREADS, kWarps = kThreads / 32;
 constexpr uint32_t kGroup = 128;  // threads of a warpgroup: the first one copies, two multiply
 constexpr uint32_t kGroups = kThreads / kGroup - 1;
 constexpr uint32_t kOutputs = MOEFY_ROUTER_BLOCK_OUTPUTS, kMaxStages = MOEFY_ROUTER_BLOCK_STAGES;
@@ -123,7 +123,8 @@ __device__ __forceinline__ void split(const Place<kTokens>& place, Fixed<kTokens
     // Columns 2 t and 2 t + 1 of each eight tokens.
 #pragma unroll
     for (uint32_t i = 0; i < kTokens / 4; ++i) {
-      uint32_t largest = __float_as_uint(fmaxf(c[i / 2 * 4 + i % 2], c[i / 2 * 4 + i % 2 + 2]));
+      // Of numbers that are not negative words are in the same order; a zero may have a sign.
+      uint32_t largest = __float_as_uint(fabsf(fmaxf(c[i / 2 * 4 + i % 2], c[i / 2 * 4 + i % 2 + 2])));
 #pragma unroll
       for (uint32_t step = 4; step < 32; step *= 2) largest = max(largest, __shfl_xor_sync(kFullWarp, largest, step));
       if (lane_id() < 4) atomicMax(&fixed.largest[i / 2 * 8 + lane_id() * 2 + i % 2], largest);
@@ -253,7 +254,7 @@ __device__ __forceinline__ void router_block(const moefy_router_block_params& p)
 
 // Dynamic shared memory: the stages, in whose place selection sorts; then w2, parts and rows.
 #define MOEFY_ROUTER_BLOCK(name, type, tokens)                                                    \
-  extern "C" __global__ void __launch_bounds__(MOEFY_ROUTER_MANY_THREADS, 1)                      \
+  extern "C" __global__ void __launch_bounds__(MOEFY_ROUTER_BLOCK_THREADS, 1)                      \
       moefy_router_block_##name##_##tokens(const __grid_constant__ moefy_router_block_params p) { \
     moefy::router_block<type, tokens>(p);                                                         \
   }

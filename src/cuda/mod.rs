@@ -34,6 +34,7 @@ mod device;
 mod encoder_graphs;
 mod experts;
 mod experts_few;
+mod experts_few_fused;
 mod experts_many;
 mod experts_many_ways;
 mod experts_masked;

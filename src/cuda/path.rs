@@ -249,7 +249,9 @@ impl MoeFfn {
             Path::FewFused => {
                 self.few_fused(num_tokens, options).map_or(f64::INFINITY, |shape| shape.us())
             }
-            Path::Few => 9.7 + 0.96 * union_us + 0.4 * tokens,
+            Path::Few => {
+                experts::few_us(self.device(), neurons, self.dtype(), num_tokens, union_us)
+            }
             Path::DenseExact => {
                 let is_apart = !neurons.glu
                     && matches!(neurons.activation, Activation::Gelu | Activation::Silu);

@@ -5,7 +5,7 @@ use super::driver::{Function, RawStream, matrix_map};
 use super::kernels::{Half, Modules, half_names};
 use super::{Device, Properties};
 use crate::abi::{
-    MOEFY_ROUTER_BLOCK_OUTPUTS as OUTPUTS, MOEFY_ROUTER_BLOCK_STAGES, MOEFY_ROUTER_MANY_THREADS,
+    MOEFY_ROUTER_BLOCK_OUTPUTS as OUTPUTS, MOEFY_ROUTER_BLOCK_STAGES, MOEFY_ROUTER_BLOCK_THREADS,
     moefy_router_block_params, moefy_router_kind, moefy_router_select_params, moefy_rule,
 };
 use crate::dtype::DType;
@@ -21,7 +21,7 @@ const MAX_EXPERTS: u32 = 256;
 const PIECE: u32 = 64;
 /// Bytes of a row of 64 columns.
 const ROW_BYTES: u32 = 128;
-const WARPS: u32 = MOEFY_ROUTER_MANY_THREADS / 32;
+const WARPS: u32 = MOEFY_ROUTER_BLOCK_THREADS / 32;
 /// Tokens of a block, of each kernel.
 const SIZES: [u32; 3] = [16, 32, 64];
 
@@ -134,7 +134,7 @@ impl Shape {
         let grid = [r.num_tokens.div_ceil(self.tokens), 1, 1];
         // SAFETY: the caller's promise.
         unsafe {
-            self.kernel.launch(stream, grid, MOEFY_ROUTER_MANY_THREADS, self.shared_bytes, &params)
+            self.kernel.launch(stream, grid, MOEFY_ROUTER_BLOCK_THREADS, self.shared_bytes, &params)
         }
     }
 }

@@ -21,6 +21,7 @@ use crate::token_tiles::Tiles;
 pub fn tests() -> crate::Tests {
     vec![
         ("experts::few_tokens", few_tokens),
+        ("experts::one_token_of_a_wide_layer", one_token_of_a_wide_layer),
         ("experts::many_tokens", many_tokens),
         ("experts::tiles_of_tokens", tiles_of_tokens),
         ("experts::skewed_routing", skewed_routing),
@@ -259,11 +260,15 @@ fn check(gpu: &Gpu, case: &Case) {
 
 /// A shape whose product with the tokens the reference can do in reasonable time.
 fn draw_shape(rng: &mut ChaCha8Rng, num_tokens: usize) -> Shape {
+    draw_shape_of(rng, &[64, 384, 768, 1000, 4096], num_tokens)
+}
+
+fn draw_shape_of(rng: &mut ChaCha8Rng, d_models: &[usize], num_tokens: usize) -> Shape {
     let budget = if is_small() { 2e6 } else { 1e8 };
     loop {
         let mut pick = |values: &[usize]| *values.choose(rng).expect("some");
         let shape = Shape {
-            d_model: pick(&[64, 384, 768, 1000, 4096]),
+            d_model: pick(d_models),
             num_experts: pick(&[1, 12, 48, 112, 129, 448]),
             expert_width: pick(&[1, 4, 6, 24, 32, 48, 64, 100, 128, 300]),
             shared: pick(&[0, 0, 5, 64]),
@@ -301,6 +306,40 @@ fn any_shape(gpu: &Gpu, which: Which, token_counts: &[usize]) {
 
 fn few_tokens(gpu: &Gpu) {
     any_shape(gpu, Which::Few, &[0, 1, 2, 7, 8, 9, 19, 32, 64]);
+}
+
+/// One token goes through both products in one launch, where the device can do that.
+fn one_token_of_a_wide_layer(gpu: &Gpu) {
+    let mut cases = Vec::new();
+    for d_model in [1032, 2048, 2056, 4096, 4104, 8192] {
+        for dtype in [DType::F16, DType::BF16] {
+            for gate in [Gate::One, Gate::Renormalised] {
+                cases.extend([0.0, 0.1, 1.0].map(|density| (d_model, dtype, gate, density)));
+            }
+        }
+    }
+    let draw = |&(d_model, dtype, gate, density): &_, rng: &mut ChaCha8Rng| {
+        let shape = draw_shape_of(rng, &[d_model], 1);
+        let layer = random_layer(rng, shape, dtype).with_gate(gate);
+        let x = tokens(rng, 1, d_model, dtype);
+        let mask = random_mask(rng, 1, shape.num_experts, density);
+        let scores = (gate != Gate::One).then(|| uniform(rng, shape.num_experts));
+        let scores = scores.map(|scores| scores.into_iter().map(f32::abs).collect());
+        Case::new(Which::Few, layer, x, mask, scores)
+    };
+    gpu.check_all(&thin(cases, 11), draw, |gpu, case| check(gpu, &case));
+    if is_small() {
+        return;
+    }
+    // So many neurons that a block has several batches of them.
+    let rng = &mut gpu.rng();
+    for (d_model, glu, dtype) in [(1032, false, DType::BF16), (2056, true, DType::F16)] {
+        let shape = Shape { d_model, num_experts: 190, expert_width: 100, shared: 5, rank: 3, glu };
+        let layer = random_layer(rng, shape, dtype);
+        let x = tokens(rng, 1, d_model, dtype);
+        let mask = random_mask(rng, 1, shape.num_experts, 1.0);
+        check(gpu, &Case::new(Which::Few, layer, x, mask, None));
+    }
 }
 
 fn many_tokens(gpu: &Gpu) {
@@ -463,13 +502,15 @@ fn padding(gpu: &Gpu) {
         (narrow(aligned), DType::BF16),
         (Shape { d_model: 24, ..narrow(odd) }, DType::BF16),
     ] {
-        padding_of(gpu, shape, dtype);
+        padding_of(gpu, shape, dtype, 40);
+    }
+    for dtype in [DType::F16, DType::BF16] {
+        padding_of(gpu, Shape { d_model: 1032, ..odd }, dtype, 1);
     }
 }
 
-fn padding_of(gpu: &Gpu, shape: Shape, dtype: DType) {
+fn padding_of(gpu: &Gpu, shape: Shape, dtype: DType, num_tokens: usize) {
     let rng = &mut gpu.rng();
-    let num_tokens = 40;
     let layer = random_layer(rng, shape, dtype);
     let x = tokens(rng, num_tokens, shape.d_model, dtype);
     let mask = random_mask(rng, num_tokens, shape.num_experts, 0.5);
@@ -481,7 +522,7 @@ fn padding_of(gpu: &Gpu, shape: Shape, dtype: DType) {
     let lists = Lists::new(gpu, num_tokens, shape.num_experts, num_tokens * shape.num_experts);
     let views = lists.views(None);
     let float = Format::Float(dtype);
-    for valid in [0u32, 1, 39, 40, 1000] {
+    for valid in [0, 1, num_tokens as u32 - 1, num_tokens as u32, 1000] {
         let word = gpu.input(&[valid]);
         let num_valid = Some(View::words(word.address(), 1));
         let mask_view = View::matrix(mask_device.address(), Format::Word, [num_tokens, 1]);
