@@ -35,7 +35,7 @@ template <class T, uint32_t kThreads>
 struct FewFused {
   static constexpr uint32_t kWarps = kThreads / 32;
   /// Groups of rows that are under way.
-  static constexpr uint32_t kGroups = MOEFY_EXPERTS_FEW_FUSED_ROWS / kGroup * 512 / (kThreads < 512 ? 512 : kThreads);
+  static constexpr uint32_t kGroups = MOEFY_EXPERTS_FEW_FUSED_ROWS / kGroup;
 
   struct Memory {
     Union<kThreads> united;
@@ -205,9 +205,9 @@ __device__ __forceinline__ void few_fused(const moefy_experts_params& p, uint4* 
 }  // namespace
 }  // namespace moefy
 
-// Dynamic shared memory: the ring, MOEFY_EXPERTS_FEW_FUSED_ROWS rows of 512 threads, which two blocks of 256 share.
+// Dynamic shared memory: the ring.
 #define MOEFY_EXPERTS_FEW_FUSED(name, type, threads)                                          \
-  extern "C" __global__ void __launch_bounds__(threads, threads < 512 ? 2 : 1)                \
+  extern "C" __global__ void __launch_bounds__(threads, 512 / threads)                        \
       moefy_experts_few_fused_##name##_##threads(const __grid_constant__ moefy_experts_params p) { \
     extern __shared__ uint4 ring[];                                                           \
     moefy::few_fused<type, threads>(p, ring);                                                 \
@@ -215,7 +215,5 @@ __device__ __forceinline__ void few_fused(const moefy_experts_params& p, uint4* 
 
 MOEFY_EXPERTS_FEW_FUSED(f16, __half, 256)
 MOEFY_EXPERTS_FEW_FUSED(f16, __half, 512)
-MOEFY_EXPERTS_FEW_FUSED(f16, __half, 1024)
 MOEFY_EXPERTS_FEW_FUSED(bf16, __nv_bfloat16, 256)
 MOEFY_EXPERTS_FEW_FUSED(bf16, __nv_bfloat16, 512)
-MOEFY_EXPERTS_FEW_FUSED(bf16, __nv_bfloat16, 1024)

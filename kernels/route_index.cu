@@ -81,7 +81,7 @@ __device__ __forceinline__ uint32_t prefix_sum(uint32_t value) {
 extern "C" __global__ void __launch_bounds__(1024) moefy_route_index_direct(
     const __grid_constant__ moefy_route_index_params p) {
   using namespace moefy;
-  constexpr uint32_t kBlocks = MOEFY_ROUTE_INDEX_WARP_BLOCKS;
+  constexpr uint32_t kBlocks = MOEFY_ROUTE_INDEX_WARP_BLOCKS, kWords = 4;
   __shared__ uint32_t pairs_of_warps[32], tokens_of_warps[32], unions[MOEFY_ROUTE_INDEX_DIRECT_WORDS][32];
   const uint32_t expert = blockIdx.x, last_word = expert / 32, bit = expert % 32;
   const uint32_t row_words = (p.num_experts + 31) / 32, num_blocks = (p.num_tokens + 31) / 32;
@@ -89,27 +89,39 @@ extern "C" __global__ void __launch_bounds__(1024) moefy_route_index_direct(
   begin();
   const uint32_t num_valid = num_valid_tokens(p);
 
-  uint32_t pairs = 0, selected_by[kBlocks];
+  uint32_t pairs = 0, selected_by[kBlocks] = {};
 #pragma unroll 1
-  for (uint32_t word = 0; word <= last_word; ++word) {
-    uint32_t experts[kBlocks], any = 0;
+  for (uint32_t first = 0; first <= last_word; first += kWords) {
+    // All on their way together: a word after the other would take a way to the cache each.
+    uint32_t experts[kWords][kBlocks];
 #pragma unroll
-    for (uint32_t i = 0; i < kBlocks; ++i) {
-      const uint32_t token = (warp * kBlocks + i) * 32 + lane_id();
-      experts[i] = token < num_valid ? p.mask[token * row_words + word] : 0;
-    }
-    const uint32_t before = word < last_word ? kFullWarp : (1u << bit) - 1;
+    for (uint32_t w = 0; w < kWords; ++w) {
 #pragma unroll
-    for (uint32_t i = 0; i < kBlocks; ++i) {
-      any |= experts[i];
-      pairs += __popc(experts[i] & before);
-      selected_by[i] = __ballot_sync(kFullWarp, experts[i] >> bit & 1);
+      for (uint32_t i = 0; i < kBlocks; ++i) {
+        const uint32_t token = (warp * kBlocks + i) * 32 + lane_id(), word = first + w;
+        experts[w][i] = token < num_valid && word <= last_word ? p.mask[token * row_words + word] : 0;
+      }
     }
-    any = __reduce_or_sync(kFullWarp, any);
-    if (lane_id() == 0) unions[word][warp] = any & before;
-    const uint32_t tail = p.num_experts - word * 32;
-    if (expert + 1 == p.num_experts && tail < 32 && any >> tail != 0 && lane_id() == 0 && p.status != nullptr) {
-      atomicOr(p.status, MOEFY_STATUS_MASK_BEYOND_EXPERTS);
+#pragma unroll
+    for (uint32_t w = 0; w < kWords; ++w) {
+      const uint32_t word = first + w;
+      if (word > last_word) break;
+      const uint32_t before = word < last_word ? kFullWarp : (1u << bit) - 1;
+      uint32_t any = 0;
+#pragma unroll
+      for (uint32_t i = 0; i < kBlocks; ++i) {
+        any |= experts[w][i];
+        pairs += __popc(experts[w][i] & before);
+      }
+      any = __reduce_or_sync(kFullWarp, any);
+      if (lane_id() == 0) unions[word][warp] = any & before;
+      if (word < last_word) continue;
+#pragma unroll
+      for (uint32_t i = 0; i < kBlocks; ++i) selected_by[i] = __ballot_sync(kFullWarp, experts[w][i] >> bit & 1);
+      const uint32_t tail = p.num_experts - word * 32;
+      if (expert + 1 == p.num_experts && tail < 32 && any >> tail != 0 && lane_id() == 0 && p.status != nullptr) {
+        atomicOr(p.status, MOEFY_STATUS_MASK_BEYOND_EXPERTS);
+      }
     }
   }
   uint32_t tokens = 0;

@@ -26,7 +26,7 @@
 #define MOEFY_ROUTE_INDEX_WARP_BLOCKS 8u
 #define MOEFY_ROUTE_INDEX_DIRECT_WORDS 16u
 
-/* moefy_experts_few_fused: rows of 512 threads that are under way on a multiprocessor. */
+/* moefy_experts_few_fused: rows that are under way in a block. */
 #define MOEFY_EXPERTS_FEW_FUSED_ROWS 24u
 
 /* Columns of y whose pair outputs are in memory together: a multiple of it, unless they are all. */
@@ -320,7 +320,7 @@ typedef struct moefy_experts_sums_params {
 
 /* Products of all experts under masks. First product: `rows` is x, d_model by tokens, and `weights` w_in, d_model by neurons; a
  * box is 64 by 128. Second product: `rows` is h, d_ff by tokens, and `weights` w_out, d_model by neurons, of which a box is 64 by
- * 64. Nothing is done unless min_token_pairs exist. */
+ * 64. Where there are lists, nothing is done unless min_token_pairs exist. */
 typedef struct moefy_experts_masked_params {
   moefy_tensor_map rows;
   moefy_tensor_map weights;

@@ -1,5 +1,6 @@
 // The op `experts` for many tokens that run most experts, on Hopper: both products as of the whole layer, with zeros in h for
-// what a token does not select. A launch each.
+// what a token does not select. A launch each. The first one is also that of a dense layer under masks, where it can multiply
+// while the router works.
 //
 // A persistent grid takes items of 128 tokens by some neurons, or columns of y. One thread asks the copy engine for everything,
 // two warpgroups multiply. Items of the first product are short, and phi takes long: warpgroups take items by turns, so that
@@ -148,7 +149,8 @@ __device__ __forceinline__ void store_hidden(const moefy_experts_params& p, cons
   });
 }
 
-template <class T>
+/// `kEarly`: masks are waited for when they are needed, and not before.
+template <class T, bool kEarly>
 __device__ __forceinline__ void multiply_hidden(const moefy_experts_params& p, uint32_t memory,
                                                 const Ring<kNeurons>& pipeline, Constants (&constants)[2]) {
   const moefy_neurons& n = p.neurons;
@@ -166,10 +168,13 @@ __device__ __forceinline__ void multiply_hidden(const moefy_experts_params& p, u
     those.bias[thread % 128] = found.bias;
     those.mean[thread % 128] = found.mean;
     uint32_t selected[kParts];
+    const auto find = [&] {
 #pragma unroll
-    for (uint32_t part = 0; part < kParts; ++part) {
-      selected[part] = find_selected(p, token0 + part * 64 + row0 + thread % 32 / 4, first);
-    }
+      for (uint32_t part = 0; part < kParts; ++part) {
+        selected[part] = find_selected(p, token0 + part * 64 + row0 + thread % 32 / 4, first);
+      }
+    };
+    if (!kEarly) find();
     asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
     // Who would wait for a stage before the other one has seen its own would take an earlier phase for that.
     if (turn > 0) asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory");
@@ -187,6 +192,10 @@ __device__ __forceinline__ void multiply_hidden(const moefy_experts_params& p, u
     }
     if (following > 0) asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory");
     multiplier.finish();
+    if (kEarly) {
+      wait_for_dependencies();
+      find();
+    }
     with_activation(n.activation, [&](auto known) {
       // A loop, for half the instructions.
 #pragma unroll 1
@@ -205,24 +214,73 @@ __device__ __forceinline__ void multiply_hidden(const moefy_experts_params& p, u
   });
 }
 
+/// The same early, but both warpgroups take half of the tokens of every item: where a block has one, that is half the time from
+/// the masks to the end.
 template <class T>
+__device__ __forceinline__ void multiply_hidden_by_halves(const moefy_experts_params& p, uint32_t memory,
+                                                          const Ring<kNeurons>& pipeline, Constants (&constants)[2]) {
+  const moefy_neurons& n = p.neurons;
+  const uint32_t thread = threadIdx.x - kCopiers, group = thread / 128, row0 = thread / 32 * 16;
+  const bool has_more = p.gates != nullptr || n.mean != nullptr;
+  Multiplier<kStages<kNeurons>, true> multiplier(pipeline);
+  uint32_t item = 0;
+  for_each_item<kNeurons>(p, n.d_ff, [&](uint32_t token0, uint32_t first, uint32_t) {
+    Constants& those = constants[item++ % 2];
+    const NeuronConstants found = neuron_constants(n, first + thread % 128);
+    those.bias[thread % 128] = found.bias;
+    those.mean[thread % 128] = found.mean;
+    float c[kNeurons / 2];
+#pragma unroll 1
+    for (uint32_t k = 0; k < n.d_model; k += kDepth) {
+      const uint32_t from = memory + multiplier.begin() * kStageBytes<kNeurons>;
+      wgmma_fence();
+      multiply_stage<T, false>(c, from + group * 64 * kRowBytes, from + kTokenBytes, k > 0);
+      wgmma_commit();
+      multiplier.end();
+    }
+    multiplier.finish();
+    wait_for_dependencies();
+    const uint32_t selected = find_selected(p, token0 + row0 + thread % 32 / 4, first);
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+    with_activation(n.activation, [&](auto known) {
+      if (has_more) {
+        store_hidden<T, true>(p, those, selected, token0 + row0, first, c, known);
+      } else {
+        store_hidden<T, false>(p, those, selected, token0 + row0, first, c, known);
+      }
+    });
+  });
+}
+
+/// How the first product goes. Early: there are no lists, and the kernel before it lets it begin when the tokens are there.
+enum class Way { kByTurns, kEarly, kEarlyByHalves };
+
+template <class T, Way kWay>
 __device__ __forceinline__ void masked_hidden(const moefy_experts_masked_params& masked) {
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ __align__(16) Constants constants[2][2];
-  const moefy_neurons& n = masked.experts.neurons;
-  const Ring<kNeurons> pipeline(1, kMultipliers / 32 / 2);
-  begin();
-  if (!by_tokens(masked.experts)) return;
+  const moefy_experts_params& p = masked.experts;
+  const Ring<kNeurons> pipeline(1, kWay == Way::kEarlyByHalves ? kMultipliers / 32 : kMultipliers / 32 / 2);
+  launch_dependents();
+  if (kWay == Way::kByTurns) {
+    wait_for_dependencies();
+    if (p.expert_offsets != nullptr && !by_tokens(p)) return;
+  }
   if (threadIdx.x < kCopiers) {
     become_copier<2, true>();
     if (threadIdx.x > 0) return;
-    copy_items<kNeurons>(masked, n.d_ff, n.d_model, shared_address(memory), pipeline,
+    copy_items<kNeurons>(masked, p.neurons.d_ff, p.neurons.d_model, shared_address(memory), pipeline,
                          [&](uint32_t to, uint32_t first, uint32_t k, uint32_t full) {
                            copy_box(to, masked.weights, k, first, full);
                          });
   } else {
     become_multiplier<2, true>();
-    multiply_hidden<T>(masked.experts, shared_address(memory), pipeline, constants[(threadIdx.x - kCopiers) / 128]);
+    Constants(&own)[2] = constants[(threadIdx.x - kCopiers) / 128];
+    if constexpr (kWay == Way::kEarlyByHalves) {
+      multiply_hidden_by_halves<T>(p, shared_address(memory), pipeline, own);
+    } else {
+      multiply_hidden<T, kWay == Way::kEarly>(p, shared_address(memory), pipeline, own);
+    }
   }
 }
 
@@ -300,12 +358,17 @@ __device__ __forceinline__ void masked_output(const moefy_experts_masked_params&
     moefy::masked_output<type, columns>(p);                                                                   \
   }
 
-#define MOEFY_EXPERTS_MASKED(name, type)                                                          \
-  extern "C" __global__ void __launch_bounds__(moefy::kPipelineThreads, 1)                        \
-      moefy_experts_masked_hidden_##name(const __grid_constant__ moefy_experts_masked_params p) { \
-    moefy::masked_hidden<type>(p);                                                                \
-  }                                                                                               \
-  MOEFY_EXPERTS_MASKED_OUTPUT(name, type, 128)                                                    \
+#define MOEFY_EXPERTS_MASKED_HIDDEN(name, type, way)                                        \
+  extern "C" __global__ void __launch_bounds__(moefy::kPipelineThreads, 1)                  \
+      moefy_experts_masked_hidden##name(const __grid_constant__ moefy_experts_masked_params p) { \
+    moefy::masked_hidden<type, moefy::Way::way>(p);                                         \
+  }
+
+#define MOEFY_EXPERTS_MASKED(name, type)                               \
+  MOEFY_EXPERTS_MASKED_HIDDEN(_##name, type, kByTurns)                 \
+  MOEFY_EXPERTS_MASKED_HIDDEN(_early_##name, type, kEarly)             \
+  MOEFY_EXPERTS_MASKED_HIDDEN(_halves_##name, type, kEarlyByHalves)    \
+  MOEFY_EXPERTS_MASKED_OUTPUT(name, type, 128)                         \
   MOEFY_EXPERTS_MASKED_OUTPUT(name, type, 192)
 
 MOEFY_EXPERTS_MASKED(f16, __half)

@@ -76,6 +76,8 @@ __device__ __forceinline__ void copy(const Place<kTokens>& place, const Fixed<kT
     }
   }
   wait_for_dependencies();
+  // Not earlier: what comes next may rely on the tokens being there (moefy_experts_masked_hidden_early).
+  launch_dependents();
 #pragma unroll 1
   for (uint32_t i = 0; i < ahead; ++i) copy_tokens(i);
 #pragma unroll 1
@@ -201,7 +203,6 @@ __device__ __forceinline__ void router_block(const moefy_router_block_params& p)
   const moefy_router_select_params& r = p.router;
   const Place<kTokens> place{p, shared_address(memory)};
   const uint32_t thread = threadIdx.x, warp = thread / 32, first_token = blockIdx.x * kTokens;
-  launch_dependents();
   if (thread == 0) {
     prefetch_map(p.w1);
     prefetch_map(p.x);

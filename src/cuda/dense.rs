@@ -357,6 +357,21 @@ impl Dense {
         unsafe { product.run(&self.library, stream, &input) }
     }
 
+    /// Where h is.
+    pub(super) fn hidden(&self, run: &DenseRun) -> u64 {
+        run.workspace + self.places.hidden
+    }
+
+    /// The second product, of h.
+    ///
+    /// # Safety
+    /// As for [`Self::run`].
+    pub(super) unsafe fn second(&self, stream: RawStream, run: &DenseRun) -> Result<()> {
+        let [_, output] = self.operands(run);
+        // SAFETY: the caller's promise.
+        unsafe { self.product(1, stream, &output) }
+    }
+
     /// The rest of a run.
     ///
     /// # Safety
@@ -367,11 +382,10 @@ impl Dense {
         stream: RawStream,
         run: &DenseRun,
     ) -> Result<()> {
-        let [_, output] = self.operands(run);
         // SAFETY: the caller's promise.
         unsafe {
             self.activate(device, stream, run)?;
-            self.product(1, stream, &output)
+            self.second(stream, run)
         }
     }
 }

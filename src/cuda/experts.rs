@@ -68,7 +68,7 @@ impl Variants {
 pub(super) struct Kernels {
     pub(super) few: experts_few::Kernels,
     pub(super) few_fused: experts_few_fused::Kernels,
-    many: experts_many::Kernels,
+    pub(super) many: experts_many::Kernels,
     pub(super) tiled: Option<experts_tiled::Kernels>,
 }
 
@@ -128,7 +128,7 @@ pub(super) struct Launch {
 }
 
 impl Launch {
-    fn new(device: &Device, neurons: &Neurons, dtype: DType, num_tokens: usize) -> Self {
+    pub(super) fn new(device: &Device, neurons: &Neurons, dtype: DType, num_tokens: usize) -> Self {
         Self {
             dtype,
             num_tokens,

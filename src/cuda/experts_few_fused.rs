@@ -10,8 +10,8 @@ use crate::dtype::DType;
 use crate::error::Result;
 
 /// Threads of a block of the variants, each of which takes a vector of every row, and how many blocks a multiprocessor has.
-const THREADS: [usize; 3] = [256, 512, 1024];
-const RESIDENT: [usize; 3] = [2, 1, 1];
+const THREADS: [usize; 2] = [256, 512];
+const RESIDENT: [usize; 2] = [2, 1];
 /// Narrower rows leave most threads without a vector.
 const MIN_D_MODEL: usize = 1025;
 
@@ -19,7 +19,7 @@ pub(super) struct Kernels(Option<Half<{ THREADS.len() }>>);
 
 impl Kernels {
     pub(super) fn load(modules: &Modules, max_shared_bytes: usize) -> Result<Self> {
-        let names = half_names!("moefy_experts_few_fused": "256", "512", "1024");
+        let names = half_names!("moefy_experts_few_fused": "256", "512");
         let module = modules.module("experts_few_fused").expect("the build compiles every module");
         let load = |name| module.function_with_all_shared(name, max_shared_bytes).map(Some);
         Half::load(names, load).map(Self)
@@ -46,9 +46,7 @@ impl Shape {
         let enough = |threads: &usize| d_model <= threads * vector;
         let which = THREADS.iter().position(enough)?;
         let (kernel, available) = variants[which];
-        // The rows that are under way, of all blocks of a multiprocessor.
-        let ring = MOEFY_EXPERTS_FEW_FUSED_ROWS as usize * 512 * VECTOR_BYTES;
-        let shared_bytes = ring / RESIDENT[which];
+        let shared_bytes = MOEFY_EXPERTS_FEW_FUSED_ROWS as usize * THREADS[which] * VECTOR_BYTES;
         let fits = launch.num_tokens == 1
             && d_model >= MIN_D_MODEL
             && d_model.is_multiple_of(vector)

@@ -101,7 +101,8 @@ impl Wide {
         [hidden, engine_hidden]: [[&'static str; 4]; 2],
         [sums, token_output]: [&'static str; 2],
         fused: [&'static str; 3],
-        masked: [&'static str; 3],
+        hidden_masked: [&'static str; 3],
+        output_masked: [&'static str; 2],
     ) -> Result<Self> {
         let most = MOEFY_MAX_EXPERTS as usize;
         let load = |names: [&'static str; 4]| -> Result<[Function; 4]> {
@@ -120,7 +121,7 @@ impl Wide {
             sums: experts_sums::load(modules, sums)?,
             token_output: modules.function(WIDE_MODULES[1], token_output, WIDE_SHARED_BYTES)?,
             fused: [load_fused(0)?, load_fused(1)?, load_fused(2)?],
-            masked: experts_masked::OfType::load(modules, masked[0], [masked[1], masked[2]])?,
+            masked: experts_masked::OfType::load(modules, hidden_masked, output_masked)?,
         })
     }
 }
@@ -176,9 +177,10 @@ impl Kernels {
                     fused!("f16"),
                     [
                         "moefy_experts_masked_hidden_f16",
-                        "moefy_experts_masked_output_f16_128",
-                        "moefy_experts_masked_output_f16_192",
+                        "moefy_experts_masked_hidden_early_f16",
+                        "moefy_experts_masked_hidden_halves_f16",
                     ],
+                    ["moefy_experts_masked_output_f16_128", "moefy_experts_masked_output_f16_192"],
                 )?,
                 Wide::load(
                     modules,
@@ -187,6 +189,10 @@ impl Kernels {
                     fused!("bf16"),
                     [
                         "moefy_experts_masked_hidden_bf16",
+                        "moefy_experts_masked_hidden_early_bf16",
+                        "moefy_experts_masked_hidden_halves_bf16",
+                    ],
+                    [
                         "moefy_experts_masked_output_bf16_128",
                         "moefy_experts_masked_output_bf16_192",
                     ],
@@ -219,6 +225,11 @@ impl Kernels {
 
     pub(super) fn is_wide(&self, dtype: DType) -> bool {
         self.wide(dtype).is_some()
+    }
+
+    /// Those of a type that run all experts under masks, where the device has them.
+    pub(super) fn masked(&self, dtype: DType) -> Option<&experts_masked::OfType> {
+        self.wide(dtype).map(|wide| &wide.masked)
     }
 
     /// Of a type, where the device has them.

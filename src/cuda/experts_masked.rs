@@ -1,9 +1,12 @@
-//! The kernels of [`experts`](super::experts) for many tokens that run most experts, on Hopper: all of them, under masks.
+//! The kernels of [`experts`](super::experts) for many tokens that run most experts, on Hopper: all of them, under masks. The
+//! first product is also one of a masked dense layer ([`super::dense`]).
 
 use super::driver::{Function, RawStream, tensor_map};
 use super::experts::Launch;
 use super::kernels::Modules;
-use crate::abi::{moefy_experts_masked_params, moefy_experts_params};
+use crate::abi::{
+    moefy_experts_masked_params, moefy_experts_params, moefy_tensor_map as TensorMap,
+};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -20,19 +23,24 @@ const COLUMNS: [usize; 2] = [128, 192];
 /// Both products of a type.
 pub(super) struct OfType {
     hidden: Function,
+    /// Those that wait for masks when they need them; the second one where a block has one item.
+    hidden_early: [Function; 2],
     output: [Function; 2],
 }
 
 impl OfType {
-    /// Names of the first product and of those for the second one.
+    /// Names of those for the first product, and of those for the second one.
     pub(super) fn load(
         modules: &Modules,
-        hidden: &'static str,
+        [hidden, hidden_early, hidden_halves]: [&'static str; 3],
         output: [&'static str; 2],
     ) -> Result<Self> {
         let load = |name, across| modules.function(MODULE, name, shared_bytes(across));
-        let output = [load(output[0], COLUMNS[0])?, load(output[1], COLUMNS[1])?];
-        Ok(Self { hidden: load(hidden, NEURONS)?, output })
+        Ok(Self {
+            hidden: load(hidden, NEURONS)?,
+            hidden_early: [load(hidden_early, NEURONS)?, load(hidden_halves, NEURONS)?],
+            output: [load(output[0], COLUMNS[0])?, load(output[1], COLUMNS[1])?],
+        })
     }
 }
 
@@ -81,6 +89,8 @@ impl Shape {
         Some(Self { dtype, num_tokens, d_model, d_ff, multiprocessors, output, us })
     }
 
+    /// Both products, where so many pairs exist as the parameters say.
+    ///
     /// # Safety
     /// The addresses in `params` must be what the kernels expect, with h \[num_tokens, d_ff\], and the context must be
     /// bound.
@@ -90,27 +100,56 @@ impl Shape {
         stream: RawStream,
         params: &moefy_experts_params,
     ) -> Result<()> {
-        let map = |matrix: u64, columns: usize, rows: usize, box_rows: usize| {
-            let row = (columns * self.dtype.bytes()) as u64;
-            let sizes = [columns as u64, rows as u64];
-            tensor_map(self.dtype, matrix, sizes, &[row], [DEPTH as u32, box_rows as u32])
-        };
-        let neurons = &params.neurons;
-        let (d_model, d_ff, num_tokens) = (self.d_model, self.d_ff, self.num_tokens);
-        let x = map(params.x, d_model, num_tokens, TOKENS)?;
-        let hidden = map(params.hidden, d_ff, num_tokens, TOKENS)?;
-        let w_in = map(neurons.w_in, d_model, d_ff, NEURONS)?;
-        let w_out = map(neurons.w_out, d_model, d_ff, DEPTH)?;
-        for (kernel, rows, weights, across) in [
-            (&kernels.hidden, x, w_in, NEURONS),
-            (&kernels.output[self.output], hidden, w_out, COLUMNS[self.output]),
-        ] {
-            let params =
-                moefy_experts_masked_params { rows, weights, experts: *params, reserved: [0; 4] };
-            let grid = [self.multiprocessors as u32, 1, 1];
-            // SAFETY: the caller's promise.
-            unsafe { kernel.launch(stream, grid, THREADS, shared_bytes(across), &params)? };
+        let across = COLUMNS[self.output];
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.launch_hidden(kernels, stream, params, false)?;
+            let hidden = self.map(params.hidden, [self.d_ff, self.num_tokens], TOKENS)?;
+            let w_out = self.map(params.neurons.w_out, [self.d_model, self.d_ff], DEPTH)?;
+            self.run(&kernels.output[self.output], stream, [hidden, w_out], across, params)
         }
-        Ok(())
+    }
+
+    /// The first product. `early`: there are no lists, and the kernel before it lets it begin when x is there, and not sooner.
+    ///
+    /// # Safety
+    /// As for [`Self::launch`].
+    pub(super) unsafe fn launch_hidden(
+        &self,
+        kernels: &OfType,
+        stream: RawStream,
+        params: &moefy_experts_params,
+        early: bool,
+    ) -> Result<()> {
+        let num_items = self.num_tokens.div_ceil(TOKENS) * self.d_ff.div_ceil(NEURONS);
+        let kernel = match early {
+            true => &kernels.hidden_early[usize::from(num_items <= self.multiprocessors)],
+            false => &kernels.hidden,
+        };
+        let x = self.map(params.x, [self.d_model, self.num_tokens], TOKENS)?;
+        let w_in = self.map(params.neurons.w_in, [self.d_model, self.d_ff], NEURONS)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.run(kernel, stream, [x, w_in], NEURONS, params) }
+    }
+
+    fn map(&self, matrix: u64, [columns, rows]: [usize; 2], box_rows: usize) -> Result<TensorMap> {
+        let row = (columns * self.dtype.bytes()) as u64;
+        let sizes = [columns as u64, rows as u64];
+        tensor_map(self.dtype, matrix, sizes, &[row], [DEPTH as u32, box_rows as u32])
+    }
+
+    unsafe fn run(
+        &self,
+        kernel: &Function,
+        stream: RawStream,
+        [rows, weights]: [TensorMap; 2],
+        across: usize,
+        params: &moefy_experts_params,
+    ) -> Result<()> {
+        let params =
+            moefy_experts_masked_params { rows, weights, experts: *params, reserved: [0; 4] };
+        let grid = [self.multiprocessors as u32, 1, 1];
+        // SAFETY: the caller's promise.
+        unsafe { kernel.launch(stream, grid, THREADS, shared_bytes(across), &params) }
     }
 }

@@ -1,15 +1,18 @@
 //! Which way a layer is computed.
 
+use std::ops::RangeInclusive;
+
 use serde::{Deserialize, Serialize};
 
 use super::dense::DenseLayer;
 use super::places::MAX_CHUNK;
 #[cfg(feature = "cuda")]
 use super::plan::Stage;
+use super::router_select::router_lets_begin;
 use super::view::View;
-use super::{MoeFfn, Tuning, experts, ffn_few, token_tiles};
+use super::{MoeFfn, Tuning, experts, experts_masked, ffn_few, token_tiles};
 use crate::error::Result;
-use crate::ffn::{Activation, Selection};
+use crate::ffn::{Activation, Gate, Selection};
 
 /// Most tokens for which a choice considers [`Path::Few`].
 pub(super) const MAX_FEW_TOKENS: usize = 8;
@@ -46,6 +49,9 @@ impl Paths {
 /// Pre-activations up to which the router of a masked dense layer runs beside its first product: with more, either of them
 /// fills the chip.
 const MAX_BESIDE: usize = 4 << 20;
+
+/// Tokens of a masked dense layer whose first product goes under masks (kernels/NOTES.md).
+const UNDER_MASKS: RangeInclusive<usize> = 449..=2048;
 
 /// A way to compute the layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -259,6 +265,9 @@ impl MoeFfn {
                     if is_apart { activation_us(num_tokens, neurons.d_ff()) } else { 0.0 };
                 products_us + apart_us
             }
+            Path::DenseMasked if self.under_masks(num_tokens).is_some() => {
+                products_us + 2.5 + 0.0055 * tokens
+            }
             Path::DenseMasked => {
                 let router_us = if self.routes_beside(num_tokens) {
                     3.0 + 0.005 * tokens
@@ -329,6 +338,19 @@ impl MoeFfn {
         num_tokens.saturating_mul(self.neurons().w_in.shape[0]) <= MAX_BESIDE
     }
 
+    /// The first product under masks for so many tokens of [`Path::DenseMasked`], where it is faster than masks between two
+    /// products of cuBLASLt: it can do this layer, and multiply while the router works.
+    pub(super) fn under_masks(&self, num_tokens: usize) -> Option<experts_masked::Shape> {
+        let (device, dtype) = (self.device(), self.dtype());
+        let router = self.router().view();
+        let selection = self.selection();
+        let begins_with_tokens = UNDER_MASKS.contains(&num_tokens)
+            && self.gate() == Gate::One
+            && router_lets_begin(device, num_tokens, dtype, &router, &selection).unwrap_or(false);
+        let launch = || experts::Launch::new(device, self.neurons(), dtype, num_tokens);
+        begins_with_tokens.then(launch).and_then(|launch| experts_masked::Shape::new(&launch))
+    }
+
     /// Whether a plan may take [`Path::DenseMasked`].
     pub(super) fn may_be_masked(&self, options: &PlanOptions) -> bool {
         options.path.map_or(options.fallback == Fallback::Masked, |path| path == Path::DenseMasked)
@@ -381,7 +403,7 @@ fn router_us(num_tokens: usize, d_model: f64) -> f64 {
 
 /// Lists from masks.
 fn lists_us(num_tokens: usize, num_experts: usize) -> f64 {
-    2.5 + 4e-6 * (num_tokens * num_experts) as f64
+    2.0 + 4.2e-6 * (num_tokens * num_experts) as f64
 }
 
 /// The fastest of the sparse paths and the dense one, if the times of all of them are known.

@@ -11,10 +11,12 @@ use super::statistics::Counters;
 use super::view::{Arguments, Format, View, Workspace};
 use super::{
     ExpertsInputs, FfnInputs, MoeFfn, Path, PlanOptions, RouteIndexOutputs, RouterSelectOutputs,
-    RoutingCounts, SelectOutputs, experts, ffn_few, gates, padding, route_index, token_tiles,
+    RoutingCounts, SelectOutputs, experts, experts_masked, ffn_few, gates, padding, route_index,
+    token_tiles,
 };
 use crate::abi::{
-    moefy_clear_invalid_params, moefy_ffn_few_params, moefy_gate, moefy_split_valid_params,
+    moefy_clear_invalid_params, moefy_experts_params, moefy_ffn_few_params, moefy_gate,
+    moefy_split_valid_params,
 };
 use crate::error::Result;
 use crate::ffn::Gate;
@@ -25,6 +27,15 @@ pub(super) enum Stage {
     Route,
     Index,
     Experts,
+}
+
+/// What routing left.
+struct Routed {
+    mask: View,
+    /// Where they are not 1.
+    gates: Option<View>,
+    /// Whether a kernel that is launched next begins when x is there, and not sooner.
+    tokens_are_there: bool,
 }
 
 /// A layer that is ready to run up to a number of tokens.
@@ -283,7 +294,7 @@ impl FfnPlan {
             if path == Path::FewFused && last == Stage::Experts {
                 return self.run_few_fused(stream, y, inputs, base, op);
             }
-            let (mask, gates) = self.route(stream, inputs, base, op)?;
+            let Routed { mask, gates, .. } = self.route(stream, inputs, base, op)?;
             if last == Stage::Route {
                 return Ok(());
             }
@@ -333,14 +344,14 @@ impl FfnPlan {
         }
     }
 
-    /// Masks, and gates where they are not 1.
+    /// Launches router and selection.
     unsafe fn route(
         &self,
         stream: RawStream,
         inputs: &FfnInputs,
         base: u64,
         op: Workspace,
-    ) -> Result<(View, Option<View>)> {
+    ) -> Result<Routed> {
         let (ffn, device) = (&self.ffn, self.ffn.device());
         let num_experts = ffn.neurons().num_experts;
         let num_tokens = inputs.x.shape[0];
@@ -358,21 +369,26 @@ impl FfnPlan {
         // SAFETY: the caller's promise.
         unsafe {
             let (x, imposed) = (inputs.x, inputs.scores);
-            router_select_by(device, stream, &outputs, x, valid, &router, &selection, imposed, op)?;
+            let mut tokens_are_there = router_select_by(
+                device, stream, &outputs, x, valid, &router, &selection, imposed, op,
+            )?;
             if let Some(counters) = &self.counters {
                 let valid = valid.map_or(0, |valid| valid.address);
                 counters.add(device, stream, mask.address, num_tokens, valid)?;
+                tokens_are_there = false;
             }
             let of_scores = inputs.scores.unwrap_or(scores);
-            match ffn.gate() {
-                Gate::One => Ok((mask, None)),
-                Gate::Score => Ok((mask, Some(of_scores))),
+            let gates = match ffn.gate() {
+                Gate::One => None,
+                Gate::Score => Some(of_scores),
                 softmax => {
                     let renormalise = softmax == Gate::Renormalised;
                     gates(device, stream, scores, of_scores, mask, renormalise)?;
-                    Ok((mask, Some(scores)))
+                    tokens_are_there = false;
+                    Some(scores)
                 }
-            }
+            };
+            Ok(Routed { mask, gates, tokens_are_there })
         }
     }
 
@@ -441,7 +457,6 @@ impl FfnPlan {
         }
     }
 
-    /// The router runs beside the first product, which does not need it.
     unsafe fn run_masked(
         &self,
         stream: RawStream,
@@ -453,10 +468,50 @@ impl FfnPlan {
         // SAFETY: the caller's promise.
         let begin = |run: &DenseRun| unsafe { dense.begin(stream, run) };
         // SAFETY: the caller's promise.
-        unsafe { self.run_masked_by(dense, begin, stream, y, inputs, base) }
+        unsafe {
+            // Counters would run between router and product.
+            let under_masks = self.ffn.under_masks(inputs.x.shape[0]);
+            match under_masks.filter(|_| self.counters.is_none()) {
+                Some(shape) => self.run_under_masks(&shape, stream, y, inputs, base),
+                None => self.run_masked_by(dense, begin, stream, y, inputs, base),
+            }
+        }
     }
 
-    /// The same by other products; `begin` launches the first of them.
+    /// The first product masks what it gives, and multiplies while the router works.
+    unsafe fn run_under_masks(
+        &self,
+        shape: &experts_masked::Shape,
+        stream: RawStream,
+        y: View,
+        inputs: &FfnInputs,
+        base: u64,
+    ) -> Result<()> {
+        let (ffn, device, dense) = (&self.ffn, self.ffn.device(), self.dense());
+        let check = Arguments { device, op: "moe_ffn" };
+        let run = self.dense_run(y, inputs, self.op_workspace(base));
+        let valid = check.optional_words("num_valid_tokens", inputs.num_valid_tokens, 1)?;
+        let kernels = device.experts.many.masked(ffn.dtype()).expect("the shape is for them");
+        // SAFETY: the caller's promise.
+        unsafe {
+            let routed = self.route(stream, inputs, base, self.beside(base))?;
+            let params = moefy_experts_params {
+                neurons: ffn.neurons().check(&check)?.0,
+                x: run.x,
+                mask: routed.mask.address,
+                gates: routed.gates.map_or(0, |gates| gates.address),
+                num_valid_tokens: valid,
+                hidden: dense.hidden(&run),
+                num_tokens: run.num_tokens as u32,
+                ..bytemuck::Zeroable::zeroed()
+            };
+            shape.launch_hidden(kernels, stream, &params, routed.tokens_are_there)?;
+            dense.second(stream, &run)?;
+            self.clear_invalid(stream, y, inputs)
+        }
+    }
+
+    /// The router runs beside the first product, which does not need it and which `begin` launches.
     ///
     /// # Safety
     /// As for [`Self::run`], with a workspace at `base`.
@@ -472,15 +527,11 @@ impl FfnPlan {
         let device = self.ffn.device();
         let first = self.dense_run(y, inputs, self.op_workspace(base));
         let mut run = first;
-        let beside = Workspace {
-            address: base + self.places.beside,
-            bytes: (self.places.op - self.places.beside) as usize,
-        };
         let mut route = |stream| {
             // SAFETY: the caller's promise.
-            let (mask, gates) = unsafe { self.route(stream, inputs, base, beside)? };
-            run.mask = mask.address;
-            run.gates = gates.map_or(0, |gates| gates.address);
+            let routed = unsafe { self.route(stream, inputs, base, self.beside(base))? };
+            run.mask = routed.mask.address;
+            run.gates = routed.gates.map_or(0, |gates| gates.address);
             Ok(())
         };
         // SAFETY: the caller's promise.
@@ -502,6 +553,14 @@ impl FfnPlan {
     fn op_workspace(&self, base: u64) -> Workspace {
         let op = self.places.op;
         Workspace { address: base + op, bytes: self.places.bytes - op as usize }
+    }
+
+    /// What a router has of it whose layer has other things there.
+    fn beside(&self, base: u64) -> Workspace {
+        Workspace {
+            address: base + self.places.beside,
+            bytes: (self.places.op - self.places.beside) as usize,
+        }
     }
 
     fn dense(&self) -> &Dense {

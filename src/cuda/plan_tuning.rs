@@ -62,7 +62,10 @@ impl FfnPlan {
         if self.branch.is_none() {
             return Ok(());
         }
-        let beside = |&size: &usize| size >= MIN_TOKENS && self.ffn().routes_beside(size);
+        let beside = |&size: &usize| {
+            let ffn = self.ffn();
+            size >= MIN_TOKENS && ffn.routes_beside(size) && ffn.under_masks(size).is_none()
+        };
         let sizes: Vec<_> = dense.sizes().into_iter().filter(beside).collect();
         let Some(&most) = sizes.last() else { return Ok(()) };
         let (device, dtype) = (self.ffn().device(), self.ffn().dtype());

@@ -169,13 +169,38 @@ pub fn router_select_is_one_launch(
     router: &RouterView,
     selection: &Selection,
 ) -> Result<bool> {
-    let check = Arguments { device, op: "router_select" };
-    let shape = [num_tokens, router.d_model()];
-    // Tokens could be anywhere.
-    let x = View::matrix(router.first().address, Format::Float(dtype), shape);
-    let (params, dtype) = check_router(&check, x, None, router, selection)?;
+    let (params, dtype) = check_sizes(device, num_tokens, dtype, router, selection)?;
     Ok(router_block::Shape::new(device, dtype, &params).is_some()
         || router_many::Shape::new(device, dtype, &params).is_some())
+}
+
+/// What the kernels take of so many tokens without gaps, which could be anywhere.
+fn check_sizes(
+    device: &Device,
+    num_tokens: usize,
+    dtype: DType,
+    router: &RouterView,
+    selection: &Selection,
+) -> Result<(moefy_router_select_params, DType)> {
+    let check = Arguments { device, op: "router_select" };
+    let shape = [num_tokens, router.d_model()];
+    let x = View::matrix(router.first().address, Format::Float(dtype), shape);
+    check_router(&check, x, None, router, selection)
+}
+
+/// Whether a kernel that is launched after [`router_select`] of so many tokens begins when they are there, and not sooner.
+///
+/// # Errors
+/// On parameters that do not fit.
+pub(super) fn router_lets_begin(
+    device: &Device,
+    num_tokens: usize,
+    dtype: DType,
+    router: &RouterView,
+    selection: &Selection,
+) -> Result<bool> {
+    let (params, dtype) = check_sizes(device, num_tokens, dtype, router, selection)?;
+    Ok(router_block::Shape::new(device, dtype, &params).is_some())
 }
 
 /// Scores r and selection S(t) of tokens x \[num_tokens, d_model\], whose rows may lie apart. The
@@ -211,11 +236,13 @@ pub unsafe fn router_select(
             selection,
             None,
             workspace,
-        )
+        )?;
     }
+    Ok(())
 }
 
-/// The same, but `imposed`, f32 \[num_tokens, E\], is what selection reads; the router runs all the same.
+/// The same, but `imposed`, f32 \[num_tokens, E\], is what selection reads; the router runs all the same. Returns whether a
+/// kernel that is launched next begins when x is there, and not sooner.
 ///
 /// # Safety
 /// As for [`router_select`].
@@ -230,7 +257,7 @@ pub(super) unsafe fn router_select_by(
     selection: &Selection,
     imposed: Option<View>,
     workspace: Workspace,
-) -> Result<()> {
+) -> Result<bool> {
     let check = Arguments { device, op: "router_select" };
     let (params, dtype) = check_router(&check, x, num_valid_tokens, router, selection)?;
     let (num_tokens, num_experts) = (x.shape[0], router.num_experts());
@@ -257,21 +284,23 @@ pub(super) unsafe fn router_select_by(
         ..params
     };
     if num_tokens == 0 {
-        return Ok(());
+        return Ok(false);
     }
     device.context.bind()?;
     if let Some(shape) = router_block::Shape::new(device, dtype, &params) {
         // SAFETY: as below.
-        return unsafe { shape.launch(stream, dtype, &params) };
-    }
-    if let Some(shape) = router_many::Shape::new(device, dtype, &params) {
-        // SAFETY: as below.
-        return unsafe { shape.launch(stream, dtype, &params) };
+        unsafe { shape.launch(stream, dtype, &params)? };
+        return Ok(true);
     }
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe {
+        if let Some(shape) = router_many::Shape::new(device, dtype, &params) {
+            shape.launch(stream, dtype, &params)?;
+            return Ok(false);
+        }
         if let Some(kernel) = router_few::launch_of(device, x, &params, dtype) {
-            return kernel.run(stream, &params);
+            kernel.run(stream, &params)?;
+            return Ok(false);
         }
         // One block fits a multiprocessor.
         let tokens_each = num_tokens.div_ceil(device.properties().multiprocessors);
@@ -288,11 +317,12 @@ pub(super) unsafe fn router_select_by(
                 };
                 let grid = [num_tokens.div_ceil(tokens_each) as u32, 1, 1];
                 let kernel = kernels.select.get(dtype);
-                kernel.launch(stream, grid, SELECT_THREADS, shared_bytes, &params)
+                kernel.launch(stream, grid, SELECT_THREADS, shared_bytes, &params)?;
             }
-            None => launch_many(device, stream, &params, dtype),
+            None => launch_many(device, stream, &params, dtype)?,
         }
     }
+    Ok(false)
 }
 
 /// What the kernels take of tokens, router and rule; outputs and workspace are null.

@@ -118,7 +118,7 @@ fn draw_shape(rng: &mut ChaCha8Rng, num_tokens: usize) -> Shape {
 }
 
 /// The layer with a drawn router, of `hidden` units where it has two layers.
-fn with_router(
+pub fn with_router(
     rng: &mut ChaCha8Rng,
     layer: &ffn::MoeFfn,
     hidden: usize,

@@ -6,11 +6,12 @@ use moefy::cuda::{
     Device, Fallback, FfnInputs, FfnPlan, Format, LayerShape, MoeFfn, Path, PlanOptions,
     TunedLayer, TunedTime, Tuning, View, Workspace, build_info,
 };
-use moefy::ffn::{self, Activation, ExpertMask};
+use moefy::ffn::{self, Activation, ExpertMask, Selection};
 use moefy::{DType, Tensor, TensorRef, reference};
 use rand_chacha::ChaCha8Rng;
 
 use crate::experts::{Shape, biased_layer, expected, random_layer, tokens, tolerance};
+use crate::ffn_few::with_router;
 use crate::harness::{Gpu, Output, is_small, random_mask, relative_error, sizes, thin};
 use crate::router_select::routers;
 
@@ -27,6 +28,7 @@ pub fn tests() -> crate::Tests {
         // With tuned products of cuBLASLt, which racecheck cannot run.
         ("dense::paths", dense_paths),
         ("dense::masked_activations", masked_activations),
+        ("dense::masked_in_a_row", masked_in_a_row),
         ("dense::automatic", automatic),
         ("dense::follows_a_tuning", follows_a_tuning),
         ("dense::replays_with_other_inputs", dense_replays),
@@ -194,6 +196,62 @@ fn masked_activations(gpu: &Gpu) {
         let shape = Shape { expert_width, ..PLAIN };
         let layer = biased_layer(rng, shape, dtype, activation, biased);
         one_path(gpu, rng, &layer, shape, Path::DenseMasked);
+    }
+}
+
+/// Masked layers of which each reads what the one before it has just written, while they may begin early: with a router
+/// whose kernel lets the first product multiply beside it, for as many tokens as that is for.
+fn masked_in_a_row(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let shape =
+        Shape { d_model: 768, num_experts: 24, expert_width: 128, shared: 0, rank: 0, glu: false };
+    let mut cases = Vec::new();
+    for dtype in [DType::F16, DType::BF16] {
+        cases.extend([120, 512, 700, 1024].map(|num_tokens| (dtype, num_tokens)));
+    }
+    for (dtype, num_tokens) in thin(cases, 5) {
+        let layer = biased_layer(rng, shape, dtype, Activation::Gelu, true);
+        let layer = with_router(rng, &layer, 128, 1, Selection::dynamic_k(0.5));
+        let mut case = Case::new(gpu, &layer, shape, num_tokens, forced(Path::DenseMasked));
+        let x = tokens(rng, num_tokens, shape.d_model, dtype);
+        let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
+        case.write(&x, &mask);
+        case.launch(gpu.raw_stream(), num_tokens, false).expect("a run");
+        let error = relative_error(
+            &case.read(num_tokens),
+            &reference_of(Path::DenseMasked, &layer, &x, &mask),
+        );
+        assert!(error <= 2.0 * tolerance(&layer, dtype), "{dtype} T {num_tokens}: {error:.3e}");
+        let all = case.read(num_tokens);
+        let valid = num_tokens - 70;
+        case.valid.write(&[valid as u32]);
+        case.y.poison();
+        case.launch(gpu.raw_stream(), num_tokens, true).expect("a run");
+        let (padded, end) = (case.read(num_tokens), valid * shape.d_model);
+        assert!(padded[..end] == all[..end], "{dtype} T {num_tokens}: padding changes others");
+        assert!(padded[end..].iter().all(|&v| v == 0.0), "{dtype} T {num_tokens}: padding");
+        let [x, y] = [&case.x, &case.y].map(|buffer| {
+            View::matrix(buffer.address(), Format::Float(dtype), [num_tokens, shape.d_model])
+        });
+        let bytes = case.plan.workspace_bytes();
+        let workspace = Workspace { address: case.scratch.address(), bytes };
+        let run = |case: &Case, stream, from: View, to: View| {
+            let inputs = FfnInputs { x: from, ..case.inputs(num_tokens, false) };
+            unsafe { case.plan.run(stream, to, &inputs, workspace) }
+        };
+        let views = [(x, y), (y, x), (x, y), (y, x), (x, y)];
+        let start = case.x.read::<u8>();
+        for (from, to) in views {
+            run(&case, gpu.raw_stream(), from, to).expect("a run");
+            gpu.device.cudarc_context().synchronize().expect("no failure");
+        }
+        let one_by_one = case.read(num_tokens);
+        case.x.write(&start);
+        let graph = gpu.capture(|stream| {
+            views.into_iter().try_for_each(|(from, to)| run(&case, stream, from, to))
+        });
+        graph.expect("kernels").launch().expect("a launch");
+        assert!(case.read(num_tokens) == one_by_one, "{dtype} T {num_tokens}: a graph differs");
     }
 }
 
