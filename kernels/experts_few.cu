@@ -69,16 +69,16 @@ struct Dots<float> {
 /// rows together), and less at the end of its share; its warps split d_model.
 template <class T, int kTiles>
 __device__ __forceinline__ void few_hidden(const moefy_experts_params& p) {
-  constexpr uint32_t kStep = kWarps * 4 * kVector<T>;  // of d_model
   constexpr int kUnroll = 4;
-  constexpr uint32_t kBatch = kUnroll * kStep;
+  constexpr uint32_t kStep = 4 * kVector<T>;  // of a warp's part of d_model
+  constexpr uint32_t kBatch = kWarps * kUnroll * kStep;
   constexpr uint32_t kTokens = kTiles * kTile;
   constexpr int kItems = (16 * kTokens + kThreads - 1) / kThreads;  // values of h of a thread
   __shared__ Union<kThreads> united;
   __shared__ float sums[2][kWarps][16][kTokens];
   const moefy_neurons& n = p.neurons;
   const uint32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const uint32_t k0 = (warp * 4 + t) * kVector<T>;
+  const uint32_t k0 = warp * kUnroll * kStep + t * kVector<T>;
   const uint32_t token0 = blockIdx.y * kTokens;
   const uint32_t per_group = n.glu ? 8 : 16;
   const uint32_t num_batches = ceil_div(n.d_model, kBatch);
