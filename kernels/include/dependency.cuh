@@ -11,7 +11,9 @@ __device__ __forceinline__ void launch_dependents() {
 #endif
 }
 
-/// Waits until every kernel before this one has ended and what they wrote is visible. Only weights may be read earlier.
+/// Waits until every kernel before this one has ended and what they wrote is visible. Only weights may be read earlier; and
+/// through the second-level cache, by the copy engine, what had been written before the kernel ahead let this one begin, if that
+/// one had waited first.
 __device__ __forceinline__ void wait_for_dependencies() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

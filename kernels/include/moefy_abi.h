@@ -26,8 +26,8 @@
 #define MOEFY_ROUTE_INDEX_WARP_BLOCKS 8u
 #define MOEFY_ROUTE_INDEX_DIRECT_WORDS 16u
 
-/* moefy_experts_few_fused: rows that are under way in a block. */
-#define MOEFY_EXPERTS_FEW_FUSED_ROWS 24u
+/* moefy_experts_one: rows that are under way in a block. */
+#define MOEFY_EXPERTS_ONE_ROWS 24u
 
 /* Columns of y whose pair outputs are in memory together: a multiple of it, unless they are all. */
 #define MOEFY_EXPERTS_MANY_SLAB 256u

@@ -37,11 +37,48 @@ struct ScoreRows {
   __device__ float* of(uint32_t token) const { return rows + token * words; }
 };
 
+constexpr uint32_t kRowLanes = 8;  // that take a token, each four keys of every 32
+
+/// How many keys of a token reach each of three bounds, ten bits for each.
+__device__ __forceinline__ uint32_t count_at_least(const uint32_t* keys, uint32_t end, uint32_t low, uint32_t middle,
+                                                   uint32_t high) {
+  const auto reached = [&](uint32_t key) { return (key >= low) + ((key >= middle) << 10) + ((key >= high) << 20); };
+  uint32_t counts = 0;
+#pragma unroll 1
+  for (uint32_t e = lane_id() % kRowLanes * 4; e < end; e += 32) {
+    const uint4 key = *reinterpret_cast<const uint4*>(keys + e);
+    counts += reached(key.x) + reached(key.y) + reached(key.z) + reached(key.w);
+  }
+#pragma unroll
+  for (uint32_t step = 1; step < kRowLanes; step *= 2) counts += __shfl_xor_sync(kFullWarp, counts, step);
+  return counts;
+}
+
+/// A key that just as many keys reach as top-k selects, or 0 where RowSelection has to find out: where equal keys compete, or no
+/// score is finite. Four tokens of a warp side by side; all lanes call it.
+__device__ __forceinline__ uint32_t least_of_largest(const uint32_t* keys, uint32_t end, const moefy_selection& rule) {
+  constexpr uint32_t kBits = 10, kOne = (1u << kBits) - 1;
+  const uint32_t known = count_at_least(keys, end, 1, kInfinityKey, kNoKey), num_keys = known & kOne;
+  const uint32_t count = min(min(rule.k, rule.max_experts), num_keys);
+  uint32_t least = num_keys == count ? 1 : 0, reach = num_keys;
+  // Two bits of the count-th largest key at once, until what is known of it tells it from the next one.
+#pragma unroll 1
+  for (uint32_t bit = 1u << 30; bit != 0 && __any_sync(kFullWarp, reach != count); bit >>= 2) {
+    const uint32_t counts = count_at_least(keys, end, least + bit, least + 2 * bit, least + 3 * bit);
+    const uint32_t low = counts & kOne, middle = counts >> kBits & kOne, high = counts >> 2 * kBits;
+    if (reach == count || low < count) continue;
+    reach = high >= count ? high : middle >= count ? middle : low;
+    least += high >= count ? 3 * bit : middle >= count ? 2 * bit : bit;
+  }
+  const bool is_finite = num_keys > (known >> kBits & kOne);
+  return count > 0 && is_finite && reach == count ? least : 0;
+}
+
 /// Rows become scores, which go to memory if anyone wants them, then keys, by which experts are selected. Eight lanes take a
 /// token, so that a warp has four of them side by side.
 __device__ __forceinline__ void select_tokens(const moefy_router_select_params& r, const ScoreRows& rows, uint32_t token0,
                                               uint32_t num_valid, uint32_t* scratch) {
-  constexpr uint32_t kLanes = 8, kWords = 4;
+  constexpr uint32_t kLanes = kRowLanes, kWords = 4;
   const uint32_t end = round_up_32(r.num_experts), row_words = end / 32;
   const bool is_imposed = rows_are_imposed(r), is_sigmoid = r.kind == MOEFY_ROUTER_MOEFICATION;
   const bool is_absolute = r.kind != MOEFY_ROUTER_CENTROID;
@@ -101,7 +138,8 @@ __device__ __forceinline__ void select_tokens(const moefy_router_select_params& 
   }
 #pragma unroll
   for (uint32_t step = 1; step < kLanes; step *= 2) largest = max(largest, __shfl_xor_sync(kFullWarp, largest, step));
-  const uint32_t least = plain_threshold(r.selection, r.num_experts, largest);
+  uint32_t least = plain_threshold(r.selection, r.num_experts, largest);
+  if (r.selection.rule == MOEFY_RULE_TOP_K) least = least_of_largest(reinterpret_cast<const uint32_t*>(row), end, r.selection);
   const uint32_t is_plain = __ballot_sync(kFullWarp, least > 0);
   uint32_t count = 0;
 #pragma unroll 1

@@ -76,7 +76,7 @@ __device__ __forceinline__ void copy(const Place<kTokens>& place, const Fixed<kT
     }
   }
   wait_for_dependencies();
-  // Not earlier: what comes next may rely on the tokens being there (moefy_experts_masked_hidden_early).
+  // Not earlier: what comes next may rely on the tokens being there (moefy_experts_masked_hidden_early and _halves).
   launch_dependents();
 #pragma unroll 1
   for (uint32_t i = 0; i < ahead; ++i) copy_tokens(i);

@@ -1,4 +1,4 @@
-//! The whole FFN on every token: two products of cuBLASLt.
+//! The whole FFN on every token: two products of cuBLASLt, or one and a first one under masks ([`super::experts_masked`]).
 
 use std::sync::Arc;
 

@@ -7,8 +7,7 @@ use super::select::check_num_experts;
 use super::token_tiles::{self, TILE_TOKENS, TILE_WORDS};
 use super::view::{Arguments, Format, View, Workspace};
 use super::{
-    Device, TokenTiles, experts_few, experts_few_fused, experts_many, experts_many_ways,
-    experts_tiled,
+    Device, TokenTiles, experts_few, experts_many, experts_many_ways, experts_one, experts_tiled,
 };
 use crate::abi::{moefy_experts_params, moefy_experts_tiled_params, moefy_neurons};
 use crate::dtype::DType;
@@ -67,7 +66,7 @@ impl Variants {
 
 pub(super) struct Kernels {
     pub(super) few: experts_few::Kernels,
-    pub(super) few_fused: experts_few_fused::Kernels,
+    pub(super) one: experts_one::Kernels,
     pub(super) many: experts_many::Kernels,
     pub(super) tiled: Option<experts_tiled::Kernels>,
 }
@@ -76,7 +75,7 @@ impl Kernels {
     pub(super) fn load(modules: &Modules, max_shared_bytes: usize) -> Result<Self> {
         Ok(Self {
             few: experts_few::Kernels::load(modules)?,
-            few_fused: experts_few_fused::Kernels::load(modules, max_shared_bytes)?,
+            one: experts_one::Kernels::load(modules, max_shared_bytes)?,
             many: experts_many::Kernels::load(modules, max_shared_bytes)?,
             tiled: experts_tiled::Kernels::load(modules)?,
         })
@@ -146,7 +145,7 @@ impl Launch {
 }
 
 enum Shape {
-    FewFused(experts_few_fused::Shape),
+    One(experts_one::Shape),
     Few(experts_few::Shape),
     Many(experts_many::Shape),
     Tiled(experts_tiled::Shape),
@@ -183,8 +182,8 @@ impl Shape {
                 }
                 experts_tiled::Shape::new(launch).map(Self::Tiled)
             }
-            (None, None) => match experts_few_fused::Shape::new(check.device, launch) {
-                Some(shape) => Some(Self::FewFused(shape)),
+            (None, None) => match experts_one::Shape::new(check.device, launch) {
+                Some(shape) => Some(Self::One(shape)),
                 None => experts_few::Shape::new(launch).map(Self::Few),
             },
             (None, Some(lists)) => {
@@ -196,7 +195,7 @@ impl Shape {
 
     fn bytes(&self) -> usize {
         match self {
-            Self::FewFused(shape) => shape.bytes,
+            Self::One(shape) => shape.bytes,
             Self::Few(shape) => shape.bytes,
             Self::Many(shape) => shape.bytes,
             Self::Tiled(shape) => shape.bytes,
@@ -279,7 +278,7 @@ pub unsafe fn experts(
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe {
         match shape {
-            Shape::FewFused(shape) => shape.launch(device, stream, &params, workspace),
+            Shape::One(shape) => shape.launch(device, stream, &params, workspace),
             Shape::Few(shape) => shape.launch(device, stream, &params, workspace),
             Shape::Many(shape) => {
                 let available = device.properties().max_shared_bytes;
@@ -308,7 +307,7 @@ pub(super) fn few_us(
     union_us: f64,
 ) -> f64 {
     let launch = Launch::new(device, neurons, dtype, num_tokens);
-    match experts_few_fused::Shape::new(device, &launch) {
+    match experts_one::Shape::new(device, &launch) {
         Some(_) => 7.7 + 0.95 * union_us,
         None => 9.7 + 0.96 * union_us + 0.4 * num_tokens as f64,
     }

@@ -1,5 +1,5 @@
 //! The kernels of [`experts`](super::experts) for few tokens: the union of their experts, neuron by
-//! neuron. One token goes another way where it can ([`super::experts_few_fused`]).
+//! neuron. One token goes another way where it can ([`super::experts_one`]).
 
 use super::Device;
 use super::driver::RawStream;
@@ -77,7 +77,7 @@ impl Shape {
         let tokens = token_tiles.checked_mul(tile_tokens)?;
         let hidden = layout.place(tokens.checked_mul(hidden_stride)?, dtype.bytes())?;
         // A bound on the shares of all tokens that grows with them, so that a workspace for many is enough for fewer, and for
-        // the only one of experts_few_fused: at most 4096 columns for each multiprocessor.
+        // the only one of experts_one: at most 4096 columns for each multiprocessor.
         let one_share = num_tokens.checked_mul(launch.d_model)?;
         let partials =
             layout.place(one_share.max(2 * multiprocessors * tile_tokens * stripe), 4)?;

@@ -12,7 +12,7 @@ use super::router_select::router_lets_begin;
 use super::view::View;
 use super::{MoeFfn, Tuning, experts, experts_masked, ffn_few, token_tiles};
 use crate::error::Result;
-use crate::ffn::{Activation, Gate, Selection};
+use crate::ffn::{Gate, Selection};
 
 /// Most tokens for which a choice considers [`Path::Few`].
 pub(super) const MAX_FEW_TOKENS: usize = 8;
@@ -72,7 +72,8 @@ pub enum Path {
     TokenTile,
     /// `dense-exact`: the original FFN.
     DenseExact,
-    /// `dense-masked`: the function of the experts, computed densely.
+    /// `dense-masked`: the function of the experts, computed densely: by cuBLASLt, with masks between its products, or with a
+    /// first product that masks what it gives.
     DenseMasked,
 }
 
@@ -259,10 +260,13 @@ impl MoeFfn {
                 experts::few_us(self.device(), neurons, self.dtype(), num_tokens, union_us)
             }
             Path::DenseExact => {
-                let is_apart = !neurons.glu
-                    && matches!(neurons.activation, Activation::Gelu | Activation::Silu);
-                let apart_us =
-                    if is_apart { activation_us(num_tokens, neurons.d_ff()) } else { 0.0 };
+                // That of a GLU always is; the constants of the products were measured with it.
+                let is_fused =
+                    || self.exact().is_ok_and(|layer| layer.fused_activation().is_some());
+                let apart_us = match neurons.glu || is_fused() {
+                    true => 0.0,
+                    false => activation_us(num_tokens, neurons.d_ff()),
+                };
                 products_us + apart_us
             }
             Path::DenseMasked if self.under_masks(num_tokens).is_some() => {

@@ -295,6 +295,7 @@ impl FfnPlan {
                 return self.run_few_fused(stream, y, inputs, base, op);
             }
             let Routed { mask, gates, .. } = self.route(stream, inputs, base, op)?;
+            self.count(stream, mask.address, inputs)?;
             if last == Stage::Route {
                 return Ok(());
             }
@@ -372,11 +373,6 @@ impl FfnPlan {
             let mut tokens_are_there = router_select_by(
                 device, stream, &outputs, x, valid, &router, &selection, imposed, op,
             )?;
-            if let Some(counters) = &self.counters {
-                let valid = valid.map_or(0, |valid| valid.address);
-                counters.add(device, stream, mask.address, num_tokens, valid)?;
-                tokens_are_there = false;
-            }
             let of_scores = inputs.scores.unwrap_or(scores);
             let gates = match ffn.gate() {
                 Gate::One => None,
@@ -390,6 +386,14 @@ impl FfnPlan {
             };
             Ok(Routed { mask, gates, tokens_are_there })
         }
+    }
+
+    /// Counts what was selected, where that was asked for.
+    unsafe fn count(&self, stream: RawStream, mask: u64, inputs: &FfnInputs) -> Result<()> {
+        let Some(counters) = &self.counters else { return Ok(()) };
+        let valid = inputs.num_valid_tokens.map_or(0, |valid| valid.address);
+        // SAFETY: the caller's promise.
+        unsafe { counters.add(self.ffn.device(), stream, mask, inputs.x.shape[0], valid) }
     }
 
     unsafe fn run_few_fused(
@@ -434,12 +438,8 @@ impl FfnPlan {
         // SAFETY: the caller's promise.
         unsafe {
             shape.launch(device, stream, &params, op.address)?;
-            if let Some(counters) = &self.counters {
-                let valid = valid.map_or(0, |valid| valid.address);
-                counters.add(device, stream, mask, num_tokens, valid)?;
-            }
+            self.count(stream, mask, inputs)
         }
-        Ok(())
     }
 
     unsafe fn run_dense(
@@ -469,9 +469,7 @@ impl FfnPlan {
         let begin = |run: &DenseRun| unsafe { dense.begin(stream, run) };
         // SAFETY: the caller's promise.
         unsafe {
-            // Counters would run between router and product.
-            let under_masks = self.ffn.under_masks(inputs.x.shape[0]);
-            match under_masks.filter(|_| self.counters.is_none()) {
+            match self.ffn.under_masks(inputs.x.shape[0]) {
                 Some(shape) => self.run_under_masks(&shape, stream, y, inputs, base),
                 None => self.run_masked_by(dense, begin, stream, y, inputs, base),
             }
@@ -506,6 +504,8 @@ impl FfnPlan {
                 ..bytemuck::Zeroable::zeroed()
             };
             shape.launch_hidden(kernels, stream, &params, routed.tokens_are_there)?;
+            // Not before it: it begins early behind a router alone.
+            self.count(stream, params.mask, inputs)?;
             dense.second(stream, &run)?;
             self.clear_invalid(stream, y, inputs)
         }
@@ -530,6 +530,8 @@ impl FfnPlan {
         let mut route = |stream| {
             // SAFETY: the caller's promise.
             let routed = unsafe { self.route(stream, inputs, base, self.beside(base))? };
+            // SAFETY: the caller's promise.
+            unsafe { self.count(stream, routed.mask.address, inputs)? };
             run.mask = routed.mask.address;
             run.gates = routed.gates.map_or(0, |gates| gates.address);
             Ok(())

@@ -62,11 +62,19 @@ impl FfnPlan {
         if self.branch.is_none() {
             return Ok(());
         }
-        let beside = |&size: &usize| {
-            let ffn = self.ffn();
-            size >= MIN_TOKENS && ffn.routes_beside(size) && ffn.under_masks(size).is_none()
-        };
-        let sizes: Vec<_> = dense.sizes().into_iter().filter(beside).collect();
+        let ffn = self.ffn();
+        // A size is for all numbers of tokens from the next smaller one on.
+        let all_sizes = dense.sizes();
+        let smaller = [0].into_iter().chain(all_sizes.iter().copied());
+        let sizes: Vec<_> = smaller
+            .zip(&all_sizes)
+            .filter(|&(smaller, &size)| {
+                let by_library =
+                    [smaller + 1, size].map(|tokens| ffn.under_masks(tokens).is_none());
+                size >= MIN_TOKENS && ffn.routes_beside(size) && by_library.contains(&true)
+            })
+            .map(|(_, &size)| size)
+            .collect();
         let Some(&most) = sizes.last() else { return Ok(()) };
         let (device, dtype) = (self.ffn().device(), self.ffn().dtype());
         let d_model = self.ffn().neurons().d_model();

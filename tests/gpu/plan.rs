@@ -199,59 +199,73 @@ fn masked_activations(gpu: &Gpu) {
     }
 }
 
-/// Masked layers of which each reads what the one before it has just written, while they may begin early: with a router
-/// whose kernel lets the first product multiply beside it, for as many tokens as that is for.
+/// Masked layers with a router whose kernel lets the first product multiply beside it, for as many tokens as that is for: alone,
+/// with padding, and behind layers whose last kernel lets others begin before it has written what these read, under other masks
+/// each time.
 fn masked_in_a_row(gpu: &Gpu) {
     let rng = &mut gpu.rng();
-    let shape =
+    let even =
         Shape { d_model: 768, num_experts: 24, expert_width: 128, shared: 0, rank: 0, glu: false };
+    let uneven = Shape { d_model: 392, num_experts: 48, expert_width: 24, shared: 8, ..even };
     let mut cases = Vec::new();
     for dtype in [DType::F16, DType::BF16] {
-        cases.extend([120, 512, 700, 1024].map(|num_tokens| (dtype, num_tokens)));
+        for shape in [even, uneven] {
+            cases.extend([120, 512, 700, 2048].map(|num_tokens| (dtype, shape, num_tokens)));
+        }
     }
-    for (dtype, num_tokens) in thin(cases, 5) {
-        let layer = biased_layer(rng, shape, dtype, Activation::Gelu, true);
+    for (dtype, shape, num_tokens) in thin(cases, 5) {
+        let layer = random_layer(rng, shape, dtype);
         let layer = with_router(rng, &layer, 128, 1, Selection::dynamic_k(0.5));
-        let mut case = Case::new(gpu, &layer, shape, num_tokens, forced(Path::DenseMasked));
+        let name = format!("{dtype} d {} T {num_tokens}", shape.d_model);
+        let [mut before, mut case] = [Path::ExpertMajor, Path::DenseMasked]
+            .map(|path| Case::new(gpu, &layer, shape, num_tokens, forced(path)));
         let x = tokens(rng, num_tokens, shape.d_model, dtype);
         let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
         case.write(&x, &mask);
         case.launch(gpu.raw_stream(), num_tokens, false).expect("a run");
-        let error = relative_error(
-            &case.read(num_tokens),
-            &reference_of(Path::DenseMasked, &layer, &x, &mask),
-        );
-        assert!(error <= 2.0 * tolerance(&layer, dtype), "{dtype} T {num_tokens}: {error:.3e}");
         let all = case.read(num_tokens);
+        let error = relative_error(&all, &reference_of(Path::DenseMasked, &layer, &x, &mask));
+        assert!(error <= 2.0 * tolerance(&layer, dtype), "{name}: {error:.3e}");
         let valid = num_tokens - 70;
         case.valid.write(&[valid as u32]);
         case.y.poison();
         case.launch(gpu.raw_stream(), num_tokens, true).expect("a run");
         let (padded, end) = (case.read(num_tokens), valid * shape.d_model);
-        assert!(padded[..end] == all[..end], "{dtype} T {num_tokens}: padding changes others");
-        assert!(padded[end..].iter().all(|&v| v == 0.0), "{dtype} T {num_tokens}: padding");
-        let [x, y] = [&case.x, &case.y].map(|buffer| {
-            View::matrix(buffer.address(), Format::Float(dtype), [num_tokens, shape.d_model])
-        });
-        let bytes = case.plan.workspace_bytes();
-        let workspace = Workspace { address: case.scratch.address(), bytes };
-        let run = |case: &Case, stream, from: View, to: View| {
-            let inputs = FfnInputs { x: from, ..case.inputs(num_tokens, false) };
-            unsafe { case.plan.run(stream, to, &inputs, workspace) }
+        assert!(padded[..end] == all[..end], "{name}: padding changes others");
+        assert!(padded[end..].iter().all(|&v| v == 0.0), "{name}: padding is not zero");
+
+        // Of x and y either case has a buffer, which go round; the scores are those of the one or the other in turn.
+        before.write(&x, &routing(rng, num_tokens, shape.num_experts, 0.3));
+        let run = |case: &Case, stream, from: &Output, to: &Output, scores: &Output| {
+            let view = |buffer: &Output| {
+                let of = [num_tokens, shape.d_model];
+                View::matrix(buffer.address(), Format::Float(dtype), of)
+            };
+            let of = [num_tokens, shape.num_experts];
+            let scores = Some(View::matrix(scores.address(), Format::F32, of));
+            let inputs = FfnInputs { x: view(from), scores, ..case.inputs(num_tokens, false) };
+            let bytes = case.plan.workspace_bytes();
+            let workspace = Workspace { address: case.scratch.address(), bytes };
+            unsafe { case.plan.run(stream, view(to), &inputs, workspace) }
         };
-        let views = [(x, y), (y, x), (x, y), (y, x), (x, y)];
-        let start = case.x.read::<u8>();
-        for (from, to) in views {
-            run(&case, gpu.raw_stream(), from, to).expect("a run");
-            gpu.device.cudarc_context().synchronize().expect("no failure");
-        }
+        let step = |stream, turn: usize, wait: &dyn Fn()| {
+            let scores = [&before.scores, &case.scores];
+            let from = if turn == 0 { &before.x } else { &case.y };
+            run(&before, stream, from, &before.y, scores[turn % 2])?;
+            wait();
+            run(&case, stream, &before.y, &case.y, scores[(turn + 1) % 2])?;
+            wait();
+            Ok(())
+        };
+        let wait = || gpu.device.cudarc_context().synchronize().expect("no failure");
+        (0..4).try_for_each(|turn| step(gpu.raw_stream(), turn, &wait)).expect("runs");
         let one_by_one = case.read(num_tokens);
-        case.x.write(&start);
-        let graph = gpu.capture(|stream| {
-            views.into_iter().try_for_each(|(from, to)| run(&case, stream, from, to))
-        });
-        graph.expect("kernels").launch().expect("a launch");
-        assert!(case.read(num_tokens) == one_by_one, "{dtype} T {num_tokens}: a graph differs");
+        let graph = gpu.capture(|stream| (0..4).try_for_each(|turn| step(stream, turn, &|| ())));
+        let graph = graph.expect("kernels");
+        for _ in 0..3 {
+            graph.launch().expect("a launch");
+            assert!(case.read(num_tokens) == one_by_one, "{name}: a graph differs");
+        }
     }
 }
 

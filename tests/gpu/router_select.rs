@@ -19,6 +19,7 @@ pub fn tests() -> crate::Tests {
         ("router_select::many_tokens", many_tokens),
         ("router_select::one_launch", one_launch),
         ("router_select::many_tokens_of_a_block", many_tokens_of_a_block),
+        ("router_select::top_k_with_ties", top_k_with_ties),
         ("router_select::one_launch_of_many_outputs", one_launch_of_many_outputs),
         ("router_select::many_experts", many_experts),
         ("router_select::padding_and_rows_apart", padding_and_rows_apart),
@@ -284,6 +285,29 @@ fn many_tokens_of_a_block(gpu: &Gpu) {
             let case = Case { valid: num_tokens - 70, ..Case::new(num_tokens, shape[1], dtype) };
             let router = routers(rng, shape, dtype).swap_remove(1);
             case.check(gpu, rng, &router, &rules.next().expect("a cycle"));
+        }
+    }
+}
+
+/// Experts whose scores are equal two by two, of which top-k takes the first one where one is left to take.
+fn top_k_with_ties(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    for dtype in [DType::F16, DType::BF16] {
+        for (num_tokens, d_model) in [(300, 64), (2200, 64), (300, 1032)] {
+            if is_small() && (num_tokens, d_model) != (300, 64) {
+                continue;
+            }
+            let half = 24;
+            let router = routers(rng, [half, d_model, 32], dtype).swap_remove(1);
+            let Router::Mlp { kind, w1, w2 } = router else { unreachable!("the second one") };
+            let values = w2.to_f32();
+            let twice = values.chunks(32).flat_map(|row| row.iter().chain(row).copied()).collect();
+            let w2 = Tensor::matrix(twice, [2 * half, 32]).unwrap().to_dtype(dtype);
+            let router = Router::Mlp { kind, w1, w2 };
+            for k in [1, 7, 8, 47, 48] {
+                let case = Case { valid: num_tokens - 3, ..Case::new(num_tokens, d_model, dtype) };
+                case.check(gpu, rng, &router, &Selection::top_k(k));
+            }
         }
     }
 }

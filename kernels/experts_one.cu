@@ -32,10 +32,10 @@ __device__ __forceinline__ float sum_of_lanes(const float (&values)[2]) {
 }
 
 template <class T, uint32_t kThreads>
-struct FewFused {
+struct OneToken {
   static constexpr uint32_t kWarps = kThreads / 32;
   /// Groups of rows that are under way.
-  static constexpr uint32_t kGroups = MOEFY_EXPERTS_FEW_FUSED_ROWS / kGroup;
+  static constexpr uint32_t kGroups = MOEFY_EXPERTS_ONE_ROWS / kGroup;
 
   struct Memory {
     Union<kThreads> united;
@@ -61,7 +61,7 @@ struct FewFused {
   Group next;                   // to be asked for
   uint32_t slot = 0;            // of the ring: of the group that is next to be multiplied
 
-  __device__ FewFused(const moefy_experts_params& params, Memory& shared, uint4* all)
+  __device__ OneToken(const moefy_experts_params& params, Memory& shared, uint4* all)
       : p(params),
         n(params.neurons),
         memory(shared),
@@ -149,7 +149,8 @@ struct FewFused {
   __device__ void run() {
     const Shares shares(gridDim.x);
     launch_dependents();
-    // What is never copied must be numbers.
+    // Nothing is copied for threads without columns, whose sums count: zeros. Other places that get no row hold anything, and
+    // nobody uses what comes of them.
     if (!exists) {
       for (uint32_t i = 0; i < kGroups * kGroup; ++i) ring[i * kThreads] = uint4{};
     }
@@ -197,23 +198,23 @@ struct FewFused {
 };
 
 template <class T, uint32_t kThreads>
-__device__ __forceinline__ void few_fused(const moefy_experts_params& p, uint4* ring) {
-  __shared__ typename FewFused<T, kThreads>::Memory memory;
-  FewFused<T, kThreads>(p, memory, ring).run();
+__device__ __forceinline__ void one_token(const moefy_experts_params& p, uint4* ring) {
+  __shared__ typename OneToken<T, kThreads>::Memory memory;
+  OneToken<T, kThreads>(p, memory, ring).run();
 }
 
 }  // namespace
 }  // namespace moefy
 
 // Dynamic shared memory: the ring.
-#define MOEFY_EXPERTS_FEW_FUSED(name, type, threads)                                          \
+#define MOEFY_EXPERTS_ONE(name, type, threads)                                          \
   extern "C" __global__ void __launch_bounds__(threads, 512 / threads)                        \
-      moefy_experts_few_fused_##name##_##threads(const __grid_constant__ moefy_experts_params p) { \
+      moefy_experts_one_##name##_##threads(const __grid_constant__ moefy_experts_params p) { \
     extern __shared__ uint4 ring[];                                                           \
-    moefy::few_fused<type, threads>(p, ring);                                                 \
+    moefy::one_token<type, threads>(p, ring);                                                 \
   }
 
-MOEFY_EXPERTS_FEW_FUSED(f16, __half, 256)
-MOEFY_EXPERTS_FEW_FUSED(f16, __half, 512)
-MOEFY_EXPERTS_FEW_FUSED(bf16, __nv_bfloat16, 256)
-MOEFY_EXPERTS_FEW_FUSED(bf16, __nv_bfloat16, 512)
+MOEFY_EXPERTS_ONE(f16, __half, 256)
+MOEFY_EXPERTS_ONE(f16, __half, 512)
+MOEFY_EXPERTS_ONE(bf16, __nv_bfloat16, 256)
+MOEFY_EXPERTS_ONE(bf16, __nv_bfloat16, 512)

@@ -5,7 +5,7 @@ use super::Device;
 use super::driver::{Function, RawStream};
 use super::experts::{Launch, VECTOR_BYTES};
 use super::kernels::{Half, Modules, half_names};
-use crate::abi::{MOEFY_EXPERTS_FEW_FUSED_ROWS, moefy_add_shares_params, moefy_experts_params};
+use crate::abi::{MOEFY_EXPERTS_ONE_ROWS, moefy_add_shares_params, moefy_experts_params};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -15,12 +15,13 @@ const RESIDENT: [usize; 2] = [2, 1];
 /// Narrower rows leave most threads without a vector.
 const MIN_D_MODEL: usize = 1025;
 
+/// Every device has them, but a block cannot have the shared memory of all of them everywhere.
 pub(super) struct Kernels(Option<Half<{ THREADS.len() }>>);
 
 impl Kernels {
     pub(super) fn load(modules: &Modules, max_shared_bytes: usize) -> Result<Self> {
-        let names = half_names!("moefy_experts_few_fused": "256", "512");
-        let module = modules.module("experts_few_fused").expect("the build compiles every module");
+        let names = half_names!("moefy_experts_one": "256", "512");
+        let module = modules.module("experts_one").expect("the build compiles every module");
         let load = |name| module.function_with_all_shared(name, max_shared_bytes).map(Some);
         Half::load(names, load).map(Self)
     }
@@ -41,12 +42,12 @@ impl Shape {
     /// `None` where these sizes are not for this kernel, or the device is not.
     pub(super) fn new(device: &Device, launch: &Launch) -> Option<Self> {
         let Launch { dtype, d_model, multiprocessors, .. } = *launch;
-        let variants = device.experts.few_fused.0.as_ref()?.of(dtype)?;
+        let variants = device.experts.one.0.as_ref()?.of(dtype)?;
         let vector = VECTOR_BYTES / dtype.bytes();
         let enough = |threads: &usize| d_model <= threads * vector;
         let which = THREADS.iter().position(enough)?;
         let (kernel, available) = variants[which];
-        let shared_bytes = MOEFY_EXPERTS_FEW_FUSED_ROWS as usize * THREADS[which] * VECTOR_BYTES;
+        let shared_bytes = MOEFY_EXPERTS_ONE_ROWS as usize * THREADS[which] * VECTOR_BYTES;
         let fits = launch.num_tokens == 1
             && d_model >= MIN_D_MODEL
             && d_model.is_multiple_of(vector)
