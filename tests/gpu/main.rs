@@ -8,6 +8,7 @@ mod bad_input;
 mod body;
 #[path = "../common/mod.rs"]
 mod common;
+mod dense;
 mod emulation;
 mod experts;
 mod ffn_few;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         ffn_few::tests(),
         layers::tests(),
         plan::tests(),
+        dense::tests(),
         interop::tests(),
         route_index::tests(),
         router_select::tests(),
