@@ -4,6 +4,7 @@
 mod nvcc;
 
 use std::ffi::OsString;
+use std::path::Path;
 
 use nvcc::{NotFound, find, parse_ptx_isa, parse_version};
 
@@ -13,16 +14,12 @@ fn with(vars: &[(&str, &str)]) -> Result<nvcc::Nvcc, NotFound> {
     find(|name| vars.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone()))
 }
 
-#[cfg(unix)]
-fn fake_toolkit() -> tempfile::TempDir {
-    use std::os::unix::fs::PermissionsExt;
-    let folder = tempfile::tempdir().unwrap();
-    let nvcc = folder.path().join("bin/nvcc");
-    std::fs::create_dir(folder.path().join("bin")).unwrap();
-    std::fs::write(&nvcc, "#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
-        .unwrap();
-    std::fs::set_permissions(&nvcc, std::fs::Permissions::from_mode(0o755)).unwrap();
-    folder
+/// What was found, or why nothing was.
+fn found(vars: &[(&str, &str)]) -> nvcc::Nvcc {
+    match with(vars) {
+        Ok(nvcc) => nvcc,
+        Err(NotFound::Wrong(why) | NotFound::Nowhere(why)) => panic!("not found: {why}"),
+    }
 }
 
 #[test]
@@ -37,21 +34,20 @@ fn a_wrong_explicit_compiler_is_an_error() {
     assert!(matches!(with(&[("NVCC", "/bin/true")]), Err(NotFound::Wrong(_))));
 }
 
+// The compiler is a file of the repository: a program that a test writes cannot be run ("text file busy") while a child
+// that another thread has just forked still holds it open for writing.
 #[cfg(unix)]
 #[test]
 fn variables_come_before_the_path_and_links_are_followed() {
-    let toolkit = fake_toolkit();
-    let real = toolkit.path().join("bin/nvcc").canonicalize().unwrap();
-    let link = toolkit.path().join("link");
+    let bin = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/toolkit/bin");
+    let real = bin.join("nvcc").canonicalize().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let link = folder.path().join("link");
     std::os::unix::fs::symlink(&real, &link).unwrap();
-    let found = with(&[("MOEFY_NVCC", link.to_str().unwrap()), ("PATH", "/nowhere")]);
-    let Ok(found) = found else { panic!("not found") };
-    assert_eq!((found.path, found.version.as_str()), (real.clone(), "13.0.88"));
-    let bin = toolkit.path().join("bin");
-    let Ok(found) = with(&[("NVCC", ""), ("PATH", bin.to_str().unwrap())]) else {
-        panic!("not found on the PATH")
-    };
-    assert_eq!(found.path, real);
+    let named = found(&[("MOEFY_NVCC", link.to_str().unwrap()), ("PATH", "/nowhere")]);
+    assert_eq!((named.path, named.version.as_str()), (real.clone(), "13.0.88"));
+    let on_path = found(&[("NVCC", ""), ("PATH", bin.to_str().unwrap())]);
+    assert_eq!(on_path.path, real);
 }
 
 #[test]
