@@ -327,7 +327,19 @@ fn moefy_objects_that_cannot_work() {
     }
     with(&threshold(json!(null)), &["invalid type: null"]);
     with(&|m| m["layers"][0]["selection"] = json!({"top_k": {"k": 7}}), &["k must be", "got 7"]);
-    with(&|m| m["layers"][0]["selection"] = json!({"best": 1}), &["no variant"]);
+    with(&|m| m["layers"][0]["selection"] = json!({"best": 1}), &["unknown variant `best`"]);
+    with(&|m| m["layers"][0]["selection"]["max_expert"] = json!(1), &["`moefy`", "single key"]);
+    with(&|m| m["layers"][0]["selection"]["top_k"] = json!({"k": 1}), &["`moefy`", "single key"]);
+    with(&|m| m["layers"][0]["selection"]["max_experts"] = json!("two"), &["invalid type", "two"]);
+    with(
+        &|m| m["layers"][0]["selection"]["dynamic_k"]["tau"] = json!(0.5),
+        &["unknown field `tau`"],
+    );
+    with(&|m| m["layers"][0]["statistics"]["mean"] = json!(1), &["unknown field `mean`"]);
+    with(
+        &|m| m["layers"][0]["statistics"]["density"] = json!(-5),
+        &["layer 1", "density must be between 0 and 1, got -5"],
+    );
     with(&|m| m["layers"][0]["router"]["kind"] = json!("oracle"), &["unknown variant `oracle`"]);
     with(&|m| m["layers"][0]["router"]["hidden"] = json!(0), &["hidden", "at least 1"]);
     with(&|m| m["layers"][0]["statistics"]["hotness"] = json!([0.5]), &["6 experts", "got 1"]);

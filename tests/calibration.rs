@@ -59,6 +59,21 @@ fn distinct_scores_meet_the_mean_exactly() {
 }
 
 #[test]
+fn distinct_scores_meet_the_mean_by_their_share() {
+    let (num_tokens, num_experts) = (989, 31);
+    let scores: Vec<f32> =
+        Random::new(2).values(num_tokens * num_experts).iter().map(|r| r.abs()).collect();
+    for mean_k in [1.1, 4.0, 8.37, 30.9] {
+        let share = calibrate::share(&scores, num_experts, mean_k);
+        let selection = Selection::cumulative_share(share);
+        let pairs = reference::select(&selection, &scores, num_experts).mask.num_pairs();
+        let wanted = (mean_k * num_tokens as f64).round() as usize;
+        // Shares are sums, and those of one token may round to those of another.
+        assert!(pairs.abs_diff(wanted) <= 1, "{pairs} pairs for {wanted}");
+    }
+}
+
+#[test]
 fn scores_that_are_not_finite_are_left_out() {
     let scores = [f32::NAN, 4.0, 2.0, f32::NEG_INFINITY, f32::NAN, f32::NAN];
     let threshold = calibrate::rel_threshold(&scores, 3, 1.0);

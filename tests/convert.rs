@@ -2,6 +2,7 @@
 
 mod support;
 
+use moefy::convert::partition::PartitionMethod;
 use moefy::convert::{ConvertOptions, MIN_TOKENS, RouterMethod, convert_ffn};
 use moefy::ffn::{Activation, DenseFfn, SelectionRule};
 use moefy::{DType, cpu, reference};
@@ -144,7 +145,10 @@ fn what_cannot_work_is_refused_in_one_sentence() {
 fn huge_inputs_are_refused_or_survived() {
     let ffn = dense(&mut Random::new(4), 4, 12, false, DType::F32);
     let inputs = vec![3e38; MIN_TOKENS * 4];
-    if let Err(error) = convert_ffn(&ffn, &inputs, &options(3, 0, 0.5)) {
-        assert!(error.to_string().contains("calibration inputs"), "{error}");
+    for partition in [PartitionMethod::Kmeans, PartitionMethod::Joint] {
+        let options = ConvertOptions { partition, ..options(3, 0, 0.5) };
+        if let Err(error) = convert_ffn(&ffn, &inputs, &options) {
+            assert!(error.to_string().contains("calibration inputs"), "{error}");
+        }
     }
 }

@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use common::{LAYERS, POSITIONS, TinyBert, VOCAB};
 use moefy::convert::{
     CalibrationText, ConvertOptions, ErrorBudget, Progress, RouterMethod, ThresholdScope,
-    ThresholdTarget, convert_model, density_for_error, retune_model,
+    ThresholdTarget, convert_model, density_for_error, refine_model, retune_model,
 };
 use moefy::cpu::Cpu;
 use moefy::eval::{FfnCost, Variant, evaluate};
-use moefy::ffn::{ExpertMask, SelectionRule};
+use moefy::ffn::{ExpertMask, Gate, Selection, SelectionRule};
 use moefy::model::{
     Conversion, Encoder, Ffn, FfnRun, Folder, Output, embed, retune, write_moefied,
 };
@@ -236,4 +236,49 @@ fn what_cannot_work_is_refused() {
     assert!(matches!(converted.ffn(0), Ok(Ffn::Moe(_))));
     let again = refusal(&converted, &sequences(40), &good);
     assert!(again.contains("is converted already"), "{again}");
+}
+
+#[test]
+fn what_cannot_be_fitted_again_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, path) = (dir.path().join("dense"), dir.path().join("moe"));
+    TinyBert::new(0, DType::F32).write(&source);
+    let source = Folder::open(&source).unwrap();
+    let (never, sequences) = (AtomicBool::new(false), sequences(40));
+    let good = options(ThresholdScope::Global);
+    let conversion = convert(&source, &sequences, &good, &(), &never).unwrap();
+    let [text, empty] =
+        [&sequences[..], &[]].map(|sequences| CalibrationText { name: "text.txt", sequences });
+    let retuned = |conversion: &Conversion, text| {
+        let output = Output { path: &path, overwrite: true, interrupted: &never };
+        write_moefied(&source, conversion, output).unwrap();
+        let folder = Folder::open(&path).unwrap();
+        let encoder = Encoder::load(Cpu, &folder).unwrap();
+        let target = ThresholdTarget::Density { density: 0.5, scope: ThresholdScope::Global };
+        retune_model(&encoder, &folder, Some(text), target, &(), &never)
+    };
+    assert!(retuned(&conversion, text).is_ok());
+    let refusal = |conversion, text| retuned(conversion, text).unwrap_err().to_string();
+    let nothing = refusal(&conversion, empty);
+    assert!(nothing.contains("text must be of at least one token"), "{nothing}");
+    let mut other = conversion.clone();
+    other.layers[1].selection = Selection::top_k(2);
+    let other = refusal(&other, text);
+    assert!(other.contains("differ in their experts or in the kind of their rule"), "{other}");
+    let none = Conversion { layers: Vec::new(), ..conversion.clone() };
+    let none = refusal(&none, text);
+    assert!(none.contains("no converted layer"), "{none}");
+
+    let options = ConvertOptions { refine_tokens: 64, ..good };
+    let refined = |conversion: &Conversion, text| {
+        let encoder = Encoder::load(Cpu, &source).unwrap();
+        refine_model(encoder, &source, &mut conversion.clone(), text, &options, &(), &never)
+    };
+    assert!(refined(&conversion, text).is_ok());
+    let nothing = refined(&conversion, empty).unwrap_err().to_string();
+    assert!(nothing.contains("text must be of at least one token"), "{nothing}");
+    let mut gated = conversion.clone();
+    gated.layers[0].gate = Gate::Softmax;
+    let gated = refined(&gated, text).unwrap_err().to_string();
+    assert!(gated.contains("gate must be 1 for every expert, got Softmax"), "{gated}");
 }

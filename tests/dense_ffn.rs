@@ -3,8 +3,8 @@
 mod support;
 
 use moefy::cpu::{self, Workspace};
-use moefy::ffn::Activation;
-use moefy::reference;
+use moefy::ffn::{Activation, DenseFfn};
+use moefy::{Tensor, reference};
 use support::{DTYPES, Random, Shape, on_threads, relative_error, widened};
 
 #[test]
@@ -93,4 +93,11 @@ fn wrong_sizes_are_named() {
     assert_eq!(error, "dense_ffn: x must be a whole number of tokens of 4 values, got 7 values");
     let error = layer.run(&[0.0; 8], &mut [0.0; 4], &mut ws).unwrap_err().to_string();
     assert_eq!(error, "dense_ffn: y must be of 2 x 4 values, got 4 values");
+    for shape in [[0, 4], [3, 0]] {
+        let empty = || Tensor::matrix(Vec::<f32>::new(), shape).unwrap();
+        let made =
+            DenseFfn::from_neuron_major(Activation::Relu, false, empty(), None, empty(), None);
+        let error = made.unwrap_err().to_string();
+        assert!(error.contains("at least one neuron and a token width"), "{error}");
+    }
 }

@@ -384,7 +384,7 @@ fn conversions_that_do_not_fit_are_refused() {
     conversion.method.density_target = Some(f64::NAN);
     refused(&source, &conversion, "finite numbers");
     let mut statistics = random_statistics(&mut rng, good.layers[0].partition.num_experts());
-    statistics.density = f64::NAN;
+    statistics.mean_k = f64::NAN;
     let mut conversion = good;
     conversion.layers[0].statistics = Some(statistics);
     refused(&source, &conversion, "finite numbers");

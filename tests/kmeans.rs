@@ -17,7 +17,36 @@ fn unit_rows(random: &mut Random, num_rows: usize, dim: usize) -> Vec<f32> {
 }
 
 fn cluster(rows: &[f32], dim: usize, num_clusters: usize, seed: u64) -> Clusters {
-    balanced_kmeans(rows, dim, num_clusters, &mut ChaCha8Rng::seed_from_u64(seed))
+    balanced_kmeans(rows, dim, num_clusters, &mut ChaCha8Rng::seed_from_u64(seed)).unwrap()
+}
+
+/// Clusters do not depend on the unit of length, and rows for which there is none are refused.
+#[test]
+fn rows_of_any_length() {
+    let rows = unit_rows(&mut Random::new(9), 24, 5);
+    let labels = cluster(&rows, 5, 4, 0).labels;
+    let mut scaled = rows.clone();
+    for scale in [2f32.powi(-40), 2f32.powi(20), 2f32.powi(60)] {
+        scaled.iter_mut().zip(&rows).for_each(|(scaled, x)| *scaled = x * scale);
+        let found = cluster(&scaled, 5, 4, 0);
+        assert!(found.labels.iter().all(|&label| label < 4));
+        if scale > 1.0 {
+            assert_eq!(found.labels, labels, "{scale:e}");
+        }
+    }
+    let rng = &mut ChaCha8Rng::seed_from_u64(0);
+    for wrong in [f32::NAN, f32::INFINITY, 1e20] {
+        scaled[7] = wrong;
+        let error = balanced_kmeans(&scaled, 5, 4, rng).unwrap_err().to_string();
+        assert!(error.contains("finite squared length") && error.contains("row 1"), "{error}");
+    }
+    for (rows, dim, num_clusters) in [(&rows[..], 5, 7), (&rows[1..], 5, 4), (&[], 5, 4)] {
+        let error = balanced_kmeans(rows, dim, num_clusters, rng).unwrap_err().to_string();
+        assert!(error.contains("positive multiple"), "{error}");
+    }
+    assert!(
+        balanced_kmeans(&rows, 0, 4, rng).is_err() && balanced_kmeans(&rows, 5, 0, rng).is_err()
+    );
 }
 
 /// Sum of squared distances to the means of the labels, in f64.

@@ -8,6 +8,9 @@ use crate::ffn::Selection;
 /// Exact, without a grid: every entry (t, e) has a largest τ that still selects it, and the answer
 /// is the one that as many entries reach as there should be. Of equal entries either all or none
 /// are selected, whichever comes closer; the arg-max of a token always is.
+///
+/// # Panics
+/// When `num_experts` is 0.
 pub fn rel_threshold(scores: &[f32], num_experts: usize, mean_k: f64) -> f32 {
     let mut largest: Vec<f32> =
         scores.chunks_exact(num_experts).flat_map(largest_thresholds).collect();
@@ -65,6 +68,9 @@ fn largest_threshold(r: f32, max: f32) -> f32 {
 ///
 /// An expert is selected when the share of those before it, in descending order, is below p: p is the
 /// share that as many entries are below as there should be.
+///
+/// # Panics
+/// When `num_experts` is 0.
 pub fn share(scores: &[f32], num_experts: usize, mean_k: f64) -> f32 {
     let mut before = Vec::with_capacity(scores.len());
     for row in scores.chunks_exact(num_experts) {
@@ -86,6 +92,9 @@ pub fn share(scores: &[f32], num_experts: usize, mean_k: f64) -> f32 {
 }
 
 /// The top-k rule whose tokens run about `mean_k` experts.
+///
+/// # Panics
+/// When `num_experts` is 0.
 pub fn top_k(num_experts: usize, mean_k: f64) -> Selection {
     Selection::top_k((mean_k.round() as usize).clamp(1, num_experts))
 }

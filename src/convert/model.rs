@@ -52,7 +52,7 @@ impl Watch<'_> {
 /// *converted* model takes them there. A compensation is fitted so that the residual sum comes out as
 /// in the dense model: it also makes up for what earlier layers lost, and errors cost what the norm
 /// behind the FFN makes of them. Statistics, and a threshold that all layers share, come from about [`STATISTICS_TOKENS`]
-/// tokens.
+/// tokens. Such a threshold is found last, while compensations are fitted under each layer's own.
 ///
 /// In memory are the hidden states of the calibration tokens, one layer's FFN inputs, and one layer's FFN;
 /// with a compensation also the dense model's hidden states, and one layer's targets. `interrupted` may be raised to stop with

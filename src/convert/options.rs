@@ -3,7 +3,7 @@
 use super::partition::PartitionMethod;
 use super::{CompensationMethod, calibrate};
 use crate::error::{Error, Result};
-use crate::ffn::{DenseFfn, Partition, SelectionRule};
+use crate::ffn::{DenseFfn, Gate, Partition, SelectionRule};
 use crate::model::format::{Calibration, Method};
 
 /// How routers are made.
@@ -201,7 +201,7 @@ impl ConvertOptions {
         }
         if self.refine_tokens > 0 {
             let is_mean = self.compensation == CompensationMethod::Mean;
-            check_refinable(ffn.is_glu(), is_mean)?;
+            check_refinable(ffn.is_glu(), is_mean, Gate::One)?;
         }
         Ok(())
     }
@@ -251,13 +251,17 @@ impl ConvertOptions {
     }
 }
 
-/// The gradient of a GLU is not written, and means would no longer be those of trained neurons.
-pub(super) fn check_refinable(is_glu: bool, has_mean: bool) -> Result<()> {
+/// The gradients of a GLU and of gates are not written, and means would no longer be those of trained
+/// neurons.
+pub(super) fn check_refinable(is_glu: bool, has_mean: bool, gate: Gate) -> Result<()> {
     if is_glu {
         return Err(Error::argument("refine", "ffn", "a plain FFN", "a GLU"));
     }
     if has_mean {
         return Err(Error::argument("refine", "compensation", "`linear` or `none`", "`mean`"));
+    }
+    if gate != Gate::One {
+        return Err(Error::argument("refine", "gate", "1 for every expert", format!("{gate:?}")));
     }
     Ok(())
 }

@@ -38,7 +38,8 @@ pub enum ThresholdTarget {
 ///
 /// # Errors
 /// When the folder is not converted, the target is out of range or needs a text, one τ is asked for
-/// layers with different numbers of experts, the text does not fit the model, or the device refuses.
+/// layers with different experts or kinds of rules, the text has no token or does not fit the model,
+/// or the device refuses.
 pub fn retune_model<B: Backend>(
     encoder: &Encoder<B>,
     folder: &Folder,
@@ -51,6 +52,7 @@ pub fn retune_model<B: Backend>(
     let mut calibration = None;
     match (text, target) {
         (Some(text), _) => {
+            check_text("retune", &text)?;
             let sample = spread(text.sequences, STATISTICS_TOKENS);
             let num_tokens = sample.iter().map(|sequence| sequence.len()).sum();
             calibration = Some(Calibration { file_name: text.name.into(), num_tokens });
@@ -82,11 +84,22 @@ pub fn retune_model<B: Backend>(
     Ok(moefy)
 }
 
+/// Nothing can be fitted to a text without tokens.
+pub(super) fn check_text(op: &'static str, text: &CalibrationText<'_>) -> Result<()> {
+    match text.sequences.iter().any(|sequence| !sequence.is_empty()) {
+        true => Ok(()),
+        false => Err(Error::argument(op, "text", "of at least one token", "an empty one")),
+    }
+}
+
 /// What a converted folder says about itself, and its layers.
 pub(super) fn converted_layers(folder: &Folder) -> Result<(MoefyConfig, Vec<ConvertedLayer>)> {
     let Some(moefy) = folder.moefy() else {
         return Err(Error::file(folder.path(), "is not a converted model"));
     };
+    if moefy.layers.is_empty() {
+        return Err(Error::file(folder.path(), "has no converted layer"));
+    }
     let mut layers = Vec::new();
     for record in &moefy.layers {
         if let Ffn::Moe(ffn) = folder.ffn(record.layer)? {
@@ -148,16 +161,23 @@ fn one_for_all<B: Backend>(
     layers: &[ConvertedLayer],
     mut routed: Routed,
 ) -> Result<Routed> {
-    let partition = &layers[0].partition;
-    let num_experts = partition.num_experts();
-    if let Some(other) = layers.iter().find(|l| l.partition.num_experts() != num_experts) {
-        let expected = "`layer` where layers differ in their number of experts";
-        let got =
-            format!("`global` for {num_experts} and {} experts", other.partition.num_experts());
+    // Scores of all layers are compared, and experts of all count the same.
+    let kind_of = |layer: &ConvertedLayer| {
+        let experts = [layer.partition.num_experts(), layer.partition.expert_width()];
+        (experts, SelectionMethod::from(layer.selection.rule))
+    };
+    let ([num_experts, width], method) = kind_of(&layers[0]);
+    if let Some(other) = layers.iter().find(|layer| kind_of(layer) != kind_of(&layers[0])) {
+        let expected = "`layer` where layers differ in their experts or in the kind of their rule";
+        let ([experts, of_width], other) = kind_of(other);
+        let got = format!(
+            "`global` for {num_experts} experts of {width} neurons by {} and {experts} of {of_width} by {}",
+            method.name(),
+            other.name()
+        );
         return Err(Error::argument("convert", "scope of the threshold", expected, got));
     }
-    let mean_k = partition.mean_k(density);
-    let method = SelectionMethod::from(layers[0].selection.rule);
+    let mean_k = layers[0].partition.mean_k(density);
     for round in 1..=MAX_ROUNDS {
         watch.step("threshold", round, MAX_ROUNDS)?;
         let shared = method.rule(&routed.scores, num_experts, mean_k);

@@ -17,8 +17,8 @@ pub fn of_pairs(
     norms.clear();
     norms.extend(index.ids()[index.all()].iter().map(|&token| {
         let max = row(token).iter().fold(f32::NEG_INFINITY, |max, &r| max.max(r));
-        let sum = row(token).iter().map(|&r| exp(r, max)).sum();
-        (max, if gate == Gate::Softmax { sum } else { 0.0 })
+        let of_all = || row(token).iter().map(|&r| exp(r, max)).sum();
+        (max, if gate == Gate::Softmax { of_all() } else { 0.0 })
     }));
     if gate == Gate::Renormalised {
         for expert in 0..num_experts {

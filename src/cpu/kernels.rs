@@ -346,4 +346,14 @@ impl<'a> SharedMut<'a> {
         // SAFETY: inside the slice, and the caller's alone.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
     }
+
+    /// A part of the slice that several tasks may read.
+    ///
+    /// # Safety
+    /// No task writes it any more.
+    pub unsafe fn read(self, range: Range<usize>) -> &'a [f32] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: inside the slice, and only read.
+        unsafe { std::slice::from_raw_parts(self.data.add(range.start), range.len()) }
+    }
 }

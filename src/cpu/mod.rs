@@ -30,12 +30,13 @@ pub use workspace::Workspace;
 
 use crate::error::{Error, Result};
 
-/// More tokens than this run one batch after another, which bounds the workspace.
+/// More tokens than this run through experts one batch after another, which bounds their workspace; the
+/// router's grows with the tokens.
 const TOKENS_AT_ONCE: usize = 1024;
 
 /// T of x \[T, d_model\].
 fn tokens_of(op: &'static str, x: &[f32], d_model: usize) -> Result<usize> {
-    if x.len().is_multiple_of(d_model) {
+    if d_model > 0 && x.len().is_multiple_of(d_model) {
         return Ok(x.len() / d_model);
     }
     let expected = format!("a whole number of tokens of {d_model} values");

@@ -101,7 +101,8 @@ impl MoeFfn {
     /// Bytes of the weights, biases, router and compensation.
     pub fn weight_bytes(&self) -> usize {
         let parts: usize = self.parts.iter().map(Neurons::bytes).sum();
-        parts + self.router.bytes() + size_of_val(self.bias.as_slice())
+        let biases = size_of_val(&self.bias[..]) + size_of_val(&self.dense_bias[..]);
+        parts + self.router.bytes() + biases
     }
 
     /// x \[T, d_model\] → r \[T, E\].

@@ -224,7 +224,7 @@ pub fn run(
             }
             let rows = piece.rows.len();
             // SAFETY: nobody writes hidden values any more.
-            let h = unsafe { hidden.part(piece.hidden + first * rows..piece.hidden + end * rows) };
+            let h = unsafe { hidden.read(piece.hidden + first * rows..piece.hidden + end * rows) };
             Arch::new().dispatch(Accumulate {
                 y,
                 d: d_model,

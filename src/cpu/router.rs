@@ -95,12 +95,12 @@ impl Router {
 /// The scores r \[T, E\] of x \[T, d_model\], without an FFN around the router.
 ///
 /// # Errors
-/// When x is not whole tokens.
+/// When x is not whole tokens, or the router's weights are not for tokens of this width or not finite.
 pub fn router_scores(router: &ffn::Router, x: &[f32], d_model: usize) -> Result<Vec<f32>> {
     let num_tokens = tokens_of("router_scores", x, d_model)?;
+    let num_experts = router.num_experts();
+    router.check(num_experts, d_model)?;
     let router = Router::new(router, d_model);
-    let width = router.hidden.as_ref().map_or(d_model, |(_, width, _)| *width);
-    let num_experts = router.output.as_slice().len() / width;
     let ids: Vec<u32> = (0..num_tokens as u32).collect();
     let mut scores = vec![0.0; num_tokens * num_experts];
     if num_tokens > 0 {
@@ -142,12 +142,12 @@ fn layer(
     }
 }
 
-/// 1/‖x‖, or 0 for the zero vector.
-fn inverse_norm(x: &[f32]) -> f32 {
+/// 1/‖x‖, or 0 for the zero vector; of the shortest vectors it is no f32.
+fn inverse_norm(x: &[f32]) -> f64 {
     let square: f64 = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-    if square > 0.0 { square.sqrt().recip() as f32 } else { 0.0 }
+    if square > 0.0 { square.sqrt().recip() } else { 0.0 }
 }
 
-fn scale(values: &mut [f32], factor: f32) {
-    values.iter_mut().for_each(|v| *v *= factor);
+fn scale(values: &mut [f32], factor: f64) {
+    values.iter_mut().for_each(|v| *v = (f64::from(*v) * factor) as f32);
 }

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
-    /// max(0, z)
+    /// max(0, z); 0 for NaN
     Relu,
     /// z/2 · (1 + erf(z/√2)), the exact GELU
     Gelu,
@@ -39,7 +39,8 @@ impl Activation {
                 return Err(Error::argument(
                     "ffn",
                     "activation",
-                    "one of relu, gelu, gelu_new, gelu_pytorch_tanh, silu, linear",
+                    "one of relu, gelu, gelu_python, gelu_new, gelu_fast, gelu_pytorch_tanh, silu, swish, \
+                     linear, identity",
                     format!("`{other}`"),
                 ));
             }

@@ -10,7 +10,8 @@ pub enum Compensation {
     /// added once per token. With all experts selected the layer is still the dense FFN.
     Mean {
         /// μ \[d_ff\] in expert order: the mean activation over the calibration tokens that skip
-        /// the neuron's expert; 0 for shared neurons.
+        /// the neuron's expert; 0 for shared neurons. Which tokens skip is as it was when the layer
+        /// was converted: a threshold that all layers share is found afterwards.
         mean: Tensor,
     },
     /// y gains U (V x) + c: a low-rank regression on what selection skips. With all experts

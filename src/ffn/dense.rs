@@ -69,10 +69,6 @@ impl DenseFfn {
             )),
             _ => Ok(()),
         };
-        if d_ff == 0 || d_model == 0 {
-            let got = format!("[{d_ff}, {d_model}]");
-            return Err(Error::argument("ffn", "input weight", "a matrix without zero sizes", got));
-        }
         if tensors.gate.is_none() && tensors.gate_bias.is_some() {
             return Err(Error::argument(
                 "ffn",
@@ -116,7 +112,7 @@ impl DenseFfn {
     /// `b_out` \[d_model\].
     ///
     /// # Errors
-    /// When shapes or dtypes do not fit together, or a value is NaN or infinite.
+    /// When shapes or dtypes do not fit together, a size is zero, or a value is NaN or infinite.
     pub fn from_neuron_major(
         activation: Activation,
         glu: bool,
@@ -126,6 +122,11 @@ impl DenseFfn {
         b_out: Option<Tensor>,
     ) -> Result<Self> {
         let [d_ff, d_model] = w_out.shape();
+        if d_ff == 0 || d_model == 0 {
+            let expected = "of at least one neuron and a token width of at least 1";
+            let got = format!("d_ff = {d_ff} and d_model = {d_model}");
+            return Err(Error::argument("ffn", "weights", expected, got));
+        }
         let rows = if glu { 2 * d_ff } else { d_ff };
         let named = [
             ("input weight", Some(&w_in), [rows, d_model]),

@@ -71,6 +71,15 @@ impl Router {
         Ok(())
     }
 
+    /// E.
+    pub fn num_experts(&self) -> usize {
+        match self {
+            Self::Linear { w: t } | Self::Mlp { w2: t, .. } | Self::Centroid { centroids: t } => {
+                t.shape()[0]
+            }
+        }
+    }
+
     /// Element format of the weights.
     pub fn dtype(&self) -> DType {
         match self {

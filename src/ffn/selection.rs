@@ -1,12 +1,14 @@
 //! Selection rules as data: which experts run, given their scores.
 
+use serde::de::Error as _;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
 /// How a row of scores becomes a set of experts.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum SelectionRule {
     /// The `k` largest scores; of equal ones the lower expert id first.
     TopK {
@@ -27,14 +29,26 @@ pub enum SelectionRule {
 }
 
 /// A rule and an optional cap.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Selection {
     /// The rule.
     #[serde(flatten)]
     pub rule: SelectionRule,
     /// At most this many experts: the best of those that the rule selects.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub max_experts: Option<usize>,
+}
+
+/// By hand, because what serde derives for a flattened rule takes unknown keys and second rules.
+impl<'de> Deserialize<'de> for Selection {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut keys = Map::deserialize(deserializer)?;
+        let max_experts = keys.remove("max_experts").map_or(Ok(None), serde_json::from_value);
+        let rule = serde_json::from_value(Value::Object(keys));
+        let (rule, max_experts) =
+            rule.and_then(|rule| Ok((rule, max_experts?))).map_err(D::Error::custom)?;
+        Ok(Self { rule, max_experts })
+    }
 }
 
 impl Selection {

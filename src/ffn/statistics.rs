@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 /// Mean share of the experts that at least one token of a block of n consecutive tokens selects
 /// (U_n), over all full blocks of the sample.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct UnionShares {
     /// U_8.
     pub u8: f64,
@@ -18,6 +19,7 @@ pub struct UnionShares {
 
 /// Routing of one layer over a sample of tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RoutingStatistics {
     /// Tokens in the sample.
     pub num_tokens: usize,

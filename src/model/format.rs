@@ -243,6 +243,9 @@ impl LayerConfig {
                 let got = statistics.hotness.len();
                 Err(Error::argument("statistics", "hotness", expected, got))
             }
+            Some(statistics) if !(0.0..=1.0).contains(&statistics.density) => {
+                Err(Error::argument("statistics", "density", "between 0 and 1", statistics.density))
+            }
             _ => Ok(()),
         }
     }

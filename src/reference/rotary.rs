@@ -4,7 +4,7 @@
 /// x \[T, num_heads · d_head\] → the same.
 pub fn rotary(x: &[f64], position_ids: &[u32], d_head: usize, base: f64) -> Vec<f64> {
     let half = d_head / 2;
-    let width = x.len() / position_ids.len().max(1);
+    let width = (x.len() / position_ids.len().max(1)).max(1);
     let mut y = x.to_vec();
     for (token, &position) in y.chunks_exact_mut(width).zip(position_ids) {
         for head in token.chunks_exact_mut(d_head) {
@@ -32,5 +32,6 @@ mod tests {
         assert!((y[0] - cosine).abs() < 1e-12 && (y[2] - sine).abs() < 1e-12);
         assert!((y[1] - 0.01f64.cos()).abs() < 1e-12 && (y[3] - 0.01f64.sin()).abs() < 1e-12);
         assert_eq!(rotary(&[1.0, 2.0], &[0], 2, 10_000.0), [1.0, 2.0]);
+        assert!(rotary(&[], &[], 4, 10_000.0).is_empty());
     }
 }

@@ -45,5 +45,5 @@ fn matvec(w: &[f64], x: &[f64]) -> Vec<f64> {
 /// x/‖x‖, or zero for the zero vector.
 fn unit(x: &[f64]) -> Vec<f64> {
     let norm = dot(x, x).sqrt();
-    x.iter().map(|v| if norm > 0.0 { v / norm } else { 0.0 }).collect()
+    x.iter().map(|v| if norm == 0.0 { 0.0 } else { v / norm }).collect()
 }

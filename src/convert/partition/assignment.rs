@@ -10,8 +10,12 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// Finds labels \[R\] for `scores` \[R, C\], C = `prices.len()` a divisor of R, such that the total
-/// score is at least the best possible one minus R · `epsilon` (up to rounding in f64).
+/// A bid that raises a price by less could be lost in rounding, and an auction without an end.
+const LEAST_STEP: f64 = 1e-12;
+
+/// Finds labels \[R\] for finite `scores` \[R, C\], C = `prices.len()` a divisor of R, such that the
+/// total score is at least the best possible one minus R · ε (up to rounding in f64): ε is `epsilon`,
+/// or [`LEAST_STEP`] of the range of scores and prices where that is more.
 ///
 /// `prices` ≥ 0 are those of an earlier, similar problem, or zeros, and are left as this problem's:
 /// good ones save time and never cost quality.
@@ -23,7 +27,9 @@ pub(super) fn assign(scores: &[f32], prices: &mut [f64], epsilon: f64) -> Vec<u3
     }
     // Coarse rounds bring the prices close, so that fine rounds need few bids.
     let scores_range = range(scores.iter().map(|&score| f64::from(score)));
-    let mut step = (scores_range + range(prices.iter().copied())) / 8.0;
+    let all = scores_range + range(prices.iter().copied());
+    let epsilon = epsilon.max(all * LEAST_STEP);
+    let mut step = all / 8.0;
     while step > epsilon {
         auction(scores, prices, step);
         step /= 5.0;
@@ -144,6 +150,19 @@ mod tests {
                     check(&scores, &mut prices, epsilon);
                 }
             }
+        }
+    }
+
+    /// Prices are so high there that a bid of `epsilon` would not raise them.
+    #[test]
+    fn scores_of_any_size() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        for size in [1e-30, 1e7, 1e20, 1e38] {
+            let scores: Vec<f32> = (0..36).map(|_| rng.random_range(-size..size)).collect();
+            let labels = assign(&scores, &mut [0.0; 3], 1e-5);
+            let (got, best) = (total(&scores, 3, &labels), optimum(&scores, 3));
+            let allowed = 12.0 * f64::max(1e-5, 1e-11 * f64::from(size));
+            assert!(got >= best - allowed, "{size:e}: {got} is far below {best}");
         }
     }
 

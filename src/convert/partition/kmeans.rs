@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::assignment::assign;
 use crate::cpu::{Matrix, MatrixMut, gemm};
+use crate::error::{Error, Result};
 
 /// Rounds without progress before the search ends, and what counts as progress.
 const PATIENCE: usize = 5;
@@ -35,19 +36,29 @@ pub struct Clusters {
 /// plain k-means stops near where it started: on two layers of MiniLM (32 rows in 384 dimensions)
 /// this explains 7 % and 23 % more of the variance.
 ///
-/// # Panics
-/// When `rows` is not \[R, dim\] with R a positive multiple of `num_clusters`.
+/// # Errors
+/// When `rows` is not \[R, dim\] with R a positive multiple of `num_clusters`, or a row is so long, or
+/// so undefined, that squared distances from it are not finite.
 pub fn balanced_kmeans(
     rows: &[f32],
     dim: usize,
     num_clusters: usize,
     rng: &mut impl Rng,
-) -> Clusters {
-    let num_rows = rows.len() / dim;
-    let size = num_rows / num_clusters;
-    assert!(size > 0 && rows.len() == num_clusters * size * dim, "clusters of one size");
-    let own_share: Vec<f32> =
-        rows.par_chunks_exact(dim).map(|row| dot(row, row) / size as f32).collect();
+) -> Result<Clusters> {
+    let size = rows.len().checked_div(dim.saturating_mul(num_clusters)).unwrap_or(0);
+    if size == 0 || rows.len() != num_clusters * size * dim {
+        let expected = format!("a positive multiple of {num_clusters} rows of {dim} values");
+        let got = format!("{} values", rows.len());
+        return Err(Error::argument("balanced k-means", "rows", expected, got));
+    }
+    let num_rows = num_clusters * size;
+    let squares: Vec<f32> = rows.par_chunks_exact(dim).map(|row| dot(row, row)).collect();
+    // Two rows are at most twice as far apart as the longer one is long.
+    if let Some(row) = squares.iter().position(|square| !(square * 4.0).is_finite()) {
+        let got = format!("{:e} for row {row}", squares[row]);
+        return Err(Error::argument("balanced k-means", "rows", "of finite squared length", got));
+    }
+    let own_share: Vec<f32> = squares.iter().map(|square| square / size as f32).collect();
 
     let mut scores = vec![0.0; num_rows * num_clusters];
     let mut prices = vec![0.0; num_clusters];
@@ -81,7 +92,7 @@ pub fn balanced_kmeans(
             break;
         }
     }
-    best
+    Ok(best)
 }
 
 fn with_means(rows: &[f32], dim: usize, num_clusters: usize, labels: Vec<u32>) -> Clusters {

@@ -52,8 +52,9 @@ impl PartitionMethod {
 /// result depends on the weights, the arguments and the state of `rng` alone.
 ///
 /// # Errors
-/// When the method needs inputs and there are none, or a feature that is not built in, when `shared` names a neuron that does not exist or names one twice, or when `num_experts` is 0
-/// or does not divide the number of the other neurons.
+/// When the method needs inputs and there are none, or such large ones that sums over activations overflow, or a feature that is
+/// not built in, when `shared` names a neuron that does not exist or names one twice, or when `num_experts` is 0 or does not
+/// divide the number of the other neurons.
 pub fn partition(
     ffn: &DenseFfn,
     method: PartitionMethod,
@@ -80,21 +81,23 @@ pub fn partition(
         PartitionMethod::Random => random::random(routed.len(), num_experts, rng),
         PartitionMethod::Kmeans => {
             let rows = unit_input_rows(ffn, &routed);
-            balanced_kmeans(&rows, ffn.d_model(), num_experts, rng).labels
+            balanced_kmeans(&rows, ffn.d_model(), num_experts, rng)?.labels
         }
         PartitionMethod::Joint => {
             check_sample(method, inputs)?;
             let (d_model, width) = (ffn.d_model(), activations::PROJECTED);
             let weights = unit_input_rows(ffn, &routed);
             let mut projected = activations::projected(ffn, inputs, &routed, rng);
+            check_sums(&projected)?;
             projected.chunks_exact_mut(width).for_each(normalise);
             let pairs = weights.chunks_exact(d_model).zip(projected.chunks_exact(width));
             let rows: Vec<f32> = pairs.flat_map(|(w, a)| [w, a].concat()).collect();
-            balanced_kmeans(&rows, d_model + width, num_experts, rng).labels
+            balanced_kmeans(&rows, d_model + width, num_experts, rng)?.labels
         }
         PartitionMethod::Graph => {
             check_sample(method, inputs)?;
             let weights = activations::coactivation(ffn, inputs, &routed);
+            check_sums(&weights)?;
             graph::cut(&weights, num_experts, rng)?
         }
     };
@@ -110,6 +113,13 @@ fn check_sample(method: PartitionMethod, inputs: &[f32]) -> Result<()> {
     }
     let expected = format!("given for the method `{}`", method.name());
     Err(Error::argument("partition", "inputs", expected, "none"))
+}
+
+/// Sums over a sample's activations.
+fn check_sums(sums: &[f32]) -> Result<()> {
+    let Some(sum) = sums.iter().find(|sum| !sum.is_finite()) else { return Ok(()) };
+    let expected = "such that sums over the activations are finite";
+    Err(Error::argument("partition", "calibration inputs", expected, sum))
 }
 
 /// \[neurons, d_model\]; those of the gate for a GLU, whose rows come first in w_in.

@@ -72,11 +72,11 @@ pub(super) struct Trace {
 
 impl Trained {
     /// # Errors
-    /// For a GLU, and for a mean compensation.
+    /// For a GLU, a mean compensation, and gates.
     pub(super) fn new(moe: MoeFfn) -> Result<Self> {
         let neurons = moe.neurons();
         let has_mean = matches!(moe.compensation(), Some(Compensation::Mean { .. }));
-        check_refinable(neurons.is_glu(), has_mean)?;
+        check_refinable(neurons.is_glu(), has_mean, moe.gate())?;
         let values = |tensor: Option<&Tensor>, len: usize| {
             tensor.map_or_else(|| vec![0.0; len], |tensor| tensor.to_f32().into_owned())
         };

@@ -24,7 +24,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::model::{CalibrationText, Progress, Watch, dense_ffn};
-use super::thresholds::{ThresholdTarget, set_thresholds};
+use super::thresholds::{ThresholdTarget, check_text, set_thresholds};
 use super::{ConvertOptions, STATISTICS_TOKENS};
 use crate::cpu::Cpu;
 use crate::error::{Error, Result};
@@ -51,8 +51,8 @@ const WARM_UP_STEPS: usize = 50;
 /// `encoder` is the dense model. In memory are the hidden values of one batch in every layer.
 ///
 /// # Errors
-/// When an FFN is a GLU or has a mean compensation, a layer is not converted, the text does not fit
-/// the model, or the loss is not finite.
+/// When an FFN is a GLU or has a mean compensation or gates, a layer is not converted, the text has no
+/// token or does not fit the model, or the loss is not finite.
 pub fn refine_model(
     mut encoder: Encoder<Cpu>,
     folder: &Folder,
@@ -63,6 +63,7 @@ pub fn refine_model(
     interrupted: &AtomicBool,
 ) -> Result<()> {
     let watch = Watch { progress, interrupted };
+    check_text("refine", &text)?;
     if conversion.layers.len() != encoder.num_layers() {
         let expected = format!("all {} layers converted", encoder.num_layers());
         return Err(Error::argument("refine", "conversion", expected, conversion.layers.len()));
