@@ -10,6 +10,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bundle=${1:-gpu-bundle}
+target=${CARGO_TARGET_DIR:-target}
+if [ -e "$bundle" ] && [ ! -e "$bundle/run.sh" ] && [ -n "$(ls -A "$bundle")" ]; then
+  echo "error: $bundle is no bundle and would be replaced: name another folder" >&2
+  exit 1
+fi
 max_bytes=$((60 << 20))
 
 export MOEFY_REQUIRE_NVCC=1
@@ -19,13 +24,13 @@ gpu_tests=$(cargo test "${flags[@]}" --test gpu --no-run --message-format json |
   python3 -c 'import json, sys
 lines = map(json.loads, sys.stdin)
 print([line["executable"] for line in lines if line.get("target", {}).get("name") == "gpu" and line.get("executable")][-1])')
-moefy=target/release/moefy
+moefy=$target/release/moefy
 
 files=$(mktemp -d)
 trap 'rm -rf "$files"' EXIT
 strip -o "$files/gpu-tests" "$gpu_tests"
 strip -o "$files/moefy" "$moefy"
-strip -o "$files/engine" target/release/examples/engine
+strip -o "$files/engine" "$target/release/examples/engine"
 model=${MOEFY_MODEL:-}
 if [ -z "$model" ]; then
   model=$files/converted

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What can go wrong. Nothing in the crate panics on bad input.
-#[derive(Debug, thiserror::Error)]
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// An argument of a function or an option of a command has a value that cannot work.
@@ -23,7 +23,7 @@ pub enum Error {
         got: String,
     },
     /// A tensor in a file is missing, or is not what the model's config promises.
-    #[error("{}: tensor `{tensor}`: expected {expected}, got {got}", file.display())]
+    #[error("{}: tensor `{tensor}`: expected {expected}, got {got}", shown(file))]
     Tensor {
         /// The file that holds, or should hold, the tensor.
         file: PathBuf,
@@ -35,7 +35,7 @@ pub enum Error {
         got: String,
     },
     /// A file or folder is not what it should be. `problem` is the rest of the sentence.
-    #[error("{}: {problem}", file.display())]
+    #[error("{}: {problem}", shown(file))]
     File {
         /// The file or folder.
         file: PathBuf,
@@ -43,7 +43,7 @@ pub enum Error {
         problem: String,
     },
     /// The operating system refused.
-    #[error("cannot {doing} {}: {source}", file.display())]
+    #[error("cannot {doing} {}: {source}", shown(file))]
     Io {
         /// Verb phrase: "read", "create", …
         doing: &'static str,
@@ -116,6 +116,17 @@ impl Error {
     }
 }
 
+/// The sentence, for a `main` or an `unwrap` that shows an error so.
+impl std::fmt::Debug for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
+fn shown(path: &Path) -> String {
+    one_line(path.display().to_string())
+}
+
 /// Names and values that come from files may hold line breaks and other control characters; an
 /// error is one line all the same.
 fn one_line(text: String) -> String {
@@ -135,5 +146,8 @@ mod tests {
     fn an_error_is_one_line() {
         let error = Error::file(Path::new("config.json"), "unknown variant `mea\n`");
         assert_eq!(error.to_string(), "config.json: unknown variant `mea\\n`");
+        let error = Error::io("read", Path::new("a\nb"))(std::io::ErrorKind::NotFound.into());
+        assert!(error.to_string().starts_with("cannot read a\\nb: "), "{error}");
+        assert_eq!(format!("{error:?}"), error.to_string());
     }
 }

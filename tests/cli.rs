@@ -212,8 +212,9 @@ fn every_layer_can_have_a_rank_of_its_own() {
     let arguments = CONVERT.replacen("OUT", "out", 1) + " --calibration text";
     for (options, words) in [
         ("--compensation linear --rank 3,5,7", ["ranks", "2 layers"]),
-        ("--compensation linear --rank 3,0", ["ranks", "at least 1"]),
-        ("--rank 3,5", ["ranks", "linear"]),
+        ("--compensation linear --rank 3,0", ["rank", "between 1 and 32"]),
+        ("--compensation linear --rank 33", ["rank", "between 1 and 32"]),
+        ("--rank 3,5", ["--rank", "--compensation linear"]),
     ] {
         scene.refuses(&format!("{arguments} {options}"), &words);
     }
@@ -334,7 +335,7 @@ fn bad_input_is_one_sentence_and_leaves_nothing() {
     scene.refuses("inspect dense --device cuda", &["--device", "--text"]);
     scene.refuses("check dense", &["no GPU can be used"]);
     scene.refuses("eval dense --text text --max-tokens 1", &["--max-tokens"]);
-    scene.refuses("eval dense --sts text", &["row 1"]);
+    scene.refuses("eval dense --sts text", &["line 1"]);
     scene.refuses("restore dense out", &["dense"]);
     scene.refuses("retune dense out --rel-threshold 0.5", &["dense"]);
     scene.convert("moe", "");
@@ -495,4 +496,89 @@ fn an_interrupted_conversion_leaves_nothing() {
     assert!(signalled.unwrap().success());
     assert_eq!(child.wait().unwrap().code(), Some(1));
     assert_eq!(scene.listing(), before);
+}
+
+/// What a command would do in vain, or to no effect, is said before it begins.
+#[test]
+fn options_without_effect_are_refused() {
+    let scene = Scene::new();
+    scene.convert("moe", "");
+    let convert = format!("{} --calibration text", CONVERT.replacen("OUT", "out", 1));
+    for (more, words) in [
+        ("--router centroid --router-hidden 8", ["--router-hidden", "--router d2dmoe"]),
+        ("--explain --json", ["--explain", "without --json"]),
+        ("--router-hidden 100000000", ["hidden units", "65536"]),
+    ] {
+        scene.refuses(&format!("{convert} {more}"), &words);
+    }
+    scene.refuses("inspect dense --text text", &["dense", "--text"]);
+    scene.refuses("inspect dense --svg use.svg", &["dense", "--svg"]);
+    scene.refuses("embed dense --dtype f32 word", &["--dtype", "--device cuda"]);
+    scene.refuses("eval moe --text text --no-tuning", &["--no-tuning", "--device cuda"]);
+    for wrong in [
+        "retune moe out --rel-threshold 0.5 --threshold-scope layer",
+        &format!("{convert} --shared-by frequency"),
+    ] {
+        scene.moefy(wrong).assert().code(2);
+    }
+    // Everything that is read later is looked at first.
+    scene.refuses("eval moe missing --text text", &["missing"]);
+    scene.refuses("eval moe --text text --sts missing", &["missing"]);
+    scene.refuses("eval moe --text text --sweep --svg missing/x.svg", &["missing/x.svg"]);
+}
+
+/// A model that was refined is no dense original.
+#[test]
+fn a_refined_model_is_no_reference() {
+    let scene = Scene::new();
+    scene.convert("refined", "--refine 64");
+    scene.refuses("eval refined --text text", &["refined", "the reference"]);
+    for command in [
+        "eval refined --reference refined --text text",
+        "retune refined out --max-error 0.5 --calibration text --reference refined",
+    ] {
+        scene.refuses(command, &["refined", "no dense original"]);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn places_where_nothing_can_be_written() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    let scene = Scene::new();
+    scene.convert("moe", "");
+    std::os::unix::fs::symlink("nowhere", scene.path("link")).unwrap();
+    fs::create_dir(scene.path("empty")).unwrap();
+    scene.refuses("retune moe link --rel-threshold 0.5", &["link", "leads nowhere"]);
+    let here = |command: &str| {
+        let mut command = scene.moefy(command);
+        command.current_dir(scene.path("empty"));
+        command.assert().code(1).get_output().stderr.clone()
+    };
+    let error = String::from_utf8(here("retune ../moe . --rel-threshold 0.5")).unwrap();
+    assert!(error.contains("the current folder"), "{error}");
+    assert_eq!(fs::read_dir(scene.path("empty")).unwrap().count(), 0);
+
+    // What was printed into nothing is no success.
+    if let Ok(full) = fs::OpenOptions::new().write(true).open("/dev/full") {
+        let program = assert_cmd::cargo::cargo_bin("moefy");
+        let mut inspect = std::process::Command::new(program);
+        inspect.args(["inspect", "moe"]).current_dir(scene.path("")).stdout(full);
+        let output = inspect.output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(error.starts_with("error: cannot write to standard output: "), "{error}");
+    }
+
+    // Names of files need not be UTF-8, but JSON is.
+    let odd = scene.0.path().join(OsStr::from_bytes(b"m\xff"));
+    fs::rename(scene.path("moe"), &odd).unwrap();
+    for command in ["inspect", "eval --text text"] {
+        let mut command = scene.moefy(command);
+        let output = command.arg(&odd).arg("--json").assert().success().get_output().stdout.clone();
+        let value: Value = serde_json::from_slice(&output).unwrap();
+        assert!(value["model"].as_str().unwrap().ends_with("m\u{fffd}"), "{value}");
+    }
 }

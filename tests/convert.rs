@@ -123,7 +123,7 @@ fn what_cannot_work_is_refused_in_one_sentence() {
         (
             &inputs,
             ConvertOptions { router: router(0, 1), ..good.clone() },
-            "hidden must be at least",
+            "hidden units of the router must be between 1 and 65536, got 0",
         ),
         (
             &inputs,

@@ -154,9 +154,14 @@ fn a_method_that_looks_at_activations_needs_inputs() {
 fn bad_arguments_are_refused() {
     let ffn = dense(4, 12, false, DType::F32, 0);
     for (num_experts, shared, expected) in [
-        (0, vec![], "num_experts must be a divisor of the 12 routed neurons, got 0"),
-        (5, vec![], "num_experts must be a divisor of the 12 routed neurons, got 5"),
-        (3, vec![0], "num_experts must be a divisor of the 11 routed neurons, got 3"),
+        (0, vec![], "num_experts must be a divisor of the 12 routed neurons, such as 1, got 0"),
+        (
+            5,
+            vec![],
+            "num_experts must be a divisor of the 12 routed neurons, such as 4 or 6, got 5",
+        ),
+        (3, vec![0], "a divisor of the 11 routed neurons, such as 1 or 11, got 3"),
+        (usize::MAX, vec![], "such as 12, got"),
         (2, vec![3, 3], "shared must be different neurons below d_ff = 12, got 3"),
         (2, vec![0, 12], "shared must be different neurons below d_ff = 12, got 12"),
         (1, (0..12).collect(), "shared must be less than d_ff = 12, got 12"),

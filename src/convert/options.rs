@@ -119,6 +119,9 @@ impl ThresholdScope {
     }
 }
 
+/// A router as wide costs more than any FFN of today.
+const MAX_ROUTER_HIDDEN: usize = 1 << 16;
+
 /// How to turn dense FFNs into mixtures of experts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConvertOptions {
@@ -180,24 +183,33 @@ impl ConvertOptions {
     ///
     /// # Errors
     /// When `num_experts` is 0 or does not divide d_ff − `shared`, when the density is outside
-    /// (0, 1] or below one expert per token, when the router has no width or no epoch, when a linear
-    /// compensation has no rank, or when the layer to be refined is a GLU or has a mean compensation.
+    /// (0, 1] or below one expert per token, when the router has no epoch, or a width that is not between 1
+    /// and 65,536, when the rank of a linear compensation is not between 1 and d_model, or when the layer to be refined
+    /// is a GLU or has a mean compensation.
     pub fn check(&self, ffn: &DenseFfn) -> Result<()> {
         let width = Partition::width_of_experts(ffn.d_ff(), self.num_experts, self.shared)?;
         check_density(self.density, ffn.d_ff(), self.shared + width)?;
-        let (hidden, epochs) = match self.router {
-            RouterMethod::D2dMoe { hidden, epochs } => (hidden, epochs),
-            RouterMethod::Moefication { epochs } => (1, epochs),
-            RouterMethod::Centroid => (1, 1),
-        };
-        let rank = match self.compensation {
-            CompensationMethod::Linear { rank } => rank,
-            _ => 1,
-        };
-        for (name, value) in [("hidden", hidden), ("epochs", epochs), ("rank", rank)] {
-            if value == 0 {
-                return Err(Error::argument("convert", name, "at least 1", value));
+        let check = |name, most: usize, value: usize| {
+            let expected = match most {
+                usize::MAX => "at least 1".into(),
+                _ => format!("between 1 and {most}"),
+            };
+            match (1..=most).contains(&value) {
+                true => Ok(()),
+                false => Err(Error::argument("convert", name, expected, value)),
             }
+        };
+        match self.router {
+            RouterMethod::D2dMoe { hidden, epochs } => {
+                check("hidden units of the router", MAX_ROUTER_HIDDEN, hidden)?;
+                check("epochs", usize::MAX, epochs)?;
+            }
+            RouterMethod::Moefication { epochs } => check("epochs", usize::MAX, epochs)?,
+            RouterMethod::Centroid => {}
+        }
+        if let CompensationMethod::Linear { rank } = self.compensation {
+            let ranks = if self.ranks.is_empty() { &[rank][..] } else { &self.ranks };
+            ranks.iter().try_for_each(|&rank| check("rank", ffn.d_model(), rank))?;
         }
         if self.refine_tokens > 0 {
             let is_mean = self.compensation == CompensationMethod::Mean;

@@ -54,7 +54,13 @@ impl Partition {
             Error::argument("partition", "shared", format!("less than d_ff = {d_ff}"), shared)
         })?;
         if num_experts == 0 || routed % num_experts != 0 {
-            let expected = format!("a divisor of the {routed} routed neurons");
+            let divides = |&n: &usize| routed.is_multiple_of(n);
+            let below = (1..num_experts.min(routed + 1)).rev().find(divides);
+            let above = (num_experts.saturating_add(1)..=routed).find(divides);
+            let near: Vec<String> =
+                below.into_iter().chain(above).map(|near| near.to_string()).collect();
+            let near = near.join(" or ");
+            let expected = format!("a divisor of the {routed} routed neurons, such as {near}");
             return Err(Error::argument("partition", "num_experts", expected, num_experts));
         }
         Ok(routed / num_experts)

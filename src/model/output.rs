@@ -27,18 +27,31 @@ pub struct Output<'a> {
 }
 
 impl Output<'_> {
-    /// Checks the place before any work is done; writing checks it again.
+    /// Checks the place, and that what goes there from `source` can be read, before any work is done;
+    /// writing checks it again.
     ///
     /// # Errors
-    /// When `path` is a file, holds something that may not be replaced, or overlaps with `source`.
+    /// When `path` is a file, holds something that may not be replaced, overlaps with `source`, or is where
+    /// nothing can be written.
     pub fn check(&self, source: &Path) -> Result<()> {
-        self.target(source).map(drop)
+        Staging::new(source, *self)?;
+        for_each_carried(source, Path::new(""), &mut |carried| match carried {
+            Carried::Folder(_) => Ok(()),
+            Carried::File(name) => {
+                let path = source.join(name);
+                File::open(&path).map_err(Error::io("read", &path)).map(drop)
+            }
+        })
     }
 
     /// The place without links, and whether there is a model to replace.
     fn target(&self, source: &Path) -> Result<(PathBuf, bool)> {
         let (target, replaces) = match fs::canonicalize(self.path) {
             Ok(target) => (target.clone(), self.replaces(&target)?),
+            Err(_) if fs::symlink_metadata(self.path).is_ok() => {
+                let problem = "is a link that leads nowhere: remove it, or choose another place";
+                return Err(Error::file(self.path, problem));
+            }
             Err(_) => {
                 let (parent, name) = (self.path.parent(), self.path.file_name());
                 let name = name.ok_or_else(|| Error::file(self.path, "not a name for a folder"))?;
@@ -50,6 +63,15 @@ impl Output<'_> {
                 (parent.join(name), false)
             }
         };
+        if std::env::current_dir().is_ok_and(|here| here.starts_with(&target)) {
+            let problem =
+                "holds the current folder and cannot be replaced from there: change to another one";
+            return Err(Error::file(self.path, problem));
+        }
+        if is_mounted(&target) {
+            let problem = "is where a file system is mounted, which cannot be replaced: choose a folder in it";
+            return Err(Error::file(self.path, problem));
+        }
         let source = fs::canonicalize(source).map_err(Error::io("find", source))?;
         if target != source && (target.starts_with(&source) || source.starts_with(&target)) {
             let problem = format!("choose a place apart from the model {}", source.display());
@@ -69,7 +91,9 @@ impl Output<'_> {
             (true, _) => return Ok(false),
             (false, true) if model => return Ok(true),
             (false, true) => "is not overwritten, because it holds no config.json: not a model",
-            (false, false) => "exists already: choose another place, or allow overwriting",
+            (false, false) => {
+                "exists already: choose another place, or allow overwriting (--overwrite)"
+            }
         };
         Err(Error::file(self.path, problem))
     }
@@ -118,31 +142,11 @@ impl<'a> Staging<'a> {
     /// tokenizer, licence, model card, folders such as `1_Pooling`. Links to files become files;
     /// links to folders are left out, because they can be circular.
     pub fn carry_over(&self, source: &Path) -> Result<()> {
-        self.carry_over_below(source, Path::new(""))
-    }
-
-    fn carry_over_below(&self, source: &Path, below: &Path) -> Result<()> {
-        let top = below.as_os_str().is_empty();
-        let folder = source.join(below);
-        for entry in fs::read_dir(&folder).map_err(Error::io("read", &folder))? {
-            let entry = entry.map_err(Error::io("read", &folder))?;
-            let (path, name) = (entry.path(), below.join(entry.file_name()));
-            if is_clutter(&entry.file_name()) || (top && is_model_file(&path)) {
-                continue;
-            }
-            if entry.file_type().map_err(Error::io("read", &path))?.is_dir() {
-                if top && OTHER_EXPORTS.iter().any(|export| *export == entry.file_name()) {
-                    continue;
-                }
-                let created = self.folder.path().join(&name);
-                fs::create_dir(created)
-                    .map_err(Error::io("create", &self.output.path.join(&name)))?;
-                self.carry_over_below(source, &name)?;
-            } else if path.metadata().map_err(Error::io("read", &path))?.is_file() {
-                self.copy(source, &name)?;
-            }
-        }
-        Ok(())
+        for_each_carried(source, Path::new(""), &mut |carried| match carried {
+            Carried::Folder(name) => fs::create_dir(self.folder.path().join(name))
+                .map_err(Error::io("create", &self.output.path.join(name))),
+            Carried::File(name) => self.copy(source, name),
+        })
     }
 
     /// Puts the complete folder in its place.
@@ -172,6 +176,39 @@ impl<'a> Staging<'a> {
         let parent = target.parent().unwrap_or(&target);
         sync_folder(parent).map_err(failed())
     }
+}
+
+/// What a model brings along, by its path below the folder.
+enum Carried<'a> {
+    /// Before what is in it.
+    Folder(&'a Path),
+    File(&'a Path),
+}
+
+fn for_each_carried(
+    source: &Path,
+    below: &Path,
+    visit: &mut impl FnMut(Carried<'_>) -> Result<()>,
+) -> Result<()> {
+    let top = below.as_os_str().is_empty();
+    let folder = source.join(below);
+    for entry in fs::read_dir(&folder).map_err(Error::io("read", &folder))? {
+        let entry = entry.map_err(Error::io("read", &folder))?;
+        let (path, name) = (entry.path(), below.join(entry.file_name()));
+        if is_clutter(&entry.file_name()) || (top && is_model_file(&path)) {
+            continue;
+        }
+        if entry.file_type().map_err(Error::io("read", &path))?.is_dir() {
+            if top && OTHER_EXPORTS.iter().any(|export| *export == entry.file_name()) {
+                continue;
+            }
+            visit(Carried::Folder(&name))?;
+            for_each_carried(source, &name, visit)?;
+        } else if path.metadata().map_err(Error::io("read", &path))?.is_file() {
+            visit(Carried::File(&name))?;
+        }
+    }
+    Ok(())
 }
 
 /// One file under way.
@@ -222,6 +259,22 @@ fn sibling(target: &Path) -> std::io::Result<TempDir> {
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
     builder.tempdir_in(target.parent().unwrap_or(target))
+}
+
+/// Whether another file system than its parent's is there.
+fn is_mounted(folder: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let device = |path: &Path| fs::metadata(path).ok().map(|metadata| metadata.dev());
+        let parent = folder.parent().and_then(device);
+        device(folder).zip(parent).is_some_and(|(own, parent)| own != parent)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = folder;
+        false
+    }
 }
 
 /// Makes the names in a folder durable, where the system can.

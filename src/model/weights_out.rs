@@ -1,6 +1,7 @@
 //! Writing of weight files, one tensor at a time.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
 use safetensors::tensor::TensorInfo;
 use serde_json::{Map, Value, json};
@@ -44,11 +45,13 @@ pub(super) fn write_weights<'a>(
             match &tensor.content {
                 Content::Bytes(bytes) => writer.write(bytes)?,
                 Content::Rounded(elements, dtype) => {
-                    let rounded = elements.to_owned().to_dtype(*dtype);
-                    if let Some(([_, at], value)) = rounded.first_non_finite() {
-                        let got = format!("{value} at element {at}");
-                        let expected = format!("values that are finite in {dtype}");
-                        return Err(Error::argument("write", tensor.name, expected, got));
+                    let elements = elements.to_owned();
+                    let rounded = elements.to_dtype(*dtype);
+                    if let Some(([_, at], _)) = rounded.first_non_finite() {
+                        let got = format!("{} at element {at}", elements.to_f64()[at]);
+                        let expected = format!("values that {dtype} can hold");
+                        let file = Path::new(&shard.name);
+                        return Err(Error::tensor(file, tensor.name, expected, got));
                     }
                     writer.write(rounded.as_bytes())?;
                 }

@@ -1,10 +1,12 @@
 //! Lines as SVG: panels one below the other, with the lines' names beside them.
 
+use std::io::Write;
 use std::ops::Range;
 use std::path::Path;
 
 use moefy::{Error, Result};
 use plotters::prelude::*;
+use tempfile::NamedTempFile;
 
 const WIDTH: u32 = 860;
 const PANEL_HEIGHT: u32 = 480;
@@ -32,12 +34,34 @@ pub struct Axis {
     pub label: fn(f64) -> String,
 }
 
-/// Writes a picture.
+/// Writes a picture: the whole of it, or nothing.
 ///
 /// # Errors
 /// When the file cannot be written.
 pub fn write(path: &Path, svg: &str) -> Result<()> {
-    std::fs::write(path, svg).map_err(Error::io("write", path))
+    let mut picture = beside(path)?;
+    picture.write_all(svg.as_bytes()).map_err(Error::io("write", path))?;
+    picture.persist(path).map_err(|failed| Error::io("write", path)(failed.error)).map(drop)
+}
+
+/// Whether a picture can be written there: better now than after minutes of work.
+///
+/// # Errors
+/// When it cannot.
+pub fn check(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        return Err(Error::file(path, "is a folder: name a file for the picture"));
+    }
+    beside(path).map(drop)
+}
+
+/// A file of the same folder that is gone unless it takes the picture's name.
+fn beside(path: &Path) -> Result<NamedTempFile> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.tempfile_in(folder.unwrap_or(Path::new("."))).map_err(Error::io("write", path))
 }
 
 /// The panels as a picture, with the names of the first panel's lines.

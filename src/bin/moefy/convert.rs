@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use moefy::Result;
 use moefy::convert::{
     CalibrationText, CompensationMethod, ConvertOptions, PartitionMethod, RouterMethod,
     SelectionMethod, ThresholdScope, convert_model, refine_model,
 };
 use moefy::cpu::Cpu;
 use moefy::model::{Encoder, Folder, Output, write_moefied};
+use moefy::{Error, Result};
 
 use crate::explain::explain;
 use crate::progress::{Bar, interrupted};
@@ -27,23 +27,23 @@ pub struct Convert {
     /// Neurons per FFN that every token runs
     #[arg(long, value_name = "N", default_value_t = 0)]
     shared: usize,
-    /// Which neurons those are
-    #[arg(long, value_enum, default_value_t)]
-    shared_by: SharedBy,
+    /// Which neurons those are [default: strength]
+    #[arg(long, value_enum, requires = "shared")]
+    shared_by: Option<SharedBy>,
     /// How neurons become experts
     #[arg(long, value_enum, default_value_t)]
     partition: Partition,
     /// How experts are predicted
     #[arg(long, value_enum, default_value_t)]
     router: Router,
-    /// Width of a d2dmoe router
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    router_hidden: usize,
+    /// Width of a d2dmoe router [default: 128]
+    #[arg(long, value_name = "N")]
+    router_hidden: Option<usize>,
     /// Which experts run, given their predicted importance
     #[arg(long, value_enum, default_value_t)]
     selection: Selection,
     /// Share of the FFN neurons that a token should run on average
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     density: f64,
     /// What shares one threshold
     #[arg(long, value_enum, default_value_t)]
@@ -51,8 +51,8 @@ pub struct Convert {
     /// What stands in for skipped experts
     #[arg(long, value_enum, default_value_t)]
     compensation: Compensation,
-    /// Rank of a linear compensation; or ranks, one for each layer
-    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "32")]
+    /// Rank of a linear compensation; or ranks, one for each layer [default: 32]
+    #[arg(long, value_name = "N", value_delimiter = ',')]
     rank: Vec<usize>,
     /// Text to train and calibrate on, one text per line
     #[arg(long, value_name = "TEXT")]
@@ -153,6 +153,7 @@ impl From<Scope> for ThresholdScope {
 
 impl Convert {
     pub fn run(self, common: &Common) -> Result<()> {
+        self.check(common)?;
         let folder = Folder::open(&self.model)?;
         let output =
             Output { path: &self.out, overwrite: self.overwrite, interrupted: interrupted() };
@@ -174,17 +175,31 @@ impl Convert {
         write_moefied(&folder, &conversion, output)?;
         let converted = Folder::open(&self.out)?;
         inspect::show(&converted, common);
-        if self.explain && !common.json {
+        if self.explain {
             explain(&converted).iter().for_each(|line| output::line(&format!("\n{line}")));
         }
         Ok(())
+    }
+
+    /// Options that another one leaves without effect.
+    fn check(&self, common: &Common) -> Result<()> {
+        let unless = |option, given: bool, expected| match given {
+            true => Err(Error::argument("convert", option, expected, "it without")),
+            false => Ok(()),
+        };
+        let is_d2dmoe = matches!(self.router, Router::D2dmoe);
+        let is_linear = matches!(self.compensation, Compensation::Linear);
+        let has_width = self.router_hidden.is_some();
+        unless("--router-hidden", has_width && !is_d2dmoe, "given with --router d2dmoe")?;
+        unless("--rank", !self.rank.is_empty() && !is_linear, "given with --compensation linear")?;
+        unless("--explain", self.explain && common.json, "given without --json")
     }
 
     fn options(&self) -> ConvertOptions {
         ConvertOptions {
             num_experts: self.experts,
             shared: self.shared,
-            shared_by: match self.shared_by {
+            shared_by: match self.shared_by.unwrap_or_default() {
                 SharedBy::Strength => moefy::convert::SharedBy::Strength,
                 SharedBy::Frequency => moefy::convert::SharedBy::Frequency,
             },
@@ -196,7 +211,8 @@ impl Convert {
             },
             router: match self.router {
                 Router::D2dmoe => {
-                    RouterMethod::D2dMoe { hidden: self.router_hidden, epochs: self.epochs }
+                    let hidden = self.router_hidden.unwrap_or(128);
+                    RouterMethod::D2dMoe { hidden, epochs: self.epochs }
                 }
                 Router::Moefication => RouterMethod::Moefication { epochs: self.epochs },
                 Router::Centroid => RouterMethod::Centroid,
@@ -211,7 +227,9 @@ impl Convert {
             compensation: match self.compensation {
                 Compensation::None => CompensationMethod::None,
                 Compensation::Mean => CompensationMethod::Mean,
-                Compensation::Linear => CompensationMethod::Linear { rank: self.rank[0] },
+                Compensation::Linear => {
+                    CompensationMethod::Linear { rank: self.rank.first().copied().unwrap_or(32) }
+                }
             },
             ranks: if self.rank.len() > 1 { self.rank.clone() } else { Vec::new() },
             calibration_tokens: self.calibration_tokens,

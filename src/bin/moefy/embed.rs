@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use moefy::Result;
 use moefy::cpu::Cpu;
 use moefy::model::{Backend, Encoder, FfnRun, Folder, Tokenizer, embed};
+use moefy::{Error, Result};
 use serde::Serialize;
 
 use crate::text::read_lines;
@@ -17,7 +17,7 @@ pub struct Embed {
     /// The texts
     #[arg(required_unless_present = "text")]
     texts: Vec<String>,
-    /// A file with one text per line, instead of texts on the command line
+    /// A file with one text per line, instead of texts on the command line; blank lines are left out
     #[arg(long, value_name = "TEXT", conflicts_with = "texts")]
     text: Option<PathBuf>,
     #[command(flatten)]
@@ -32,6 +32,7 @@ struct Embedded<'a> {
 
 impl Embed {
     pub fn run(self, common: &Common) -> Result<()> {
+        self.place.check()?;
         match self.place.device {
             Device::Cpu => self.run_on(Cpu, common),
             Device::Cuda => self.run_on(self.place.gpu(common)?, common),
@@ -48,6 +49,13 @@ impl Embed {
         };
         let embeddings = embed(&encoder, &tokenizer.encode(&texts)?, FfnRun::Stored, None)?;
         let rows = texts.iter().zip(embeddings.chunks_exact(encoder.d_model()));
+        if let Some(row) = rows.clone().position(|(_, row)| !row.iter().all(|v| v.is_finite())) {
+            let problem = format!(
+                "gives numbers that are not finite for text {}: its weights are too large",
+                row + 1
+            );
+            return Err(Error::file(folder.path(), problem));
+        }
         if common.json {
             let rows = rows.map(|(text, embedding)| Embedded { text, embedding });
             output::json(&rows.collect::<Vec<_>>());

@@ -55,8 +55,9 @@ pub struct Eval {
 /// What `--json` prints.
 #[derive(Serialize)]
 struct Report {
+    #[serde(serialize_with = "as_text")]
     model: PathBuf,
-    reference: Option<PathBuf>,
+    reference: Option<String>,
     device: Device,
     threads: usize,
     num_tokens: Option<usize>,
@@ -67,6 +68,19 @@ struct Report {
     zero_ffn: Baseline,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     points: Vec<Point>,
+}
+
+/// JSON's strings are UTF-8.
+fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&output::path(path))
+}
+
+/// What is there before anything runs, so that what is wrong with it is said then.
+struct Inputs {
+    folders: Vec<Folder>,
+    reference: Option<Folder>,
+    text: Option<Vec<String>>,
+    pairs: Option<SentencePairs>,
 }
 
 #[derive(Clone, Serialize)]
@@ -104,16 +118,42 @@ struct Baseline {
 
 impl Eval {
     pub fn run(self, common: &Common) -> Result<()> {
+        self.place.check()?;
+        let inputs = self.inputs()?;
         match self.place.device {
-            Device::Cpu => self.run_on(&Cpu, common),
-            Device::Cuda => self.run_on(&self.place.gpu(common)?, common),
+            Device::Cpu => self.run_on(&Cpu, &inputs, common),
+            Device::Cuda => self.run_on(&self.place.gpu(common)?, &inputs, common),
         }
     }
 
-    fn run_on(&self, backend: &(impl Backend + Clone), common: &Common) -> Result<()> {
+    fn inputs(&self) -> Result<Inputs> {
+        let folders = self.models.iter().map(|model| Folder::open(model));
+        let folders = folders.collect::<Result<Vec<_>>>()?;
+        let is_refined = |folder: &&Folder| folder.moefy().is_some_and(MoefyConfig::is_refined);
+        if self.reference.is_none()
+            && let Some(folder) = folders.iter().find(is_refined)
+        {
+            return Err(Error::file(folder.path(), NEEDS_REFERENCE));
+        }
+        let inputs = Inputs {
+            folders,
+            reference: self.reference.as_deref().map(open_reference).transpose()?,
+            text: self.text.as_deref().map(read_lines).transpose()?,
+            pairs: self.sts.as_deref().map(SentencePairs::read).transpose()?,
+        };
+        self.svg.as_deref().map_or(Ok(()), chart::check)?;
+        Ok(inputs)
+    }
+
+    fn run_on(
+        &self,
+        backend: &(impl Backend + Clone),
+        inputs: &Inputs,
+        common: &Common,
+    ) -> Result<()> {
         let mut reports = Vec::new();
-        for model in &self.models {
-            let report = self.evaluate(backend, model, common)?;
+        for folder in &inputs.folders {
+            let report = self.evaluate(backend, folder, inputs, common)?;
             if !common.json {
                 report.print(self.models.len() > 1);
             }
@@ -133,56 +173,58 @@ impl Eval {
     fn evaluate(
         &self,
         backend: &(impl Backend + Clone),
-        model: &Path,
+        folder: &Folder,
+        inputs: &Inputs,
         common: &Common,
     ) -> Result<Report> {
-        let folder = Folder::open(model)?;
-        if self.reference.is_none() && folder.moefy().is_some_and(MoefyConfig::is_refined) {
-            return Err(Error::file(folder.path(), NEEDS_REFERENCE));
-        }
         let load = |folder: &Folder| Encoder::load(backend.clone(), folder);
-        let encoder = load(&folder)?;
-        let reference = self.reference.as_deref().map(Folder::open).transpose()?;
-        let reference = reference.as_ref().map(load).transpose()?;
+        let encoder = load(folder)?;
+        let reference = inputs.reference.as_ref().map(load).transpose()?;
         let costs = (0..folder.num_layers())
             .map(|layer| Ok(FfnCost::from(&folder.ffn(layer)?)))
             .collect::<Result<Vec<_>>>()?;
-        let tokenizer = Tokenizer::open(&folder, None)?;
+        let tokenizer = Tokenizer::open(folder, None)?;
 
         let dense = Variant {
             encoder: reference.as_ref().unwrap_or(&encoder),
             run: FfnRun::Dense,
             costs: &costs,
         };
-        let sweep = if self.sweep { sweep(&folder) } else { Vec::new() };
+        let sweep = if self.sweep { sweep(folder) } else { Vec::new() };
         let runs = [FfnRun::Stored, FfnRun::Zero].into_iter().chain(sweep.iter().copied());
         let runs: Vec<FfnRun> = runs.collect();
         let variants: Vec<_> =
             runs.iter().map(|&run| Variant { encoder: &encoder, run, costs: &costs }).collect();
 
         let bar = Bar::new(common.quiet);
-        let text = self.text.as_deref().map(|file| {
-            let sequences = self.sequences(file, &tokenizer)?;
+        let text = inputs.text.as_deref().map(|lines| {
+            let sequences = self.sequences(lines, &tokenizer)?;
             compare("evaluate the text", &dense, &variants, &sequences, &bar)
         });
         let text = text.transpose()?;
-        let sts = self.sts.as_deref().map(|file| {
-            let pairs = SentencePairs::read(file)?;
+        let sts = inputs.pairs.as_ref().map(|pairs| {
             let sentences: Vec<_> = pairs.first.iter().chain(&pairs.second).collect();
             let sequences = tokenizer.encode(&sentences)?;
             let ranked = compare("rank the sentence pairs", &dense, &variants, &sequences, &bar)?;
-            let sts = |outcome| Sts::new(outcome, &pairs, encoder.d_model());
+            let sts = |outcome| Sts::new(outcome, pairs, encoder.d_model());
             ranked.outcomes.iter().map(sts).collect()
         });
         let sts: Option<Vec<Sts>> = sts.transpose()?;
         drop(bar);
 
-        Ok(self.report(&folder, &sweep, text, sts))
+        let report = self.report(folder, &sweep, text, sts);
+        match report.point.hidden_error.is_none_or(f64::is_finite) {
+            true => Ok(report),
+            false => Err(Error::file(
+                folder.path(),
+                "gives hidden states that are not finite: its weights are too large",
+            )),
+        }
     }
 
-    /// As many texts of a file as fit into `max_tokens`.
-    fn sequences(&self, file: &Path, tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>> {
-        let mut sequences = tokenizer.encode(&read_lines(file)?)?;
+    /// As many lines as fit into `max_tokens`.
+    fn sequences(&self, lines: &[String], tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>> {
+        let mut sequences = tokenizer.encode(lines)?;
         let mut room = self.max_tokens;
         let texts = sequences.iter().take_while(|tokens| {
             let fits = tokens.len() <= room;
@@ -249,8 +291,20 @@ impl Eval {
             zero_ffn: baseline(2),
             points: points.collect(),
             model: folder.path().to_path_buf(),
-            reference: self.reference.clone(),
+            reference: self.reference.as_deref().map(output::path),
         }
+    }
+}
+
+/// A dense original.
+pub fn open_reference(path: &Path) -> Result<Folder> {
+    let folder = Folder::open(path)?;
+    match folder.moefy().is_some_and(MoefyConfig::is_refined) {
+        true => Err(Error::file(
+            path,
+            "was refined, so it is no dense original: name the model that it was converted from",
+        )),
+        false => Ok(folder),
     }
 }
 

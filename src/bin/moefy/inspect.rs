@@ -31,8 +31,13 @@ pub struct Inspect {
 
 impl Inspect {
     pub fn run(self, common: &Common) -> Result<()> {
+        self.place.check()?;
         let folder = Folder::open(&self.model)?;
         let mut moefy = folder.moefy().cloned();
+        self.svg.as_deref().map_or(Ok(()), chart::check)?;
+        if moefy.is_none() && self.text.is_some() {
+            return Err(Error::file(folder.path(), "is dense: no expert runs with --text"));
+        }
         match (&self.text, &mut moefy, self.place.device) {
             (Some(text), Some(moefy), Device::Cpu) => count(Cpu, &folder, text, moefy)?,
             (Some(text), Some(moefy), Device::Cuda) => {
@@ -44,9 +49,14 @@ impl Inspect {
             }
             _ => {}
         }
+        let layers = moefy.as_ref().map_or(&[][..], |moefy| &moefy.layers);
+        if self.svg.is_some() && layers.iter().all(|layer| layer.statistics.is_none()) {
+            let problem = "has no counts to draw with --svg: give a converted model a --text";
+            return Err(Error::file(folder.path(), problem));
+        }
         show_with(&folder, moefy.as_ref(), common);
         match &self.svg {
-            Some(file) => chart::write(file, &expert_use(moefy.as_ref())),
+            Some(file) => chart::write(file, &expert_use(layers)),
             None => Ok(()),
         }
     }
@@ -91,8 +101,7 @@ fn count(
 }
 
 /// The share of the tokens that run an expert, experts in descending order.
-fn expert_use(moefy: Option<&MoefyConfig>) -> String {
-    let layers = moefy.map_or(&[][..], |moefy| &moefy.layers);
+fn expert_use(layers: &[LayerConfig]) -> String {
     let line = |layer: &LayerConfig| {
         let statistics = layer.statistics.as_ref()?;
         let mut shares = statistics.hotness.clone();
@@ -132,7 +141,7 @@ fn show_with(folder: &Folder, moefy: Option<&MoefyConfig>, common: &Common) {
     let config = folder.config();
     if common.json {
         output::json(&json!({
-            "model": folder.path(),
+            "model": output::path(folder.path()),
             "num_layers": folder.num_layers(),
             "d_model": config.hidden_size,
             "d_ff": config.intermediate_size,

@@ -36,9 +36,10 @@ struct Cli {
 
 /// What every command takes.
 #[derive(Args)]
+#[command(next_help_heading = "Options of every command")]
 struct Common {
-    /// Threads to use [default: one per core]
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    /// Threads to use, at most 1024 [default: one per core]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// No progress bars
     #[arg(long, global = true)]
@@ -54,9 +55,9 @@ struct Place {
     /// Where to run
     #[arg(long, value_enum, default_value_t)]
     device: Device,
-    /// Type of weights and activations on a GPU: f16, bf16, f32; the CPU computes in f32
-    #[arg(long, value_name = "TYPE", value_parser = dtype, default_value = "f16")]
-    dtype: moefy::DType,
+    /// Type of weights and activations on a GPU: f16, bf16, f32 [default: f16]; the CPU computes in f32
+    #[arg(long, value_name = "TYPE", value_parser = dtype)]
+    dtype: Option<moefy::DType>,
     /// Leave what `moefy tune` measured on this GPU aside
     #[arg(long)]
     no_tuning: bool,
@@ -75,6 +76,18 @@ fn dtype(name: &str) -> Result<moefy::DType, String> {
 }
 
 impl Place {
+    /// What only a GPU knows is refused elsewhere.
+    fn check(&self) -> moefy::Result<()> {
+        let given = [("--dtype", self.dtype.is_some()), ("--no-tuning", self.no_tuning)];
+        match given.into_iter().find(|(_, is_given)| *is_given && self.device == Device::Cpu) {
+            Some((option, _)) => {
+                let expected = "given together with --device cuda";
+                Err(moefy::Error::argument("moefy", option, expected, "the CPU"))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// The GPU as a backend, with the function that the model has on a CPU.
     fn gpu(&self, common: &Common) -> moefy::Result<moefy::cuda::Gpu> {
         use moefy::cuda::{Fallback, Gpu, GpuOptions};
@@ -83,7 +96,8 @@ impl Place {
             tuning::apply(&mut device, common);
         }
         let options = GpuOptions { fallback: Fallback::Masked, ..GpuOptions::default() };
-        Gpu::new(&std::sync::Arc::new(device), self.dtype, options)
+        let dtype = self.dtype.unwrap_or(moefy::DType::F16);
+        Gpu::new(&std::sync::Arc::new(device), dtype, options)
     }
 }
 
@@ -126,7 +140,10 @@ fn main() -> ExitCode {
 fn run(Cli { common, command }: Cli) -> moefy::Result<()> {
     if let Some(threads) = common.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global().map_err(
-            |error| moefy::Error::argument("moefy", "--threads", "a number of threads", error),
+            |error| {
+                let got = format!("{threads} ({error})");
+                moefy::Error::argument("moefy", "--threads", "what the system can start", got)
+            },
         )?;
     }
     match command {

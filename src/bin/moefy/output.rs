@@ -8,11 +8,22 @@ use serde::Serialize;
 
 use crate::Common;
 
-/// Prints a line; a closed pipe (`moefy … | head`) ends the program quietly.
+/// Prints a line; a closed pipe (`moefy … | head`) ends the program quietly, anything else that is in the
+/// way with an error.
 pub fn line(text: &str) {
-    if writeln!(std::io::stdout(), "{text}").is_err() {
-        std::process::exit(0);
+    match writeln!(std::io::stdout(), "{text}") {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(error) => {
+            eprintln!("error: cannot write to standard output: {error}");
+            std::process::exit(1);
+        }
     }
+}
+
+/// A path for JSON, whose strings are UTF-8.
+pub fn path(path: &Path) -> String {
+    path.display().to_string()
 }
 
 /// Prints a value as JSON.
@@ -44,7 +55,7 @@ pub fn percent(share: f64) -> String {
 /// Says where a model went.
 pub fn written(common: &Common, out: &Path) {
     if common.json {
-        json(&serde_json::json!({ "out": out }));
+        json(&serde_json::json!({ "out": path(out) }));
     } else {
         line(&format!("wrote {}", out.display()));
     }

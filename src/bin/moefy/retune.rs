@@ -10,6 +10,7 @@ use moefy::model::{Encoder, Folder, Output, retune, round};
 use moefy::{DType, Result};
 
 use crate::convert::Scope;
+use crate::eval::open_reference;
 use crate::progress::{Bar, interrupted};
 use crate::text::{file_name_of, tokenise_calibration};
 use crate::{Common, dtype, inspect};
@@ -38,9 +39,9 @@ pub struct Retune {
     /// holds, unless it was refined]
     #[arg(long, value_name = "DENSE", requires = "max_error")]
     reference: Option<PathBuf>,
-    /// What shares one threshold
-    #[arg(long, value_enum, default_value_t)]
-    threshold_scope: Scope,
+    /// What shares one threshold [default: global]
+    #[arg(long, value_enum, conflicts_with_all = ["rel_threshold", "dtype"])]
+    threshold_scope: Option<Scope>,
     /// Text to calibrate on and to take statistics of, one text per line
     #[arg(long, value_name = "TEXT", conflicts_with = "dtype")]
     calibration: Option<PathBuf>,
@@ -68,10 +69,10 @@ impl Retune {
 
         let bar = Bar::new(common.quiet);
         let encoder = Encoder::load(Cpu, &folder)?;
-        let scope = self.threshold_scope.into();
+        let scope = self.threshold_scope.unwrap_or_default().into();
         let density = match (self.max_error, text) {
             (Some(max_error), Some(text)) => {
-                let reference = self.reference.as_deref().map(Folder::open).transpose()?;
+                let reference = self.reference.as_deref().map(open_reference).transpose()?;
                 let reference = reference.map(|folder| Encoder::load(Cpu, &folder)).transpose()?;
                 let budget = ErrorBudget { max_error, scope, reference: reference.as_ref() };
                 Some(density_for_error(&encoder, &folder, text, budget, &bar, interrupted())?)

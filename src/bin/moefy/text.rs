@@ -72,21 +72,23 @@ impl SentencePairs {
             csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(bytes);
         for (row, record) in reader.records().enumerate() {
             let record = record.map_err(|error| error.to_string())?;
+            let line = record.position().map_or(row as u64 + 1, |at| {
+                // It is before blank lines that are skipped.
+                let blank = bytes[at.byte() as usize..].iter().take_while(|b| b"\r\n".contains(b));
+                at.line() + blank.filter(|&&b| b == b'\n').count() as u64
+            });
             let [first, second, score] = record.iter().collect::<Vec<_>>()[..] else {
                 let got = record.len();
                 return Err(format!(
-                    "row {}: expected 3 columns (sentence, sentence, score), got {got}",
-                    row + 1
+                    "line {line}: expected 3 columns (sentence, sentence, score), got {got}"
                 ));
             };
             match score.trim().parse::<f64>() {
                 Ok(score) if score.is_finite() => pairs.scores.push(score),
-                Err(_) if row == 0 => continue,
+                // A header names the column.
+                Err(_) if row == 0 && !score.contains(|c: char| c.is_ascii_digit()) => continue,
                 _ => {
-                    return Err(format!(
-                        "row {}: expected a number as score, got `{score}`",
-                        row + 1
-                    ));
+                    return Err(format!("line {line}: expected a number as score, got `{score}`"));
                 }
             }
             pairs.first.push(first.to_string());
@@ -94,6 +96,9 @@ impl SentencePairs {
         }
         if pairs.scores.len() < 2 {
             return Err(format!("expected at least 2 pairs, got {}", pairs.scores.len()));
+        }
+        if pairs.scores.iter().all(|&score| score == pairs.scores[0]) {
+            return Err(format!("expected scores that differ, got {} for all", pairs.scores[0]));
         }
         Ok(pairs)
     }
@@ -131,8 +136,10 @@ mod tests {
     #[test]
     fn errors_name_the_row() {
         let error = |text: &str| SentencePairs::parse(text.as_bytes()).unwrap_err();
-        assert!(error("a,b,1\nc,d\n").contains("row 2"));
-        assert!(error("a,b,1\nc,d,x\n").contains("row 2"));
+        assert!(error("a,b,1\nc,d\n").contains("line 2"));
+        assert!(error("a,b,1\n\nc,d,x\n").contains("line 3"));
+        assert!(error("a,b,\"1,5\"\nc,d,2\n").contains("`1,5`"));
+        assert!(error("a,b,1\nc,d,1\n").contains("got 1 for all"));
         assert!(error("a,b,1\nc,d,nan\n").contains("`nan`"));
         assert!(error("a,b,1\n").contains("at least 2"));
         assert!(error("").contains("got 0"));

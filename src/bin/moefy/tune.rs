@@ -114,7 +114,7 @@ impl Tune {
         }
         drop(bar);
         if common.json {
-            output::json(&json!({ "out": out, "device": name, "changes": changes }));
+            output::json(&json!({ "out": output::path(&out), "device": name, "changes": changes }));
         } else {
             if !changes.is_empty() {
                 output::line(&table(&changes));

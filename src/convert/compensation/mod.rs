@@ -26,7 +26,7 @@ pub enum CompensationMethod {
     Mean,
     /// A reduced-rank ridge regression on the inputs: [`Compensation::Linear`].
     Linear {
-        /// Its rank; at most d_model is used.
+        /// Its rank, between 1 and d_model.
         rank: usize,
     },
 }

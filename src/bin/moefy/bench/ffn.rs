@@ -71,6 +71,7 @@ impl Ffn {
     pub fn run(self, common: &Common) -> Result<()> {
         // What is wrong with the arguments is said before a GPU is looked for.
         let cases = self.cases()?;
+        self.svg.as_deref().map_or(Ok(()), chart::check)?;
         let device = std::sync::Arc::new(Device::open(0)?);
         let mut rows = Vec::new();
         let measured = measure(&device, &cases, common, |row| {

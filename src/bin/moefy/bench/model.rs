@@ -8,7 +8,7 @@ use moefy::cuda::{Device, Fallback};
 use moefy::model::{Encoder, EncoderShape, Folder};
 use moefy::{DType, Error, Result};
 
-use super::fallback;
+use super::{fallback, shapes};
 use crate::chart::{self, Axis, Panel, Series};
 use crate::{Common, dtype, output};
 
@@ -31,7 +31,8 @@ pub struct Model {
     #[arg(long, value_name = "E", default_value_t = 48)]
     experts: usize,
     /// Shares of the neurons that a token of a shape runs
-    #[arg(long, value_name = "SHARE", value_delimiter = ',', default_value = "0.1,0.2,0.4")]
+    #[arg(long, value_name = "SHARE", value_delimiter = ',', value_parser = shapes::share)]
+    #[arg(default_value = "0.1,0.2,0.4")]
     density: Vec<f64>,
     /// Sequences
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,8,64,256")]
@@ -72,6 +73,7 @@ struct Peer {
 impl Model {
     pub fn run(self, common: &Common) -> Result<()> {
         let peers = self.read_peers()?;
+        self.svg.as_deref().map_or(Ok(()), chart::check)?;
         let device = Arc::new(Device::open(0)?);
         let mut rows = Vec::new();
         let mut found = |mut row: ModelRow| {
