@@ -37,6 +37,14 @@ fn open(model: &TinyBert) -> Folder {
     Folder::open(dir.path()).unwrap()
 }
 
+/// A folder with the model `dense`, and that.
+fn on_disk() -> (tempfile::TempDir, Folder) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("dense");
+    TinyBert::new(0, DType::F32).write(&path);
+    (dir, Folder::open(&path).unwrap())
+}
+
 fn sequences(num_sequences: usize) -> Vec<Vec<u32>> {
     let mut random = Random::new(3);
     let sequence = |_| {
@@ -102,10 +110,8 @@ fn the_converted_model_executes_the_density_that_it_was_given() {
 
 #[test]
 fn an_error_budget_gets_the_smallest_density_that_keeps_within_it() {
-    let dir = tempfile::tempdir().unwrap();
-    let (source, path) = (dir.path().join("dense"), dir.path().join("moe"));
-    TinyBert::new(0, DType::F32).write(&source);
-    let source = Folder::open(&source).unwrap();
+    let (dir, source) = on_disk();
+    let path = dir.path().join("moe");
     let sequences = sequences(60);
     let never = AtomicBool::new(false);
     let conversion =
@@ -225,10 +231,8 @@ fn what_cannot_work_is_refused() {
     let few = refusal(&folder, &sequences(40), &few);
     assert!(few.contains("at least 320 tokens"), "{few}");
 
-    let dir = tempfile::tempdir().unwrap();
-    let (source, path) = (dir.path().join("dense"), dir.path().join("moe"));
-    TinyBert::new(0, DType::F32).write(&source);
-    let source = Folder::open(&source).unwrap();
+    let (dir, source) = on_disk();
+    let path = dir.path().join("moe");
     let conversion = convert(&source, &sequences(40), &good, &(), &never).unwrap();
     let output = Output { path: &path, overwrite: false, interrupted: &never };
     write_moefied(&source, &conversion, output).unwrap();
@@ -240,10 +244,8 @@ fn what_cannot_work_is_refused() {
 
 #[test]
 fn what_cannot_be_fitted_again_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let (source, path) = (dir.path().join("dense"), dir.path().join("moe"));
-    TinyBert::new(0, DType::F32).write(&source);
-    let source = Folder::open(&source).unwrap();
+    let (dir, source) = on_disk();
+    let path = dir.path().join("moe");
     let (never, sequences) = (AtomicBool::new(false), sequences(40));
     let good = options(ThresholdScope::Global);
     let conversion = convert(&source, &sequences, &good, &(), &never).unwrap();
@@ -275,6 +277,10 @@ fn what_cannot_be_fitted_again_is_refused() {
         refine_model(encoder, &source, &mut conversion.clone(), text, &options, &(), &never)
     };
     assert!(refined(&conversion, text).is_ok());
+    let encoder = Encoder::load(Cpu, &source).unwrap();
+    let budget = ErrorBudget { max_error: 0.5, scope: ThresholdScope::Layer, reference: None };
+    let nothing = density_for_error(&encoder, &source, empty, budget, &(), &never).unwrap_err();
+    assert!(nothing.to_string().contains("text must be of at least one token"), "{nothing}");
     let nothing = refined(&conversion, empty).unwrap_err().to_string();
     assert!(nothing.contains("text must be of at least one token"), "{nothing}");
     let mut gated = conversion.clone();

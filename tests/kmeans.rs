@@ -20,19 +20,15 @@ fn cluster(rows: &[f32], dim: usize, num_clusters: usize, seed: u64) -> Clusters
     balanced_kmeans(rows, dim, num_clusters, &mut ChaCha8Rng::seed_from_u64(seed)).unwrap()
 }
 
-/// Clusters do not depend on the unit of length, and rows for which there is none are refused.
+/// Clusters of long rows are those of short ones; rows whose distances are not finite are refused.
 #[test]
-fn rows_of_any_length() {
+fn long_rows() {
     let rows = unit_rows(&mut Random::new(9), 24, 5);
     let labels = cluster(&rows, 5, 4, 0).labels;
     let mut scaled = rows.clone();
-    for scale in [2f32.powi(-40), 2f32.powi(20), 2f32.powi(60)] {
+    for scale in [2f32.powi(20), 2f32.powi(60)] {
         scaled.iter_mut().zip(&rows).for_each(|(scaled, x)| *scaled = x * scale);
-        let found = cluster(&scaled, 5, 4, 0);
-        assert!(found.labels.iter().all(|&label| label < 4));
-        if scale > 1.0 {
-            assert_eq!(found.labels, labels, "{scale:e}");
-        }
+        assert_eq!(cluster(&scaled, 5, 4, 0).labels, labels, "{scale:e}");
     }
     let rng = &mut ChaCha8Rng::seed_from_u64(0);
     for wrong in [f32::NAN, f32::INFINITY, 1e20] {

@@ -40,8 +40,8 @@ pub struct ErrorBudget<'a, B: Backend> {
 /// not become better with every expert more.
 ///
 /// # Errors
-/// When the folder is not converted, no density is good enough, the text or the reference does not fit
-/// the model, or the device refuses.
+/// When the folder is not converted, no density is good enough, the text has no token, it or the reference
+/// does not fit the model, or the device refuses.
 pub fn density_for_error<B: Backend>(
     encoder: &Encoder<B>,
     folder: &Folder,
@@ -52,6 +52,7 @@ pub fn density_for_error<B: Backend>(
 ) -> Result<f64> {
     let ErrorBudget { max_error, scope, reference } = budget;
     let watch = Watch { progress, interrupted };
+    text.check("error budget")?;
     let (moefy, mut layers) = converted_layers(folder)?;
     if reference.is_none() && moefy.is_refined() {
         return Err(Error::file(folder.path(), NEEDS_REFERENCE));

@@ -20,6 +20,16 @@ pub struct CalibrationText<'a> {
     pub sequences: &'a [Vec<u32>],
 }
 
+impl CalibrationText<'_> {
+    /// Nothing can be fitted to a text without tokens.
+    pub(super) fn check(&self, op: &'static str) -> Result<()> {
+        match self.sequences.iter().any(|sequence| !sequence.is_empty()) {
+            true => Ok(()),
+            false => Err(Error::argument(op, "text", "of at least one token", "an empty one")),
+        }
+    }
+}
+
 /// Hears how far a conversion is.
 pub trait Progress {
     /// `done` of `total` parts of `what` are done.

@@ -119,7 +119,7 @@ impl ThresholdScope {
     }
 }
 
-/// A router as wide costs more than any FFN of today.
+/// Hidden units of a router: many times what the published ones have, and still in memory.
 const MAX_ROUTER_HIDDEN: usize = 1 << 16;
 
 /// How to turn dense FFNs into mixtures of experts.

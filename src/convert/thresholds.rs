@@ -52,7 +52,7 @@ pub fn retune_model<B: Backend>(
     let mut calibration = None;
     match (text, target) {
         (Some(text), _) => {
-            check_text("retune", &text)?;
+            text.check("retune")?;
             let sample = spread(text.sequences, STATISTICS_TOKENS);
             let num_tokens = sample.iter().map(|sequence| sequence.len()).sum();
             calibration = Some(Calibration { file_name: text.name.into(), num_tokens });
@@ -82,14 +82,6 @@ pub fn retune_model<B: Backend>(
     };
     method.calibration = calibration.or(method.calibration.take());
     Ok(moefy)
-}
-
-/// Nothing can be fitted to a text without tokens.
-pub(super) fn check_text(op: &'static str, text: &CalibrationText<'_>) -> Result<()> {
-    match text.sequences.iter().any(|sequence| !sequence.is_empty()) {
-        true => Ok(()),
-        false => Err(Error::argument(op, "text", "of at least one token", "an empty one")),
-    }
 }
 
 /// What a converted folder says about itself, and its layers.
@@ -166,10 +158,11 @@ fn one_for_all<B: Backend>(
         let experts = [layer.partition.num_experts(), layer.partition.expert_width()];
         (experts, SelectionMethod::from(layer.selection.rule))
     };
-    let ([num_experts, width], method) = kind_of(&layers[0]);
-    if let Some(other) = layers.iter().find(|layer| kind_of(layer) != kind_of(&layers[0])) {
+    let first = kind_of(&layers[0]);
+    let ([num_experts, width], method) = first;
+    if let Some(other) = layers.iter().map(kind_of).find(|&other| other != first) {
         let expected = "`layer` where layers differ in their experts or in the kind of their rule";
-        let ([experts, of_width], other) = kind_of(other);
+        let ([experts, of_width], other) = other;
         let got = format!(
             "`global` for {num_experts} experts of {width} neurons by {} and {experts} of {of_width} by {}",
             method.name(),

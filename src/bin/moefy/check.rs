@@ -57,10 +57,9 @@ impl Check {
             [Verdict::Passed, Verdict::Failed, Verdict::Refused].map(count);
         let name = &device.properties().name;
         if common.json {
-            output::json(
-                &json!({ "device": name, "model": self.model.as_deref().map(output::path), "passed": passed,
-                                  "failed": failed, "refused": refused, "checks": all }),
-            );
+            let model = self.model.as_deref().map(output::path);
+            output::json(&json!({ "device": name, "model": model, "passed": passed,
+                                  "failed": failed, "refused": refused, "checks": all }));
         } else {
             output::line(&table(&all));
             output::line(&format!("{name}: {passed} passed, {failed} failed, {refused} refused"));

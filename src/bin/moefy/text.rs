@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_the_row() {
+    fn errors_name_the_line() {
         let error = |text: &str| SentencePairs::parse(text.as_bytes()).unwrap_err();
         assert!(error("a,b,1\nc,d\n").contains("line 2"));
         assert!(error("a,b,1\n\nc,d,x\n").contains("line 3"));

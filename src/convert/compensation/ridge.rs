@@ -56,6 +56,8 @@ impl Moments {
     /// The regression of rank at most `rank` that minimises Σ w ‖y − U V x − c‖² plus
     /// `ridge` · (mean diagonal of the covariance) · ‖coefficients‖²; the constant is free. Lengths are
     /// those of a metric, ‖e‖² = eᵀ M e, with M \[d_out, d_out\] symmetric and positive semidefinite.
+    /// Products in f32 round, of a text that repeats itself the same way each time: where that leaves a
+    /// covariance which the ridge does not make positive definite, a larger one does.
     ///
     /// With ridge regression S \[d_in, d_out\], the penalised covariance C of the inputs and M = L Lᵀ, the
     /// best rank-r coefficients are S L P Pᵀ L⁻¹, where P holds the r leading eigenvectors of
@@ -75,14 +77,14 @@ impl Moments {
         let trace: f64 = (0..d_in).map(|i| covariance[i * d_in + i]).sum();
         // Something positive where all inputs are alike.
         let mut penalty = (ridge * trace / d_in as f64).max(f64::MIN_POSITIVE.sqrt());
-        // Products in f32 round. Of a text that repeats itself the same way again and again, which the ridge
-        // may not outweigh: then a larger one does.
         let factor = loop {
             (0..d_in).for_each(|i| covariance[i * d_in + i] += penalty);
-            match cholesky(&covariance, d_in) {
-                (factor, true) => break factor,
-                (_, false) => penalty *= 10.0,
+            let (factor, is_definite) = cholesky(&covariance, d_in);
+            // Of inputs that are not finite no ridge makes anything; whoever takes the result sees that.
+            if is_definite || !trace.is_finite() {
+                break factor;
             }
+            penalty *= 10.0;
         };
         let mut full = vec![0.0; d_in * d_out];
         for i in 0..d_in {
@@ -353,6 +355,9 @@ mod tests {
         let (metric, _) = random_metric(&mut rng, d_out);
         let fit = moments.fit(2, 1e-6, &metric);
         assert!([&fit.u, &fit.v, &fit.c].into_iter().flatten().all(|value| value.abs() < 1e3));
+        // No ridge helps here; it ends all the same.
+        moments.xx[0] = f64::NAN;
+        assert!(moments.fit(2, 1e-6, &metric).v.iter().any(|value| !value.is_finite()));
     }
 
     #[test]

@@ -29,7 +29,8 @@ pub struct Clusters {
 /// Splits `rows` \[R, dim\] into `num_clusters` clusters of R / `num_clusters` rows each, from a
 /// k-means++ start: the centroids are the means of their members, and the members are the best
 /// balanced assignment to the centroids, in turns. The labels with the lowest inertia are returned
-/// with their own centroids. The bits do not depend on the number of threads.
+/// with their own centroids. The bits do not depend on the number of threads. An assignment may lose
+/// 1e-5 for each row, which is little for rows of unit length and more for much shorter ones.
 ///
 /// Every row sees its own cluster *without itself* (as in Hartigan's method; Telgarsky and Vattani,
 /// AISTATS 2010). In small clusters of many dimensions a row is so much of its own centroid that

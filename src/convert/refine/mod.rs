@@ -24,7 +24,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::model::{CalibrationText, Progress, Watch, dense_ffn};
-use super::thresholds::{ThresholdTarget, check_text, set_thresholds};
+use super::thresholds::{ThresholdTarget, set_thresholds};
 use super::{ConvertOptions, STATISTICS_TOKENS};
 use crate::cpu::Cpu;
 use crate::error::{Error, Result};
@@ -63,7 +63,7 @@ pub fn refine_model(
     interrupted: &AtomicBool,
 ) -> Result<()> {
     let watch = Watch { progress, interrupted };
-    check_text("refine", &text)?;
+    text.check("refine")?;
     if conversion.layers.len() != encoder.num_layers() {
         let expected = format!("all {} layers converted", encoder.num_layers());
         return Err(Error::argument("refine", "conversion", expected, conversion.layers.len()));
