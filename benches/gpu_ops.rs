@@ -123,7 +123,9 @@ fn bench_route_index(
         let (_counts, counts) = words(device, [1, num_experts])?;
         let (_offsets, offsets) = words(device, [1, num_experts + 1])?;
         let (_token_ids, token_ids) = words(device, [1, mask.num_pairs()])?;
-        let (_expert_masks, expert_masks) = words(device, [num_experts, num_tokens.div_ceil(32)])?;
+        let rows = [num_experts, num_tokens.div_ceil(32)];
+        let (_expert_masks, expert_masks) = words(device, rows)?;
+        let (_word_offsets, word_offsets) = words(device, rows)?;
         let (_union_ids, union_ids) = words(device, [1, num_experts])?;
         let (_num_union, num_union) = words(device, [1, 1])?;
         let outputs = RouteIndexOutputs {
@@ -131,6 +133,7 @@ fn bench_route_index(
             offsets,
             token_ids,
             expert_masks,
+            word_offsets,
             union_ids,
             num_union,
             status: None,

@@ -112,7 +112,7 @@ __device__ __forceinline__ void many_output(const moefy_experts_params& p) {
   const uint32_t stages = shared_address(memory);
   const moefy_neurons& n = p.neurons;
   begin();
-  const Slab slab = find_slab<T>(p);
+  const Slab slab = find_slab<T>(p, num_pairs(p));
   if (slab.first >= slab.end) return;
   count_tiles<kThreads>(p, tile_offsets, [&](const Group& group) {
     const uint32_t down = group.width == 0 ? 0 : ceil_div(rows_of(p, group).count, kPairs);
@@ -200,9 +200,9 @@ struct Listed {
   uint32_t tokens;
 };
 
-__device__ __forceinline__ Listed find_listed(const moefy_experts_params& p) {
+__device__ __forceinline__ Listed find_listed(const moefy_experts_params& p, uint32_t pairs) {
   const uint32_t experts = p.neurons.num_experts;
-  if (num_pairs(p) < p.max_pairs) return {experts, 0};
+  if (pairs < p.max_pairs) return {experts, 0};
   if (p.max_pairs == 0) return {0, 0};
   uint32_t whole = 0;
   for (uint32_t e = threadIdx.x % 32; e < experts; e += 32) whole += __ldcg(p.expert_offsets + e + 1) < p.max_pairs;
@@ -325,9 +325,9 @@ __device__ __forceinline__ void many_sum(const moefy_experts_params& p) {
   __shared__ uint32_t lists[kWarps][kMostListed];
   begin();
   const uint32_t valid = valid_tokens(p), pairs = num_pairs(p), warp = threadIdx.x / 32;
-  const Listed listed = find_listed(p);
-  const Slab slab = find_slab<T>(p);
+  const Slab slab = find_slab<T>(p, pairs);
   if (slab.first >= slab.end) return;
+  const Listed listed = find_listed(p, pairs);
   // Pieces of a token lie side by side, so that its rows are read in one go.
   const uint32_t pieces = ceil_div(slab.end - slab.first, kSumColumns), warps = gridDim.x * kWarps;
   const uint32_t first = blockIdx.x * kWarps + warp, tokens_on = warps / pieces, pieces_on = warps % pieces;

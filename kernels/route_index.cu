@@ -2,6 +2,7 @@
 // lists are in token order and the same in every run.
 
 #include "dependency.cuh"
+#include "memory.cuh"
 #include "team.cuh"
 
 #include "moefy_abi.h"
@@ -28,10 +29,6 @@ __device__ __forceinline__ uint32_t transpose(const moefy_route_index_params& p,
     mine = lane_id() == i ? selected_by : mine;
   }
   return mine;
-}
-
-__device__ __forceinline__ uint32_t num_valid_tokens(const moefy_route_index_params& p) {
-  return p.num_valid_tokens == nullptr ? p.num_tokens : min(*p.num_valid_tokens, p.num_tokens);
 }
 
 // Writes the tokens of each lane's word, ascending, from the lane's `position` on. The warp takes word by word, so that it
@@ -87,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(1024) moefy_route_index_direct(
   const uint32_t row_words = (p.num_experts + 31) / 32, num_blocks = (p.num_tokens + 31) / 32;
   const uint32_t warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   begin();
-  const uint32_t num_valid = num_valid_tokens(p);
+  const uint32_t num_valid = valid_tokens(p);
 
   uint32_t pairs = 0, selected_by[kBlocks] = {};
 #pragma unroll 1
@@ -155,7 +152,10 @@ extern "C" __global__ void __launch_bounds__(1024) moefy_route_index_direct(
     const uint32_t block = warp * kBlocks + i, selected = selected_by[i];
     const uint64_t at = position + __popc(selected & ((1u << lane_id()) - 1));
     if ((selected >> lane_id() & 1) != 0 && at < p.capacity) p.token_ids[at] = block * 32 + lane_id();
-    if (lane_id() == i && block < num_blocks) p.expert_masks[expert * num_blocks + block] = selected;
+    if (lane_id() == i && block < num_blocks) {
+      p.expert_masks[expert * num_blocks + block] = selected;
+      p.word_offsets[expert * num_blocks + block] = min(position, p.capacity);
+    }
     position += __popc(selected);
   }
 }
@@ -166,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(256) moefy_route_index_transpose(
   using namespace moefy;
   __shared__ uint32_t counts[kChunkWarps][32];
   begin();
-  const uint32_t num_valid = num_valid_tokens(p);
+  const uint32_t num_valid = valid_tokens(p);
   const uint32_t num_blocks = (p.num_tokens + 31) / 32;
   const uint32_t warp = threadIdx.x / 32;
   const uint32_t expert = blockIdx.x * 32 + lane_id();
@@ -223,7 +223,9 @@ extern "C" __global__ void __launch_bounds__(256) moefy_route_index_lists(
     const uint32_t counted = prefix_sum(__popc(word));
     const uint32_t warp_count = __shfl_sync(kFullWarp, counted, 31);
     const uint32_t before = team.sum_of_warps_before(warp_count) + counted - __popc(word);
-    write_ids(p, tokens, word, uint64_t(position) + before);
+    const uint64_t own = uint64_t(position) + before;
+    if (tokens < num_blocks) p.word_offsets[uint64_t(expert) * num_blocks + tokens] = min(own, p.capacity);
+    write_ids(p, tokens, word, own);
     position += team.sum(__popc(word));
   }
 }

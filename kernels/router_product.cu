@@ -103,7 +103,7 @@ __device__ __forceinline__ void router_product(const moefy_router_layer_params& 
     __syncthreads();
   }
 
-  const uint32_t num_valid = p.num_valid_tokens == nullptr ? p.num_tokens : min(*p.num_valid_tokens, p.num_tokens);
+  const uint32_t num_valid = valid_tokens(p);
 #pragma unroll
   for (int i = 0; i < Share::kDown * 2; ++i) {
     const uint32_t row = token0 + i * 8 + g, token = first_token + row;

@@ -158,8 +158,7 @@ template <bool kAligned, class In, class W>
 __device__ __forceinline__ void router_layer(const moefy_router_layer_params& p) {
   __shared__ __align__(16) float in_tile[kDepth][kStride], w_tile[kDepth][kStride];
   begin();
-  const uint32_t num_valid =
-      p.num_valid_tokens == nullptr ? p.num_tokens : min(*p.num_valid_tokens, p.num_tokens);
+  const uint32_t num_valid = valid_tokens(p);
   const uint32_t first_token = blockIdx.x * kTile, first_out = blockIdx.y * kTile;
   // Each thread brings 8 inputs of one token and of one output.
   const uint32_t loaded_row = threadIdx.x % kTile, loaded_depth = threadIdx.x / kTile * 8;

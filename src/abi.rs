@@ -10,6 +10,8 @@ pub const MOEFY_ROUTE_INDEX_DIRECT_WORDS: u32 = 16;
 pub const MOEFY_EXPERTS_ONE_ROWS: u32 = 24;
 pub const MOEFY_EXPERTS_MANY_SLAB: u32 = 256;
 pub const MOEFY_EXPERTS_MANY_SUM_COLUMNS: u32 = 256;
+pub const MOEFY_EXPERTS_RESIDENT_SLOTS: u32 = 6;
+pub const MOEFY_EXPERTS_RESIDENT_MAX_STAGES: u32 = 16;
 pub const MOEFY_EXPERTS_SUMS_THREADS: u32 = 640;
 pub const MOEFY_EXPERTS_SUMS_COLUMNS: u32 = 64;
 pub const MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS: u32 = 6;
@@ -361,6 +363,7 @@ pub struct moefy_route_index_params {
     pub offsets: u64,
     pub token_ids: u64,
     pub expert_masks: u64,
+    pub word_offsets: u64,
     pub union_ids: u64,
     pub num_union: u64,
     pub status: u64,
@@ -374,7 +377,7 @@ pub struct moefy_route_index_params {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of moefy_route_index_params"]
-        [::std::mem::size_of::<moefy_route_index_params>() - 104usize];
+        [::std::mem::size_of::<moefy_route_index_params>() - 112usize];
     ["Alignment of moefy_route_index_params"]
         [::std::mem::align_of::<moefy_route_index_params>() - 8usize];
     ["Offset of field: moefy_route_index_params::mask"]
@@ -389,24 +392,26 @@ const _: () = {
         [::std::mem::offset_of!(moefy_route_index_params, token_ids) - 32usize];
     ["Offset of field: moefy_route_index_params::expert_masks"]
         [::std::mem::offset_of!(moefy_route_index_params, expert_masks) - 40usize];
+    ["Offset of field: moefy_route_index_params::word_offsets"]
+        [::std::mem::offset_of!(moefy_route_index_params, word_offsets) - 48usize];
     ["Offset of field: moefy_route_index_params::union_ids"]
-        [::std::mem::offset_of!(moefy_route_index_params, union_ids) - 48usize];
+        [::std::mem::offset_of!(moefy_route_index_params, union_ids) - 56usize];
     ["Offset of field: moefy_route_index_params::num_union"]
-        [::std::mem::offset_of!(moefy_route_index_params, num_union) - 56usize];
+        [::std::mem::offset_of!(moefy_route_index_params, num_union) - 64usize];
     ["Offset of field: moefy_route_index_params::status"]
-        [::std::mem::offset_of!(moefy_route_index_params, status) - 64usize];
+        [::std::mem::offset_of!(moefy_route_index_params, status) - 72usize];
     ["Offset of field: moefy_route_index_params::chunk_counts"]
-        [::std::mem::offset_of!(moefy_route_index_params, chunk_counts) - 72usize];
+        [::std::mem::offset_of!(moefy_route_index_params, chunk_counts) - 80usize];
     ["Offset of field: moefy_route_index_params::capacity"]
-        [::std::mem::offset_of!(moefy_route_index_params, capacity) - 80usize];
+        [::std::mem::offset_of!(moefy_route_index_params, capacity) - 88usize];
     ["Offset of field: moefy_route_index_params::num_chunks"]
-        [::std::mem::offset_of!(moefy_route_index_params, num_chunks) - 88usize];
+        [::std::mem::offset_of!(moefy_route_index_params, num_chunks) - 96usize];
     ["Offset of field: moefy_route_index_params::num_tokens"]
-        [::std::mem::offset_of!(moefy_route_index_params, num_tokens) - 92usize];
+        [::std::mem::offset_of!(moefy_route_index_params, num_tokens) - 100usize];
     ["Offset of field: moefy_route_index_params::num_experts"]
-        [::std::mem::offset_of!(moefy_route_index_params, num_experts) - 96usize];
+        [::std::mem::offset_of!(moefy_route_index_params, num_experts) - 104usize];
     ["Offset of field: moefy_route_index_params::reserved"]
-        [::std::mem::offset_of!(moefy_route_index_params, reserved) - 100usize];
+        [::std::mem::offset_of!(moefy_route_index_params, reserved) - 108usize];
 };
 impl moefy_activation {
     pub const MOEFY_RELU: moefy_activation = moefy_activation(0);
@@ -474,6 +479,7 @@ pub struct moefy_experts_params {
     pub num_valid_tokens: u64,
     pub expert_offsets: u64,
     pub token_ids: u64,
+    pub word_offsets: u64,
     pub hidden: u64,
     pub hidden_stride: u64,
     pub hidden_shared: u64,
@@ -491,7 +497,7 @@ pub struct moefy_experts_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 224usize];
+    ["Size of moefy_experts_params"][::std::mem::size_of::<moefy_experts_params>() - 232usize];
     ["Alignment of moefy_experts_params"][::std::mem::align_of::<moefy_experts_params>() - 8usize];
     ["Offset of field: moefy_experts_params::neurons"]
         [::std::mem::offset_of!(moefy_experts_params, neurons) - 0usize];
@@ -509,34 +515,36 @@ const _: () = {
         [::std::mem::offset_of!(moefy_experts_params, expert_offsets) - 120usize];
     ["Offset of field: moefy_experts_params::token_ids"]
         [::std::mem::offset_of!(moefy_experts_params, token_ids) - 128usize];
+    ["Offset of field: moefy_experts_params::word_offsets"]
+        [::std::mem::offset_of!(moefy_experts_params, word_offsets) - 136usize];
     ["Offset of field: moefy_experts_params::hidden"]
-        [::std::mem::offset_of!(moefy_experts_params, hidden) - 136usize];
+        [::std::mem::offset_of!(moefy_experts_params, hidden) - 144usize];
     ["Offset of field: moefy_experts_params::hidden_stride"]
-        [::std::mem::offset_of!(moefy_experts_params, hidden_stride) - 144usize];
+        [::std::mem::offset_of!(moefy_experts_params, hidden_stride) - 152usize];
     ["Offset of field: moefy_experts_params::hidden_shared"]
-        [::std::mem::offset_of!(moefy_experts_params, hidden_shared) - 152usize];
+        [::std::mem::offset_of!(moefy_experts_params, hidden_shared) - 160usize];
     ["Offset of field: moefy_experts_params::hidden_linear"]
-        [::std::mem::offset_of!(moefy_experts_params, hidden_linear) - 160usize];
+        [::std::mem::offset_of!(moefy_experts_params, hidden_linear) - 168usize];
     ["Offset of field: moefy_experts_params::partials"]
-        [::std::mem::offset_of!(moefy_experts_params, partials) - 168usize];
+        [::std::mem::offset_of!(moefy_experts_params, partials) - 176usize];
     ["Offset of field: moefy_experts_params::rows"]
-        [::std::mem::offset_of!(moefy_experts_params, rows) - 176usize];
+        [::std::mem::offset_of!(moefy_experts_params, rows) - 184usize];
     ["Offset of field: moefy_experts_params::rows_bytes"]
-        [::std::mem::offset_of!(moefy_experts_params, rows_bytes) - 184usize];
+        [::std::mem::offset_of!(moefy_experts_params, rows_bytes) - 192usize];
     ["Offset of field: moefy_experts_params::pair_rows"]
-        [::std::mem::offset_of!(moefy_experts_params, pair_rows) - 192usize];
+        [::std::mem::offset_of!(moefy_experts_params, pair_rows) - 200usize];
     ["Offset of field: moefy_experts_params::num_tokens"]
-        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 200usize];
+        [::std::mem::offset_of!(moefy_experts_params, num_tokens) - 208usize];
     ["Offset of field: moefy_experts_params::max_pairs"]
-        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 204usize];
+        [::std::mem::offset_of!(moefy_experts_params, max_pairs) - 212usize];
     ["Offset of field: moefy_experts_params::num_splits"]
-        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 208usize];
+        [::std::mem::offset_of!(moefy_experts_params, num_splits) - 216usize];
     ["Offset of field: moefy_experts_params::slab"]
-        [::std::mem::offset_of!(moefy_experts_params, slab) - 212usize];
+        [::std::mem::offset_of!(moefy_experts_params, slab) - 220usize];
     ["Offset of field: moefy_experts_params::min_token_pairs"]
-        [::std::mem::offset_of!(moefy_experts_params, min_token_pairs) - 216usize];
+        [::std::mem::offset_of!(moefy_experts_params, min_token_pairs) - 224usize];
     ["Offset of field: moefy_experts_params::fused"]
-        [::std::mem::offset_of!(moefy_experts_params, fused) - 220usize];
+        [::std::mem::offset_of!(moefy_experts_params, fused) - 228usize];
 };
 #[repr(C)]
 #[repr(align(64))]
@@ -544,7 +552,7 @@ const _: () = {
 pub struct moefy_experts_engine_params {
     pub weights: moefy_tensor_map,
     pub experts: moefy_experts_params,
-    pub reserved: [u64; 4usize],
+    pub reserved: [u64; 3usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -557,7 +565,7 @@ const _: () = {
     ["Offset of field: moefy_experts_engine_params::experts"]
         [::std::mem::offset_of!(moefy_experts_engine_params, experts) - 128usize];
     ["Offset of field: moefy_experts_engine_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_engine_params, reserved) - 352usize];
+        [::std::mem::offset_of!(moefy_experts_engine_params, reserved) - 360usize];
 };
 #[repr(C)]
 #[repr(align(64))]
@@ -566,7 +574,7 @@ pub struct moefy_experts_fused_params {
     pub w_in: moefy_tensor_map,
     pub w_out: moefy_tensor_map,
     pub experts: moefy_experts_params,
-    pub reserved: [u64; 4usize],
+    pub reserved: [u64; 3usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -581,7 +589,7 @@ const _: () = {
     ["Offset of field: moefy_experts_fused_params::experts"]
         [::std::mem::offset_of!(moefy_experts_fused_params, experts) - 256usize];
     ["Offset of field: moefy_experts_fused_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_fused_params, reserved) - 480usize];
+        [::std::mem::offset_of!(moefy_experts_fused_params, reserved) - 488usize];
 };
 #[repr(C)]
 #[repr(align(64))]
@@ -594,7 +602,7 @@ pub struct moefy_experts_sums_params {
     pub experts: moefy_experts_params,
     pub block_tokens: u32,
     pub num_across: u32,
-    pub reserved: [u64; 3usize],
+    pub reserved: [u64; 2usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -613,11 +621,11 @@ const _: () = {
     ["Offset of field: moefy_experts_sums_params::experts"]
         [::std::mem::offset_of!(moefy_experts_sums_params, experts) - 1408usize];
     ["Offset of field: moefy_experts_sums_params::block_tokens"]
-        [::std::mem::offset_of!(moefy_experts_sums_params, block_tokens) - 1632usize];
+        [::std::mem::offset_of!(moefy_experts_sums_params, block_tokens) - 1640usize];
     ["Offset of field: moefy_experts_sums_params::num_across"]
-        [::std::mem::offset_of!(moefy_experts_sums_params, num_across) - 1636usize];
+        [::std::mem::offset_of!(moefy_experts_sums_params, num_across) - 1644usize];
     ["Offset of field: moefy_experts_sums_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_sums_params, reserved) - 1640usize];
+        [::std::mem::offset_of!(moefy_experts_sums_params, reserved) - 1648usize];
 };
 #[repr(C)]
 #[repr(align(64))]
@@ -626,7 +634,7 @@ pub struct moefy_experts_masked_params {
     pub rows: moefy_tensor_map,
     pub weights: moefy_tensor_map,
     pub experts: moefy_experts_params,
-    pub reserved: [u64; 4usize],
+    pub reserved: [u64; 3usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -641,7 +649,7 @@ const _: () = {
     ["Offset of field: moefy_experts_masked_params::experts"]
         [::std::mem::offset_of!(moefy_experts_masked_params, experts) - 256usize];
     ["Offset of field: moefy_experts_masked_params::reserved"]
-        [::std::mem::offset_of!(moefy_experts_masked_params, reserved) - 480usize];
+        [::std::mem::offset_of!(moefy_experts_masked_params, reserved) - 488usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

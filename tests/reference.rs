@@ -143,7 +143,9 @@ fn dynamic_k_of_a_zero_row_runs_one_expert() {
 fn infinity_is_the_largest_score() {
     assert_eq!(selected(Selection::dynamic_k(0.5), &[1.0, f32::INFINITY, 2.0]), [1]);
     assert_eq!(selected(Selection::top_k(2), &[1.0, f32::INFINITY, 2.0]), [1, 2]);
-    assert_eq!(selected(Selection::cumulative_share(0.5), &[1.0, f32::INFINITY, 2.0]), [1]);
+    for share in [0.0, 0.5] {
+        assert_eq!(selected(Selection::cumulative_share(share), &[1.0, f32::INFINITY, 2.0]), [1]);
+    }
 }
 
 #[test]

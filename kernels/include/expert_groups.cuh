@@ -82,14 +82,17 @@ struct Slab {
   uint32_t end;  // at most `first` where there are no columns left, or none are wanted
 };
 
+/// `pairs`: that there are.
 template <class T>
-__device__ __forceinline__ Slab find_slab(const moefy_experts_params& p) {
+__device__ __forceinline__ Slab find_slab(const moefy_experts_params& p, uint32_t pairs) {
   constexpr uint32_t kStep = MOEFY_EXPERTS_MANY_SLAB;
-  if (by_tokens(p)) return {kStep, 0, 0};
+  if (pairs >= p.min_token_pairs) return {kStep, 0, 0};
   const moefy_neurons& n = p.neurons;
-  const uint64_t rows = num_pairs(p) + (uint64_t(n.shared > 0) + (n.rank > 0)) * p.num_tokens;
-  const uint64_t fit = p.rows_bytes / (max(rows, uint64_t(1)) * sizeof(T));
   const uint32_t all = round_up_8(n.d_model);
+  // Then there is room for all of them.
+  if (p.fused != 0) return {all, 0, static_cast<uint32_t>(n.d_model)};
+  const uint64_t rows = pairs + (uint64_t(n.shared > 0) + (n.rank > 0)) * p.num_tokens;
+  const uint64_t fit = p.rows_bytes / (max(rows, uint64_t(1)) * sizeof(T));
   // As equal as they can be: of two slabs, rows of 2304 and 1792 columns took 864 us where 2048 each took 777.
   const uint32_t slabs = rows == 0 || fit >= all ? 1 : ceil_div(all, static_cast<uint32_t>(fit) / kStep * kStep);
   const uint32_t width = slabs == 1 ? all : ceil_div(ceil_div(all, slabs), kStep) * kStep;
@@ -181,7 +184,7 @@ __device__ __forceinline__ void store_hidden(const moefy_experts_params& p, cons
       for (int half = 0; half < 2; ++half) {
         const uint4 eight = transpose_quad(words[half]);
         const uint32_t own = block + t;
-        if (own < kBlocks && exists(half, own * 8)) *reinterpret_cast<uint4*>(to[half] + own * 8) = eight;
+        store_vector_if(own < kBlocks && exists(half, own * 8), to[half] + own * 8, eight);
       }
     }
     constexpr int kUsed = kAtOnce * kHalves * 4;

@@ -22,12 +22,6 @@ __device__ __forceinline__ uint32_t input_row(const moefy_neurons& n, uint32_t n
 /// Row of w_in of a GLU's neuron: the up row, or for a linear neuron its only one.
 __device__ __forceinline__ uint32_t up_row(const moefy_neurons& n, uint32_t neuron) { return neuron + n.d_ff; }
 
-/// Tokens that are not padding.
-template <class Params>
-__device__ __forceinline__ uint32_t valid_tokens(const Params& p) {
-  return p.num_valid_tokens == nullptr ? p.num_tokens : min(*p.num_valid_tokens, p.num_tokens);
-}
-
 __device__ __forceinline__ bool selects(const uint32_t* mask, uint32_t num_experts, uint32_t token, uint32_t expert) {
   const uint64_t row = static_cast<uint64_t>(token) * ceil_div(num_experts, 32);
   return mask[row + expert / 32] >> (expert % 32) & 1;

@@ -7,6 +7,12 @@ namespace moefy {
 
 constexpr int kChunkBytes = 16;
 
+// Tokens that are not padding.
+template <class Params>
+__device__ __forceinline__ uint32_t valid_tokens(const Params& p) {
+  return p.num_valid_tokens == nullptr ? p.num_tokens : min(*p.num_valid_tokens, p.num_tokens);
+}
+
 // Loads of 16 bytes, or zeros. Written out, because a conditional load would become a branch, and one that waits for the load
 // before it. `qualifier` and `clobbers` say what the compiler may not move them across.
 #define MOEFY_LOAD_IF(name, load, qualifier, clobbers)                                                              \
@@ -38,6 +44,13 @@ __device__ __forceinline__ uint4 load_fresh_vector(const void* address) {
                : "l"(address)
                : "memory");
   return v;
+}
+
+/// Stores 16 bytes, or nothing. Written out, because the compiler makes four stores of what came from shuffles.
+__device__ __forceinline__ void store_vector_if(bool exists, void* address, uint4 v) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0;\n@p st.global.v4.u32 [%0], {%1,%2,%3,%4};}" ::"l"(address), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<int>(exists))
+               : "memory");
 }
 
 /// Gives up the 128 bytes that begin here, at a multiple of 128: nobody reads them before they are written again.

@@ -35,6 +35,10 @@
 /* Columns that a warp of moefy_experts_many_sum takes at once. */
 #define MOEFY_EXPERTS_MANY_SUM_COLUMNS 256u
 
+/* moefy_experts_many_resident_hidden: the most slots for 64 token rows by 128 of d_model, and the most of those a row can have. */
+#define MOEFY_EXPERTS_RESIDENT_SLOTS 6u
+#define MOEFY_EXPERTS_RESIDENT_MAX_STAGES 16u
+
 /* moefy_experts_many_sums: threads and columns of a block, slots for h and for weights. */
 #define MOEFY_EXPERTS_SUMS_THREADS 640u
 #define MOEFY_EXPERTS_SUMS_COLUMNS 64u
@@ -214,6 +218,7 @@ typedef struct moefy_route_index_params {
   MOEFY_PTR(uint32_t) offsets;                /* [num_experts + 1] into token_ids */
   MOEFY_PTR(uint32_t) token_ids;              /* [capacity]: ascending within an expert */
   MOEFY_PTR(uint32_t) expert_masks;           /* [num_experts, ceil(num_tokens/32)]: the transpose of mask */
+  MOEFY_PTR(uint32_t) word_offsets;           /* the same: where the tokens of each such word begin in token_ids */
   MOEFY_PTR(uint32_t) union_ids;              /* [num_experts]: experts with a token, ascending */
   MOEFY_PTR(uint32_t) num_union;              /* [1] */
   MOEFY_PTR(uint32_t) status;                 /* [1] or null */
@@ -263,6 +268,7 @@ typedef struct moefy_experts_params {
   MOEFY_PTR(const uint32_t) num_valid_tokens; /* [1] or null: all are valid */
   MOEFY_PTR(const uint32_t) expert_offsets;   /* many tokens: [num_experts + 1] */
   MOEFY_PTR(const uint32_t) token_ids;        /* many tokens: of each expert, ascending */
+  MOEFY_PTR(const uint32_t) word_offsets;     /* many tokens: [num_experts, ceil(num_tokens/32)], where those of each 32 begin */
   /* Few tokens: [padded tokens, hidden_stride], one column for each executed neuron.
    * Many tokens: one row for each (expert, token) pair, expert by expert, of padded width hidden_stride; at
    * hidden_shared the rows of all tokens for the shared neurons, at hidden_linear those for the linear ones, each as
@@ -292,7 +298,7 @@ typedef struct moefy_experts_params {
 typedef struct moefy_experts_engine_params {
   moefy_tensor_map weights;
   moefy_experts_params experts;
-  uint64_t reserved[4]; /* to a multiple of the alignment */
+  uint64_t reserved[3]; /* to a multiple of the alignment */
 } moefy_experts_engine_params;
 
 /* Both products of narrow experts in one launch. Each of w_in and w_out is an array of d_model; neurons; 1; 1. A box is as
@@ -301,7 +307,7 @@ typedef struct moefy_experts_fused_params {
   moefy_tensor_map w_in;
   moefy_tensor_map w_out;
   moefy_experts_params experts;
-  uint64_t reserved[4]; /* to a multiple of the alignment */
+  uint64_t reserved[3]; /* to a multiple of the alignment */
 } moefy_experts_fused_params;
 
 /* The second product for many tokens, summed where it is multiplied. `hidden` is h of the pairs, hidden_stride by pairs; the
@@ -315,7 +321,7 @@ typedef struct moefy_experts_sums_params {
   moefy_experts_params experts;
   uint32_t block_tokens; /* tokens of a block */
   uint32_t num_across;   /* blocks that share the columns of these tokens */
-  uint64_t reserved[3];  /* to a multiple of the alignment */
+  uint64_t reserved[2];  /* to a multiple of the alignment */
 } moefy_experts_sums_params;
 
 /* Products of all experts under masks. First product: `rows` is x, d_model by tokens, and `weights` w_in, d_model by neurons; a
@@ -325,7 +331,7 @@ typedef struct moefy_experts_masked_params {
   moefy_tensor_map rows;
   moefy_tensor_map weights;
   moefy_experts_params experts;
-  uint64_t reserved[4]; /* to a multiple of the alignment */
+  uint64_t reserved[3]; /* to a multiple of the alignment */
 } moefy_experts_masked_params;
 
 /* Masks -> tiles of tokens whose masks are alike: the tokens in the order of their rarest experts, and of each tile what

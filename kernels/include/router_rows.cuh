@@ -74,11 +74,11 @@ __device__ __forceinline__ uint32_t least_of_largest(const uint32_t* keys, uint3
   return count > 0 && is_finite && reach == count ? least : 0;
 }
 
-/// Rows become scores, which go to memory if anyone wants them, then keys, by which experts are selected. Eight lanes take a
-/// token, so that a warp has four of them side by side.
-__device__ __forceinline__ void select_tokens(const moefy_router_select_params& r, const ScoreRows& rows, uint32_t token0,
-                                              uint32_t num_valid, uint32_t* scratch) {
-  constexpr uint32_t kLanes = kRowLanes, kWords = 4;
+/// The same as `select_tokens`, with so many words of a mask side by side.
+template <uint32_t kWords>
+__device__ __forceinline__ void select_tokens_by(const moefy_router_select_params& r, const ScoreRows& rows,
+                                                 uint32_t token0, uint32_t num_valid, uint32_t* scratch) {
+  constexpr uint32_t kLanes = kRowLanes;
   const uint32_t end = round_up_32(r.num_experts), row_words = end / 32;
   const bool is_imposed = rows_are_imposed(r), is_sigmoid = r.kind == MOEFY_ROUTER_MOEFICATION;
   const bool is_absolute = r.kind != MOEFY_ROUTER_CENTROID;
@@ -98,13 +98,16 @@ __device__ __forceinline__ void select_tokens(const moefy_router_select_params& 
       score[i][0] = four.x, score[i][1] = four.y, score[i][2] = four.z, score[i][3] = four.w;
     }
     if (!is_imposed) {
+      if (r.w1_scale != nullptr) {
+#pragma unroll
+        for (uint32_t i = 0; i < kWords * 4; ++i) {
+          score[i / 4][i % 4] *= r.w1_scale[min(first + i / 4 * 32 + i % 4, r.num_experts - 1)];
+        }
+      }
 #pragma unroll
       for (uint32_t i = 0; i < kWords * 4; ++i) {
-        const uint32_t e = first + i / 4 * 32 + i % 4;
-        float& s = score[i / 4][i % 4];
-        s *= scale;
-        if (r.w1_scale != nullptr) s *= r.w1_scale[min(e, r.num_experts - 1)];
-        s = is_sigmoid ? s : is_absolute ? fabsf(s) : fmaxf(s, 0.0f);
+        const float s = score[i / 4][i % 4] * scale;
+        score[i / 4][i % 4] = is_sigmoid ? s : is_absolute ? fabsf(s) : fmaxf(s, 0.0f);
       }
       if (is_sigmoid) {
 #pragma unroll
@@ -171,6 +174,19 @@ __device__ __forceinline__ void select_tokens(const moefy_router_select_params& 
     const RowSelection selection{keys, scratch, r.num_experts, r.mask + uint64_t(its_index) * row_words};
     const bool has_score = selection.run(r.selection);
     report({r.mask, r.counts, r.status}, selection, its_index, has_score, its_index < num_valid);
+  }
+}
+
+/// Rows become scores, which go to memory if anyone wants them, then keys, by which experts are selected. Eight lanes take a
+/// token, so that a warp has four of them side by side.
+__device__ __forceinline__ void select_tokens(const moefy_router_select_params& r, const ScoreRows& rows, uint32_t token0,
+                                              uint32_t num_valid, uint32_t* scratch) {
+  if (r.num_experts <= 32) {
+    select_tokens_by<1>(r, rows, token0, num_valid, scratch);
+  } else if (r.num_experts <= 64) {
+    select_tokens_by<2>(r, rows, token0, num_valid, scratch);
+  } else {
+    select_tokens_by<4>(r, rows, token0, num_valid, scratch);
   }
 }
 

@@ -91,6 +91,7 @@ struct RowSelection {
   // by one in that order.
   __device__ __forceinline__ uint32_t count_of_share(float share, uint32_t num_keys) const {
     const uint32_t size = next_power_of_two(num_experts);
+    __syncwarp();  // other lanes may still read what the row before left
     for (uint32_t i = lane_id(); i < size; i += 32) scratch[i] = i < num_experts ? keys[i] : 0;
     __syncwarp();
     sort_descending(scratch, size);
@@ -98,7 +99,8 @@ struct RowSelection {
     float total = 0;
 #pragma unroll 1
     for (uint32_t i = 0; i < num_keys; ++i) total += key_score(scratch[i]);
-    const float target = share * total;
+    // Not 0 times infinity.
+    const float target = share > 0.0f ? share * total : 0.0f;
     float sum = 0;
 #pragma unroll 1
     for (uint32_t i = 0; i < num_keys; ++i) {

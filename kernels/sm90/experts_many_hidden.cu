@@ -30,6 +30,7 @@ struct Tile {
   uint32_t row0;
 };
 
+/// Tiles of a group have as equal numbers of tokens as they can: a round of tiles takes as long as its largest.
 template <int kRows>
 __device__ __forceinline__ Tile tile_of(const moefy_experts_params& p, const uint32_t* tile_offsets, uint32_t tile) {
   const uint32_t index = find_tile(tile_offsets, num_groups(p.neurons), tile);
@@ -38,8 +39,8 @@ __device__ __forceinline__ Tile tile_of(const moefy_experts_params& p, const uin
   const uint32_t across = ceil_div(found.group.width * found.group.halves, kRows);
   const uint32_t inside = tile - tile_offsets[index];
   const RowRange all = rows_of(p, found.group);
-  const uint32_t first = inside / across * kTokens;
-  found.tokens = {all.begin + first, min(all.count - first, kTokens)};
+  const uint32_t share = ceil_div(all.count, ceil_div(all.count, kTokens)), first = inside / across * share;
+  found.tokens = {all.begin + first, min(all.count - first, share)};
   found.row0 = inside % across * kRows;
   return found;
 }

@@ -110,23 +110,6 @@ __device__ __forceinline__ uint32_t first_neuron_of(const moefy_neurons& n, uint
 /// Of a job: as many as the weights of half of the slots have.
 __device__ __forceinline__ uint32_t stages_of_job(const moefy_neurons& n) { return n.expert_width > kDepth ? 2 : 1; }
 
-/// The first of `ids`, ascending, from `low` to `high`, that is at least `least`.
-__device__ __forceinline__ uint32_t find_first(const uint32_t* ids, uint32_t low, uint32_t high, uint32_t least) {
-#pragma unroll 1
-  while (low < high) {
-    const uint32_t step = ceil_div(high - low, 4);
-    uint32_t less = 0;
-#pragma unroll
-    for (uint32_t i = 1; i <= 3; ++i) {
-      const uint32_t at = low + i * step - 1;
-      less += at < high && ids[min(at, high - 1)] < least;
-    }
-    low += less * step;
-    if (less < 3) high = min(high, low + step - 1);
-  }
-  return low;
-}
-
 /// The sum of what this lane and those before it have.
 __device__ __forceinline__ uint32_t sum_of_lanes(uint32_t own) {
   uint32_t sum = own;
@@ -145,15 +128,17 @@ __device__ __forceinline__ Jobs find_jobs(const moefy_experts_params& p, uint32_
   __shared__ Jobs found_jobs;
   const moefy_neurons& n = p.neurons;
   const uint32_t groups = num_groups(n);
-  // Two threads search the ends.
-  for (uint32_t i = threadIdx.x; i < 2 * groups; i += kThreads) {
-    const Group group = find_group(p, i / 2);
+  const uint32_t words = ceil_div(p.num_tokens, 32);
+  for (uint32_t i = threadIdx.x; i < groups; i += kThreads) {
+    const Group group = find_group(p, i);
     const RowRange rows = rows_of(p, group);
-    const uint32_t token = token0 + i % 2 * count;
-    const uint32_t found = group.expert == kNoExpert
-                               ? min(token, rows.count)
-                               : find_first(p.token_ids, rows.begin, rows.begin + rows.count, token);
-    (i % 2 == 0 ? ends[i / 2].x : ends[i / 2].y) = found;
+    // The first row of a token, or of those after it.
+    const auto row_of = [&](uint32_t token) {
+      if (group.expert == kNoExpert) return min(token, rows.count);
+      if (token >= p.num_tokens) return rows.begin + rows.count;
+      return min(p.word_offsets[static_cast<uint64_t>(i) * words + token / 32], p.max_pairs);
+    };
+    ends[i] = make_uint2(row_of(token0), row_of(token0 + count));
   }
   __syncthreads();
   if (threadIdx.x < 32) {
@@ -389,7 +374,7 @@ __device__ __forceinline__ void store_rows(const moefy_experts_params& p, uint32
       for (uint32_t i = 0; i < 4; ++i) words[i] = token < valid ? words[i] : 0;
       const uint4 eight = transpose_quad(words);
       const uint32_t at = (first * 2 + t) * 8;
-      if (row < count && column + at < n.d_model) *reinterpret_cast<uint4*>(to + at) = eight;
+      store_vector_if(row < count && column + at < n.d_model, to + at, eight);
     }
   }
 }
@@ -504,12 +489,18 @@ __device__ __forceinline__ void many_sums(const moefy_experts_sums_params& p) {
   Job* const all = reinterpret_cast<Job*>(memory + kSlots * kSlotBytes + p.block_tokens * kSumBytes);
   const Slots slots;
   const Turns turns;
+  if (threadIdx.x == 0) {
+    for (const moefy_tensor_map& map : p.hidden) prefetch_map(map);
+    prefetch_map(p.w_out);
+  }
   begin();
-  if (by_tokens(p.experts)) return;
+  const bool runs = !by_tokens(p.experts);
   const uint32_t num_blocks = ceil_div(p.experts.num_tokens, p.block_tokens), across = blockIdx.x / num_blocks;
   const uint32_t token0 = blockIdx.x % num_blocks * p.block_tokens;
   const uint32_t count = min(p.block_tokens, p.experts.num_tokens - token0);
   const Jobs jobs = find_jobs(p.experts, token0, count, reinterpret_cast<uint2*>(memory), all);
+  // Asked for before the ends of the groups, looked at after them.
+  if (!runs) return;
   const uint32_t asker = threadIdx.x / 32 - kGroups * 4;
   // All have 65,536 registers or, with four warpgroups that multiply, 61,440.
   if (threadIdx.x < kGroups * 128) {

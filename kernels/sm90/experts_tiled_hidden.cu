@@ -183,7 +183,7 @@ __device__ __forceinline__ void store_rows(const moefy_experts_tiled_params& p, 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4 eight = transpose_quad(words[half]);
-      if (row + 8 * half < tile.num_tokens) *reinterpret_cast<uint4*>(to + 8 * half * p.hidden_stride + done) = eight;
+      store_vector_if(row + 8 * half < tile.num_tokens, to + 8 * half * p.hidden_stride + done, eight);
     }
     move_down<16 * kHalves>(c);
   }

@@ -94,7 +94,8 @@ fn prefix_with_share(row: &[f32], share: f32, order: &mut Vec<u32>) -> usize {
     order.extend(row.iter().map(|&r| key(r)).filter(|&key| key > 0));
     order.sort_unstable_by(|a, b| b.cmp(a));
     let total = order.iter().fold(0.0f32, |sum, &key| sum + score(key));
-    let target = share * total;
+    // Not 0 times infinity.
+    let target = if share > 0.0 { share * total } else { 0.0 };
     let mut sum = 0.0f32;
     let reached = order.iter().position(|&key| {
         sum += score(key);

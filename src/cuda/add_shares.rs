@@ -2,7 +2,7 @@
 
 use super::driver::RawStream;
 use super::kernels::{Modules, PerDType};
-use crate::abi::moefy_add_shares_params;
+use crate::abi::{moefy_add_shares_params, moefy_experts_params};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -50,5 +50,21 @@ impl Kernels {
         let grid = [across[which] as u32, params.num_tokens, 1];
         // SAFETY: the caller's promise.
         unsafe { self.of_columns[which].get(dtype).launch(stream, grid, THREADS, 0, params) }
+    }
+}
+
+/// The sum that follows kernels of [`experts`](super::experts) which left so many partial outputs of every token.
+pub(super) fn of_experts(
+    params: &moefy_experts_params,
+    num_shares: usize,
+) -> moefy_add_shares_params {
+    moefy_add_shares_params {
+        shares: params.partials,
+        b_out: params.neurons.b_out,
+        num_valid_tokens: params.num_valid_tokens,
+        y: params.y,
+        num_shares: num_shares as u32,
+        num_tokens: params.num_tokens,
+        d_model: params.neurons.d_model,
     }
 }

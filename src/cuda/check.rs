@@ -185,7 +185,8 @@ fn check_route_index(device: &Device, mask: &ExpertMask) -> Result<Checked> {
     let [counts, union_ids] = [words(num_experts)?, words(num_experts)?];
     let offsets = words(num_experts + 1)?;
     let token_ids = words(expected.token_ids.len())?;
-    let expert_masks = words(num_experts * num_blocks)?;
+    let [expert_masks, word_offsets] =
+        [words(num_experts * num_blocks)?, words(num_experts * num_blocks)?];
     let num_union = words(1)?;
     let view = |buffer: &Buffer| View::words(buffer.address(), buffer.bytes() / 4);
     let outputs = RouteIndexOutputs {
@@ -193,6 +194,7 @@ fn check_route_index(device: &Device, mask: &ExpertMask) -> Result<Checked> {
         offsets: view(&offsets),
         token_ids: view(&token_ids),
         expert_masks: View::matrix(expert_masks.address(), Format::Word, [num_experts, num_blocks]),
+        word_offsets: View::matrix(word_offsets.address(), Format::Word, [num_experts, num_blocks]),
         union_ids: view(&union_ids),
         num_union: view(&num_union),
         status: None,
@@ -209,6 +211,7 @@ fn check_route_index(device: &Device, mask: &ExpertMask) -> Result<Checked> {
         offsets.read()?,
         token_ids.read()?,
         expert_masks.read()?,
+        word_offsets.read()?,
         union,
         num_union.read()?,
     ];
@@ -217,6 +220,7 @@ fn check_route_index(device: &Device, mask: &ExpertMask) -> Result<Checked> {
         expected.offsets,
         expected.token_ids,
         expected.expert_masks,
+        expected.word_offsets,
         expected.union_ids.clone(),
         vec![expected.union_ids.len() as u32],
     ];

@@ -17,8 +17,8 @@ use crate::error::Result;
 pub(super) const VECTOR_BYTES: usize = 16;
 /// Threads of a block.
 pub(super) const THREADS: u32 = 256;
-/// Blocks of 128 tokens are a grid's second dimension.
-const MAX_TOKENS: usize = 65_535 * 128;
+/// Without lists and tiles: tokens are the second dimension of the grid that adds shares.
+const MAX_FEW_TOKENS: usize = 65_535;
 
 /// Names of entry points: element types by sizes. f32 has one size.
 macro_rules! variants {
@@ -105,8 +105,14 @@ pub struct ExpertsInputs {
 pub struct ExpertLists {
     /// u32 \[1, num_experts + 1\].
     pub offsets: View,
-    /// u32 \[1, capacity\].
+    /// u32 \[1, capacity\]. Where it is full, lists may have ended early as far as kernels know, and each pair is looked up: one
+    /// entry more than there are pairs is faster.
     pub token_ids: View,
+    /// u32 \[num_experts, ⌈num_tokens/32⌉\].
+    pub word_offsets: View,
+    /// About how many pairs there will be, where that is known: which kernels are fastest depends on it. Any number of them is
+    /// right. `None` goes by an eighth of the capacity.
+    pub expected_pairs: Option<usize>,
 }
 
 /// The sizes that decide how the kernels are launched.
@@ -147,7 +153,7 @@ impl Launch {
 enum Shape {
     One(experts_one::Shape),
     Few(experts_few::Shape),
-    Many(experts_many::Shape),
+    Many(Box<experts_many::Shape>),
     Tiled(experts_tiled::Shape),
 }
 
@@ -158,13 +164,6 @@ impl Shape {
         lists: Option<ExpertLists>,
         tiles: Option<TokenTiles>,
     ) -> Result<Self> {
-        if launch.num_tokens > MAX_TOKENS {
-            return Err(check.error(
-                "num_tokens",
-                format!("at most {MAX_TOKENS}"),
-                launch.num_tokens,
-            ));
-        }
         let shape = match (tiles, lists) {
             (Some(_), _) => {
                 let tiled = &check.device.experts.tiled;
@@ -182,12 +181,19 @@ impl Shape {
                 }
                 experts_tiled::Shape::new(launch).map(Self::Tiled)
             }
+            (None, None) if launch.num_tokens > MAX_FEW_TOKENS => {
+                let expected = format!("at most {MAX_FEW_TOKENS} without lists");
+                return Err(check.error("num_tokens", expected, launch.num_tokens));
+            }
             (None, None) => match experts_one::Shape::new(check.device, launch) {
                 Some(shape) => Some(Self::One(shape)),
                 None => experts_few::Shape::new(launch).map(Self::Few),
             },
             (None, Some(lists)) => {
-                experts_many::Shape::new(launch, lists.token_ids.shape[1]).map(Self::Many)
+                let capacity = lists.token_ids.shape[1];
+                let expected = lists.expected_pairs.unwrap_or(capacity / 8);
+                let shape = experts_many::Shape::new(launch, capacity, expected as f64);
+                shape.map(|shape| Self::Many(Box::new(shape)))
             }
         };
         shape.ok_or_else(|| check.error("sizes", "such that the workspace can exist", "more"))
@@ -256,10 +262,12 @@ pub unsafe fn experts(
         num_tokens: check.size("num_tokens", num_tokens)?,
         ..without_addresses(abi)
     };
-    if let Some(ExpertLists { offsets, token_ids }) = inputs.lists {
+    if let Some(ExpertLists { offsets, token_ids, word_offsets, .. }) = inputs.lists {
         params.expert_offsets = words("offsets", offsets, neurons.num_experts + 1)?;
         check.size("capacity of token_ids", token_ids.shape[1])?;
         params.token_ids = words("token_ids", token_ids, token_ids.shape[1])?;
+        let shape = [neurons.num_experts, num_tokens.div_ceil(32)];
+        params.word_offsets = check.dense("word_offsets", word_offsets, Format::Word, shape)?;
     }
     let tiled = inputs.tiles.map(|tiles| tiled_params(&check, &params, &tiles)).transpose()?;
     let launch = Launch::new(device, neurons, dtype, num_tokens);

@@ -1,12 +1,12 @@
 //! The kernels of [`experts`](super::experts) for few tokens: the union of their experts, neuron by
 //! neuron. One token goes another way where it can ([`super::experts_one`]).
 
-use super::Device;
 use super::driver::RawStream;
 use super::experts::{Launch, THREADS, VECTOR_BYTES, Variants, variants};
 use super::kernels::Modules;
 use super::workspace::Layout;
-use crate::abi::{moefy_add_shares_params, moefy_experts_params};
+use super::{Device, add_shares};
+use crate::abi::moefy_experts_params;
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -115,15 +115,7 @@ impl Shape {
         let [tiles, stripes, splits, blocks] =
             [self.token_tiles, self.stripes, self.splits, self.hidden_blocks].map(|n| n as u32);
         let Kernels { hidden, output } = &device.experts.few;
-        let shares = moefy_add_shares_params {
-            shares: params.partials,
-            b_out: params.neurons.b_out,
-            num_valid_tokens: params.num_valid_tokens,
-            y: params.y,
-            num_shares: params.num_splits,
-            num_tokens: params.num_tokens,
-            d_model: params.neurons.d_model,
-        };
+        let shares = add_shares::of_experts(&params, self.splits);
         // SAFETY: the caller's promise; the places do not overlap.
         unsafe {
             let grid = [blocks, tiles, 1];

@@ -8,9 +8,9 @@ use super::experts_sums;
 use super::kernels::{Modules, PerDType};
 use super::workspace::Layout;
 use crate::abi::{
-    MOEFY_EXPERTS_MANY_SLAB, MOEFY_EXPERTS_MANY_SUM_COLUMNS, MOEFY_MAX_EXPERTS,
-    moefy_experts_engine_params, moefy_experts_fused_params, moefy_experts_params,
-    moefy_tensor_map,
+    MOEFY_EXPERTS_MANY_SLAB, MOEFY_EXPERTS_MANY_SUM_COLUMNS, MOEFY_EXPERTS_RESIDENT_SLOTS,
+    MOEFY_MAX_EXPERTS, moefy_experts_engine_params, moefy_experts_fused_params,
+    moefy_experts_params, moefy_tensor_map,
 };
 use crate::dtype::DType;
 use crate::error::Result;
@@ -49,12 +49,18 @@ struct Wide {
     token_output: Function,
     /// Both in one launch, for narrow experts.
     fused: [Function; 3],
+    /// The first product where a block keeps an expert's weights.
+    resident_hidden: [Function; 3],
     /// All experts, for many pairs of those.
     masked: experts_masked::OfType,
 }
 
-const WIDE_MODULES: [&str; 3] =
-    ["sm90_experts_many_hidden", "sm90_experts_many_token_output", "sm90_experts_many_fused"];
+const WIDE_MODULES: [&str; 4] = [
+    "sm90_experts_many_hidden",
+    "sm90_experts_many_token_output",
+    "sm90_experts_many_fused",
+    "sm90_experts_many_resident_hidden",
+];
 /// Threads of a block, input rows of a block of the first kernel, and its stages.
 const WIDE_THREADS: u32 = 384;
 const WIDE_ROWS: [usize; 4] = [32, 64, 128, 256];
@@ -81,6 +87,23 @@ macro_rules! fused {
     };
 }
 
+/// The first product where a block keeps an expert's rows of w_in, so many at most: threads of a block, tokens of its tile and
+/// elements of each in a stage.
+const RESIDENT_THREADS: u32 = 512;
+const RESIDENT_TOKENS: usize = 64;
+const RESIDENT_DEPTH: usize = 128;
+pub(super) const RESIDENT_ROWS: [usize; 3] = [32, 64, 128];
+
+macro_rules! resident_hidden {
+    ($dtype:literal) => {
+        [
+            concat!("moefy_experts_many_resident_hidden_", $dtype, "_32"),
+            concat!("moefy_experts_many_resident_hidden_", $dtype, "_64"),
+            concat!("moefy_experts_many_resident_hidden_", $dtype, "_128"),
+        ]
+    };
+}
+
 macro_rules! wide_hidden {
     ($dtype:literal) => {
         [wide_hidden!("wide", $dtype), wide_hidden!("engine", $dtype)]
@@ -101,6 +124,7 @@ impl Wide {
         [hidden, engine_hidden]: [[&'static str; 4]; 2],
         [sums, token_output]: [&'static str; 2],
         fused: [&'static str; 3],
+        resident: [&'static str; 3],
         hidden_masked: [&'static str; 3],
         output_masked: [&'static str; 2],
     ) -> Result<Self> {
@@ -115,12 +139,15 @@ impl Wide {
         let load_fused = |size: usize| {
             modules.function(WIDE_MODULES[2], fused[size], fused_shared_bytes(size, most))
         };
+        let load_resident =
+            |size: usize| modules.function(WIDE_MODULES[3], resident[size], WIDE_SHARED_BYTES);
         Ok(Self {
             hidden: load(hidden)?,
             engine_hidden: load(engine_hidden)?,
             sums: experts_sums::load(modules, sums)?,
             token_output: modules.function(WIDE_MODULES[1], token_output, WIDE_SHARED_BYTES)?,
             fused: [load_fused(0)?, load_fused(1)?, load_fused(2)?],
+            resident_hidden: [load_resident(0)?, load_resident(1)?, load_resident(2)?],
             masked: experts_masked::OfType::load(modules, hidden_masked, output_masked)?,
         })
     }
@@ -132,6 +159,13 @@ fn wide_hidden_shared_bytes(size: usize, num_experts: usize) -> usize {
 
 fn fused_shared_bytes(size: usize, num_experts: usize) -> usize {
     FUSED_STAGES[size] * (FUSED_PAIRS + FUSED_ROWS[size]) * ROW_BYTES + list_bytes(num_experts)
+}
+
+/// Weights of `rows` neurons, slots for stages of tokens, and a word for each expert.
+pub(super) fn resident_shared_bytes(rows: usize, d_model: usize, num_experts: usize) -> usize {
+    let stages = d_model.div_ceil(RESIDENT_DEPTH);
+    let slots = stages.min(MOEFY_EXPERTS_RESIDENT_SLOTS as usize);
+    (stages * rows + slots * RESIDENT_TOKENS) * RESIDENT_DEPTH * 2 + list_bytes(num_experts)
 }
 
 /// Its lists beside the stages: five words and a bit for each expert, a bit for every stage, and what says which is the last.
@@ -175,6 +209,7 @@ impl Kernels {
                     wide_hidden!("f16"),
                     ["moefy_experts_many_sums_f16", "moefy_experts_many_token_output_f16"],
                     fused!("f16"),
+                    resident_hidden!("f16"),
                     [
                         "moefy_experts_masked_hidden_f16",
                         "moefy_experts_masked_hidden_early_f16",
@@ -187,6 +222,7 @@ impl Kernels {
                     wide_hidden!("bf16"),
                     ["moefy_experts_many_sums_bf16", "moefy_experts_many_token_output_bf16"],
                     fused!("bf16"),
+                    resident_hidden!("bf16"),
                     [
                         "moefy_experts_masked_hidden_bf16",
                         "moefy_experts_masked_hidden_early_bf16",
@@ -283,8 +319,9 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    /// `None` where the sizes overflow.
-    pub(super) fn new(launch: &Launch, max_pairs: usize) -> Option<Self> {
+    /// For so many pairs that there could be and so many expected ones, which the bytes do not depend on. `None` where the
+    /// sizes overflow.
+    pub(super) fn new(launch: &Launch, max_pairs: usize, expected_pairs: f64) -> Option<Self> {
         let Launch { dtype, num_tokens, d_model, .. } = *launch;
         let size = match (dtype, launch.expert_width * launch.halves) {
             (DType::F32, _) => 1,
@@ -297,7 +334,7 @@ impl Shape {
         let hidden_shared = max_pairs.checked_mul(hidden_stride)?;
         let of_tokens = |width: usize| num_tokens.checked_mul(width.checked_next_multiple_of(8)?);
         let hidden_linear = hidden_shared.checked_add(of_tokens(launch.shared)?)?;
-        let ways = Ways::new(launch, max_pairs)?;
+        let ways = Ways::new(launch, max_pairs, expected_pairs)?;
         let sums = if launch.is_wide && ways.fused.is_none() {
             Some(experts_sums::Shape::new(launch)?)
         } else {
@@ -430,14 +467,15 @@ impl Shape {
         // The device knows how many pairs there are: what they do not need ends at once.
         let may_go_by_tokens = self.max_pairs >= self.ways.min_token_pairs;
         let masked = self.ways.masked.filter(|_| may_go_by_tokens);
-        let may_go_in_two = masked.is_none() && (self.ways.fused.is_none() || may_go_by_tokens);
+        let may_go_by_tiles = masked.is_none() && may_go_by_tokens;
+        let goes_in_two = self.ways.fused.is_none() || may_go_by_tiles;
         if let Some((wide, size)) = wide.zip(self.ways.fused) {
             let map = |weights| self.map_of_rows(weights, FUSED_ROWS[size]);
             let params = moefy_experts_fused_params {
                 w_in: map(params.neurons.w_in)?,
                 w_out: map(params.neurons.w_out)?,
                 experts: params,
-                reserved: [0; 4],
+                reserved: [0; 3],
             };
             let (kernel, shared) = (&wide.fused[size], fused_shared_bytes(size, experts));
             // SAFETY: the caller's promise.
@@ -447,35 +485,39 @@ impl Shape {
             // SAFETY: the caller's promise.
             unsafe { masked.launch(&wide.masked, stream, &params)? };
         }
-        if may_go_in_two {
-            match wide {
-                Some(wide) if self.has_engine => {
-                    let kernel = &wide.engine_hidden[self.wide_size];
-                    let params = moefy_experts_engine_params {
-                        weights: self.map_of_w_in(params.neurons.w_in)?,
-                        experts: params,
-                        reserved: [0; 4],
-                    };
-                    let (grid, shared) = ([blocks, 1, 1], hidden.3);
-                    // SAFETY: the caller's promise.
-                    unsafe { kernel.launch(stream, grid, WIDE_THREADS, shared, &params)? };
-                }
-                _ => run(hidden, &params)?,
+        let of_w_in = |rows: usize| -> Result<_> {
+            let weights = self.map_of_w_in(params.neurons.w_in, rows)?;
+            Ok(moefy_experts_engine_params { weights, experts: params, reserved: [0; 3] })
+        };
+        match (wide, self.ways.resident) {
+            (Some(wide), Some(size)) => {
+                let rows = RESIDENT_ROWS[size];
+                let shared = resident_shared_bytes(rows, self.d_model, experts);
+                let (kernel, params) = (&wide.resident_hidden[size], of_w_in(rows)?);
+                let grid = [blocks, 1, 1];
+                // SAFETY: the caller's promise.
+                unsafe { kernel.launch(stream, grid, RESIDENT_THREADS, shared, &params)? };
             }
+            _ if !goes_in_two => {}
+            (Some(wide), None) if self.has_engine => {
+                let (kernel, params) =
+                    (&wide.engine_hidden[self.wide_size], of_w_in(WIDE_ROWS[self.wide_size])?);
+                let (grid, shared) = ([blocks, 1, 1], hidden.3);
+                // SAFETY: the caller's promise.
+                unsafe { kernel.launch(stream, grid, WIDE_THREADS, shared, &params)? };
+            }
+            _ => run(hidden, &params)?,
         }
         if let Some((wide, sums)) = wide.zip(self.sums) {
             // SAFETY: the caller's promise.
             unsafe { sums.launch(&wide.sums, stream, &params)? };
         }
-        if let Some(wide) = wide
-            && may_go_in_two
-            && may_go_by_tokens
-        {
+        if let Some(wide) = wide.filter(|_| may_go_by_tiles) {
             let kernel = &wide.token_output;
             let params = moefy_experts_engine_params {
                 weights: self.map_of_rows(params.neurons.w_out, TOKEN_DEPTH)?,
                 experts: params,
-                reserved: [0; 4],
+                reserved: [0; 3],
             };
             let shared = token_output_shared_bytes(experts, self.d_ff + self.rank);
             // SAFETY: the caller's promise.
@@ -503,9 +545,9 @@ impl Shape {
 
 impl Shape {
     /// w_in \[halves · d_ff, d_model\] by groups of eight neurons, each with gate and up rows.
-    fn map_of_w_in(&self, w_in: u64) -> Result<moefy_tensor_map> {
+    fn map_of_w_in(&self, w_in: u64, rows: usize) -> Result<moefy_tensor_map> {
         let row = (self.d_model * self.dtype.bytes()) as u64;
-        let groups = WIDE_ROWS[self.wide_size] / (8 * self.halves);
+        let groups = rows / (8 * self.halves);
         tensor_map(
             self.dtype,
             w_in,
@@ -553,7 +595,10 @@ mod tests {
                 {
                     let launch = launch(num_tokens, 1000, num_experts, expert_width);
                     let launch = Launch { d_ff: launch.d_ff + shared, shared, rank, ..launch };
-                    let shape = Shape::new(&launch, num_tokens * num_experts).expect("sizes fit");
+                    let all = num_tokens * num_experts;
+                    let shape = Shape::new(&launch, all, 0.0).expect("sizes fit");
+                    let expecting_all = Shape::new(&launch, all, all as f64).expect("sizes fit");
+                    assert_eq!(shape.bytes, expecting_all.bytes);
                     assert!(shape.bytes >= bytes, "fewer tokens need more: {launch:?}");
                     bytes = shape.bytes;
                     let Ways { fused, min_token_pairs, .. } = shape.ways;

@@ -2,10 +2,11 @@
 
 use super::experts::Launch;
 use super::experts_many::{
-    FUSED_ROWS, MAX_ROWS_BYTES, TOKEN_DEPTH, TOKEN_TILE, WIDE_SHARED_BYTES,
-    token_output_shared_bytes,
+    FUSED_ROWS, MAX_ROWS_BYTES, RESIDENT_ROWS, TOKEN_DEPTH, TOKEN_TILE, WIDE_SHARED_BYTES,
+    resident_shared_bytes, token_output_shared_bytes,
 };
-use super::experts_masked;
+use super::{experts_masked, experts_sums};
+use crate::dtype::DType;
 
 /// Both products in one launch: wider tokens were not measured.
 const FUSED_MAX_D_MODEL: usize = 1024;
@@ -13,9 +14,11 @@ const FUSED_MAX_D_MODEL: usize = 1024;
 /// How many pairs go which way.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ways {
-    /// The kernel that does both products in one launch while there are fewer pairs than `min_token_pairs`, if one can:
+    /// The kernel that does both products in one launch while there are fewer pairs than `min_token_pairs`, if that is best:
     /// whole rows of all their outputs have room then.
     pub(super) fused: Option<usize>,
+    /// The kernel that does the first product of those where a block keeps the weights of an expert, if that is best.
+    pub(super) resident: Option<usize>,
     /// From so many pairs on, the second product goes by tiles of tokens.
     pub(super) min_token_pairs: usize,
     /// Then the first one too: all experts under masks.
@@ -25,39 +28,48 @@ pub(super) struct Ways {
 }
 
 impl Ways {
-    /// `None` where the sizes overflow.
-    pub(super) fn new(launch: &Launch, max_pairs: usize) -> Option<Self> {
+    /// What is best where so many pairs are expected of `max_pairs` that there could be. `None` where the sizes overflow.
+    pub(super) fn new(launch: &Launch, max_pairs: usize, expected_pairs: f64) -> Option<Self> {
         let room = (MAX_ROWS_BYTES / row_bytes(launch)?).checked_sub(rows_of_all(launch)?);
         let by_tokens = Cost::of_token_output(launch);
         // Masks go on where lists end early.
         let has_all = max_pairs >= launch.num_tokens.checked_mul(launch.num_experts)?;
         let masked = experts_masked::Shape::new(launch).filter(|_| has_all);
-        let fused_cost = |size| Cost::of_fused(launch, size) + Cost::of_sum(launch);
-        Some(match (fused_size(launch).zip(room), masked, by_tokens) {
-            (Some((size, room)), Some(shape), _) => {
-                let masked_cost = Cost { base: shape.us, of_pair: 0.0 };
-                let min_token_pairs = fused_cost(size).pairs_up_to(masked_cost).min(room);
-                let pairs_with_rows = max_pairs.min(room);
-                Self { fused: Some(size), min_token_pairs, masked, pairs_with_rows }
-            }
-            (Some((size, room)), None, _) if max_pairs <= room => Self {
-                fused: Some(size),
-                min_token_pairs: usize::MAX,
+        let is_bounded = |room| masked.is_some() || by_tokens.is_some() || max_pairs <= room;
+        let narrow = fused_size(launch).zip(room).filter(|&(_, room)| is_bounded(room));
+        let Some((size, room)) = narrow else {
+            let by_pairs = Cost::of_pairs(launch);
+            let min_token_pairs =
+                by_tokens.map_or(usize::MAX, |by_tokens| by_pairs.pairs_up_to(by_tokens));
+            return Some(Self {
+                fused: None,
+                resident: None,
+                min_token_pairs,
                 masked: None,
-                pairs_with_rows: max_pairs,
-            },
-            (Some((size, room)), None, Some(by_tokens)) => {
-                let in_two = Cost::of_all(launch) + Cost::of_hidden(launch) + by_tokens;
-                let min_token_pairs = fused_cost(size).pairs_up_to(in_two).min(room);
-                Self { fused: Some(size), min_token_pairs, masked: None, pairs_with_rows: room }
-            }
-            _ => {
-                let by_pairs = Cost::of_pairs(launch);
-                let min_token_pairs =
-                    by_tokens.map_or(usize::MAX, |by_tokens| by_pairs.pairs_up_to(by_tokens));
-                let pairs_with_rows = max_pairs.min(min_token_pairs);
-                Self { fused: None, min_token_pairs, masked: None, pairs_with_rows }
-            }
+                pairs_with_rows: max_pairs.min(min_token_pairs),
+            });
+        };
+        let fused_cost = Cost::of_fused(launch, size) + Cost::of_sum(launch);
+        let resident = Resident::new(launch)
+            .filter(|resident| resident.us(expected_pairs) < fused_cost.us(expected_pairs));
+        let by_tiles = match masked {
+            Some(shape) => Some(Cost { base: shape.us, of_pair: 0.0 }),
+            // Who keeps sums needs no room for outputs.
+            None if resident.is_some() || max_pairs <= room => None,
+            None => by_tokens
+                .map(|by_tokens| Cost::of_all(launch) + Cost::of_hidden(launch) + by_tokens),
+        };
+        let min_token_pairs = match (by_tiles, &resident) {
+            (Some(by_tiles), Some(resident)) => resident.pairs_up_to(by_tiles.base, max_pairs),
+            (Some(by_tiles), None) => fused_cost.pairs_up_to(by_tiles).min(room),
+            (None, _) => usize::MAX,
+        };
+        Some(Self {
+            fused: resident.is_none().then_some(size),
+            resident: resident.map(|resident| resident.size),
+            min_token_pairs,
+            masked,
+            pairs_with_rows: max_pairs.min(room),
         })
     }
 }
@@ -67,6 +79,48 @@ pub(super) fn fused_size(launch: &Launch) -> Option<usize> {
     let widest = launch.expert_width.max(launch.shared).max(launch.rank);
     let can = launch.is_wide && launch.halves == 1 && launch.d_model <= FUSED_MAX_D_MODEL;
     FUSED_ROWS.iter().position(|&rows| can && widest <= rows)
+}
+
+/// Two launches for narrow experts, of which the first keeps weights and the second sums.
+struct Resident {
+    /// Which kernel does the first product.
+    size: usize,
+    first: Cost,
+    num_experts: usize,
+    second: experts_sums::Shape,
+}
+
+impl Resident {
+    /// `None` where no kernel can.
+    fn new(launch: &Launch) -> Option<Self> {
+        let in_groups = [launch.expert_width, launch.d_ff].iter().all(|n| n.is_multiple_of(8));
+        let can = launch.is_wide && launch.halves == 1 && launch.rank == 0 && in_groups;
+        let size = RESIDENT_ROWS.iter().position(|&rows| {
+            let bytes = resident_shared_bytes(rows, launch.d_model, launch.num_experts);
+            can && launch.expert_width <= rows && bytes <= WIDE_SHARED_BYTES
+        })?;
+        let second = experts_sums::Shape::new(launch)?;
+        let first = Cost::of_resident(launch, size);
+        Some(Self { size, first, num_experts: launch.num_experts, second })
+    }
+
+    fn us(&self, pairs: f64) -> f64 {
+        self.first.us(pairs) + self.second.us(self.num_experts, pairs)
+    }
+
+    /// Up to how many pairs it takes less than so long.
+    fn pairs_up_to(&self, us: f64, max_pairs: usize) -> usize {
+        let (mut low, mut high) = (0, max_pairs + 1);
+        while low < high {
+            let middle = low.midpoint(high);
+            if self.us(middle as f64) < us {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        low
+    }
 }
 
 /// Bytes of a row of y.
@@ -120,6 +174,14 @@ impl Cost {
         let of_pair = (launch.d_model * launch.dtype.bytes()) as f64 / 2.6e6;
         let rows_of_all = (launch.num_tokens * (1 + groups_of_all(launch))) as f64;
         Self { base: 3.0 + rows_of_all * of_pair, of_pair }
+    }
+
+    /// Of the first product where weights stay: bytes of token rows, and of weights for each block or expert.
+    fn of_resident(launch: &Launch, size: usize) -> Self {
+        let of_pair = (launch.d_model * launch.dtype.bytes()) as f64 / 6.9e6;
+        let kept = RESIDENT_ROWS[size] * launch.num_experts.max(launch.multiprocessors);
+        let of_all = launch.num_tokens * launch.shared.div_ceil(RESIDENT_ROWS[size]);
+        Self { base: 9.4 + (kept + of_all) as f64 * of_pair, of_pair }
     }
 
     /// Of the launches of two kernels, and of what all tokens run there.
@@ -179,26 +241,42 @@ impl Cost {
 pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 {
     /// Two launches of kernels that end at once.
     const IDLE_US: f64 = 2.0;
-    let Some(ways) = Ways::new(launch, max_pairs) else { return f64::INFINITY };
+    if launch.dtype == DType::F32 {
+        return f32_products_us(launch, pairs);
+    }
+    let Some(ways) = Ways::new(launch, max_pairs, pairs) else { return f64::INFINITY };
     // Weights are read at least once.
     let read_us = |rows: usize| (rows * launch.d_model * launch.dtype.bytes()) as f64 / 2.9e6;
     let in_us = read_us(launch.halves * launch.d_ff + launch.rank);
     let out_us = read_us(launch.d_ff + launch.rank);
     let by_tokens = || Cost::of_token_output(launch).map_or(f64::INFINITY, |cost| cost.base);
     let idle_us = if max_pairs >= ways.min_token_pairs { IDLE_US } else { 0.0 };
+    let goes_by_tiles = pairs >= ways.min_token_pairs as f64;
+    if let Some(masked) = ways.masked.filter(|_| goes_by_tiles) {
+        return idle_us + masked.us.max(in_us + out_us);
+    }
+    if let Some(resident) = ways.resident.and_then(|_| Resident::new(launch)) {
+        return resident.us(pairs).max(in_us + out_us);
+    }
     let second_us = match ways.fused {
-        Some(size) if pairs < ways.min_token_pairs as f64 => {
+        Some(size) if !goes_by_tiles => {
             let products =
                 Cost::of_fused(launch, size).us(pairs).max(fused_rounds_us(launch, size, pairs));
             return idle_us + products.max(in_us + out_us) + Cost::of_sum(launch).us(pairs);
         }
-        Some(_) => match ways.masked {
-            Some(masked) => return idle_us + masked.us.max(in_us + out_us),
-            None => by_tokens(),
-        },
+        Some(_) => by_tokens(),
         None => by_tokens().min(Cost::of_pairs(launch).us(pairs)),
     };
     Cost::of_all(launch).base + Cost::of_hidden(launch).us(pairs).max(in_us) + second_us.max(out_us)
+}
+
+/// Of f32: multiply-adds without tensor cores, with what tiles leave empty, and the launches.
+fn f32_products_us(launch: &Launch, pairs: f64) -> f64 {
+    let factors = (launch.halves + 1) as f64 * launch.d_model as f64;
+    let of_experts =
+        (pairs + 40.0 * launch.num_experts as f64) * factors * launch.expert_width as f64;
+    let of_token = factors * launch.shared as f64 + 2.0 * (launch.rank * launch.d_model) as f64;
+    90.0 + (of_experts + launch.num_tokens as f64 * of_token) / 1.25e7
 }
 
 /// Of one kernel for both products, what the rounds of its tiles take at least, however few pairs they have.
@@ -213,7 +291,6 @@ fn fused_rounds_us(launch: &Launch, size: usize, pairs: f64) -> f64 {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::dtype::DType;
 
     pub(in crate::cuda) fn launch(
         num_tokens: usize,
@@ -243,26 +320,37 @@ pub(super) mod tests {
             (512, 768, 24, 128, 0.05, 24.2),
             (512, 768, 24, 128, 0.2, 25.7),
             (2048, 768, 24, 128, 0.05, 26.5),
-            (2048, 768, 24, 128, 0.1, 27.1),
-            (2048, 768, 24, 128, 0.2, 32.3),
-            (8192, 768, 24, 128, 0.05, 39.4),
-            (8192, 768, 24, 128, 0.1, 46.0),
-            (8192, 768, 24, 128, 0.2, 79.0),
+            (2048, 768, 24, 128, 0.1, 27.0),
+            (2048, 768, 24, 128, 0.2, 33.0),
+            (8192, 768, 24, 128, 0.05, 38.2),
+            (8192, 768, 24, 128, 0.1, 43.5),
+            (8192, 768, 24, 128, 0.2, 76.4),
             (8192, 768, 24, 128, 1.0, 160.5),
+            (2048, 768, 48, 64, 0.2, 33.8),
+            (4096, 768, 48, 64, 0.05, 29.4),
+            (4096, 768, 48, 64, 0.1, 35.6),
+            (4096, 768, 48, 64, 0.2, 51.9),
+            (8192, 768, 48, 64, 0.1, 55.5),
+            (8192, 768, 48, 64, 0.2, 87.9),
+            (8192, 768, 48, 64, 0.3, 114.5),
             (2048, 768, 96, 32, 0.1, 44.7),
-            (4096, 768, 96, 32, 0.05, 49.7),
+            (4096, 768, 96, 32, 0.05, 46.3),
+            (4096, 768, 96, 32, 0.1, 52.9),
             (2048, 768, 96, 32, 0.4, 58.3),
-            (4096, 768, 96, 32, 0.4, 90.6),
-            (8192, 768, 96, 32, 0.05, 76.3),
-            (8192, 768, 96, 32, 0.1, 130.5),
-            (8192, 768, 96, 32, 0.2, 163.0),
-            (2048, 1024, 64, 64, 0.1, 35.8),
-            (2048, 1024, 64, 64, 0.4, 78.3),
-            (4096, 1024, 64, 64, 0.4, 140.0),
-            (8192, 1024, 64, 64, 0.05, 71.9),
-            (8192, 1024, 64, 64, 0.1, 122.5),
-            (8192, 1024, 64, 64, 0.2, 223.5),
-            (8192, 1024, 64, 64, 0.4, 288.5),
+            (4096, 768, 96, 32, 0.4, 86.0),
+            (8192, 768, 96, 32, 0.03, 54.6),
+            (8192, 768, 96, 32, 0.1, 91.6),
+            (8192, 768, 96, 32, 0.2, 156.2),
+            (2048, 1024, 64, 64, 0.1, 35.3),
+            (2048, 1024, 64, 64, 0.2, 46.1),
+            (4096, 1024, 64, 64, 0.1, 50.0),
+            (4096, 1024, 64, 64, 0.2, 72.1),
+            (4096, 1024, 64, 64, 0.4, 135.7),
+            (8192, 1024, 64, 64, 0.05, 66.5),
+            (8192, 1024, 64, 64, 0.1, 81.0),
+            (8192, 1024, 64, 64, 0.2, 128.1),
+            (8192, 1024, 64, 64, 0.3, 177.8),
+            (8192, 1024, 64, 64, 0.6, 288.0),
             (2048, 4096, 112, 128, 0.1, 288.2),
             (2048, 4096, 112, 128, 0.2, 453.0),
             (2048, 4096, 112, 128, 0.3, 559.6),

@@ -4,6 +4,7 @@
 use super::driver::{Function, RawStream, tensor_map};
 use super::experts::Launch;
 use super::kernels::Modules;
+use super::router_select::NextBegins;
 use crate::abi::{
     moefy_experts_masked_params, moefy_experts_params, moefy_tensor_map as TensorMap,
 };
@@ -103,14 +104,14 @@ impl Shape {
         let across = COLUMNS[self.output];
         // SAFETY: the caller's promise.
         unsafe {
-            self.launch_hidden(kernels, stream, params, false)?;
+            self.launch_hidden(kernels, stream, params, NextBegins::Anytime)?;
             let hidden = self.map(params.hidden, [self.d_ff, self.num_tokens], TOKENS)?;
             let w_out = self.map(params.neurons.w_out, [self.d_model, self.d_ff], DEPTH)?;
             self.run(&kernels.output[self.output], stream, [hidden, w_out], across, params)
         }
     }
 
-    /// The first product. `early`: there are no lists, and the kernel before it lets it begin when x is there, and not sooner.
+    /// The first product. Where the kernel before it lets it begin with the tokens, there are no lists.
     ///
     /// # Safety
     /// As for [`Self::launch`].
@@ -119,12 +120,14 @@ impl Shape {
         kernels: &OfType,
         stream: RawStream,
         params: &moefy_experts_params,
-        early: bool,
+        begins: NextBegins,
     ) -> Result<()> {
         let num_items = self.num_tokens.div_ceil(TOKENS) * self.d_ff.div_ceil(NEURONS);
-        let kernel = match early {
-            true => &kernels.hidden_early[usize::from(num_items <= self.multiprocessors)],
-            false => &kernels.hidden,
+        let kernel = match begins {
+            NextBegins::WithTokens => {
+                &kernels.hidden_early[usize::from(num_items <= self.multiprocessors)]
+            }
+            NextBegins::Anytime => &kernels.hidden,
         };
         let x = self.map(params.x, [self.d_model, self.num_tokens], TOKENS)?;
         let w_in = self.map(params.neurons.w_in, [self.d_model, self.d_ff], NEURONS)?;
@@ -147,7 +150,7 @@ impl Shape {
         params: &moefy_experts_params,
     ) -> Result<()> {
         let params =
-            moefy_experts_masked_params { rows, weights, experts: *params, reserved: [0; 4] };
+            moefy_experts_masked_params { rows, weights, experts: *params, reserved: [0; 3] };
         let grid = [self.multiprocessors as u32, 1, 1];
         // SAFETY: the caller's promise.
         unsafe { kernel.launch(stream, grid, THREADS, shared_bytes(across), &params) }

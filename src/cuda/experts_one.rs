@@ -1,11 +1,11 @@
 //! The kernel of [`experts`](super::experts) for one token of 16 bits, where a row is wide and a block can have enough shared
 //! memory: both products in one launch.
 
-use super::Device;
 use super::driver::{Function, RawStream};
 use super::experts::{Launch, VECTOR_BYTES};
 use super::kernels::{Half, Modules, half_names};
-use crate::abi::{MOEFY_EXPERTS_ONE_ROWS, moefy_add_shares_params, moefy_experts_params};
+use super::{Device, add_shares};
+use crate::abi::{MOEFY_EXPERTS_ONE_ROWS, moefy_experts_params};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -68,15 +68,7 @@ impl Shape {
         workspace: u64,
     ) -> Result<()> {
         let params = moefy_experts_params { partials: workspace, ..*params };
-        let shares = moefy_add_shares_params {
-            shares: workspace,
-            b_out: params.neurons.b_out,
-            num_valid_tokens: params.num_valid_tokens,
-            y: params.y,
-            num_shares: self.blocks as u32,
-            num_tokens: params.num_tokens,
-            d_model: params.neurons.d_model,
-        };
+        let shares = add_shares::of_experts(&params, self.blocks);
         let (grid, threads) = ([self.blocks as u32, 1, 1], self.threads as u32);
         // SAFETY: the caller's promise.
         unsafe {

@@ -41,6 +41,17 @@ fn slices(num_experts: usize, expert_width: usize, shared: usize, rank: usize) -
     num_experts * expert_width.div_ceil(width) + shared.div_ceil(width) + rank.div_ceil(width)
 }
 
+/// Jobs for an expert that has so many pairs in the mean, one at least: how often it has more than each multiple of a job's, where
+/// numbers of pairs are about normally distributed.
+fn jobs_of(pairs: f64) -> f64 {
+    if pairs > 10.0 * TOKENS_STEP as f64 {
+        return pairs / TOKENS_STEP as f64 + 0.5;
+    }
+    let exceeds = |least: f64| 1.0 / (1.0 + (1.7 * (least - pairs) / pairs.sqrt().max(1.0)).exp());
+    let more = (1..).map(|jobs| exceeds((jobs * TOKENS_STEP) as f64));
+    1.0 + more.take_while(|&share| share > 0.01).sum::<f64>()
+}
+
 /// Sizes of the launch.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
@@ -54,6 +65,7 @@ pub(super) struct Shape {
     block_tokens: usize,
     /// Blocks that share the columns of the same tokens.
     num_across: usize,
+    multiprocessors: usize,
     pub(super) shared_bytes: usize,
 }
 
@@ -82,8 +94,23 @@ impl Shape {
             num_tokens,
             block_tokens,
             num_across: across(block_tokens).min(pieces),
+            multiprocessors: launch.multiprocessors,
             shared_bytes: shared_bytes(block_tokens, slices),
         })
+    }
+
+    /// Microseconds for so many pairs of experts of one stage, on an H100 (kernels/NOTES.md): of each piece of columns the jobs,
+    /// and what it takes to store.
+    pub(super) fn us(&self, num_experts: usize, pairs: f64) -> f64 {
+        let blocks = self.num_tokens.div_ceil(self.block_tokens);
+        let rounds = (blocks * self.num_across).div_ceil(self.multiprocessors);
+        let pieces = rounds * self.d_model.div_ceil(COLUMNS).div_ceil(self.num_across);
+        let of_expert = pairs / (blocks * num_experts).max(1) as f64;
+        let jobs = jobs_of(of_expert);
+        let of_job = 0.19 + 0.0012 * of_expert / jobs;
+        let of_piece =
+            num_experts as f64 * (jobs * of_job + 0.03) + 0.0065 * self.block_tokens as f64;
+        9.0 + pieces as f64 * of_piece
     }
 
     /// # Safety
@@ -122,7 +149,7 @@ impl Shape {
             experts: *params,
             block_tokens: self.block_tokens as u32,
             num_across: self.num_across as u32,
-            reserved: [0; 3],
+            reserved: [0; 2],
         };
         let blocks = self.num_tokens.div_ceil(self.block_tokens) * self.num_across;
         // SAFETY: the caller's promise.

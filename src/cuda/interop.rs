@@ -156,6 +156,7 @@ pub struct RouteIndexSlices<'a> {
     pub offsets: &'a mut CudaSlice<u32>,
     pub token_ids: &'a mut CudaSlice<u32>,
     pub expert_masks: &'a mut CudaSlice<u32>,
+    pub word_offsets: &'a mut CudaSlice<u32>,
     pub union_ids: &'a mut CudaSlice<u32>,
     pub num_union: &'a mut CudaSlice<u32>,
 }
@@ -181,6 +182,11 @@ pub fn route_index(
         token_ids: slices.write_words(outputs.token_ids),
         expert_masks: slices.write_rows(
             outputs.expert_masks,
+            Format::Word,
+            num_tokens.div_ceil(32),
+        ),
+        word_offsets: slices.write_rows(
+            outputs.word_offsets,
             Format::Word,
             num_tokens.div_ceil(32),
         ),

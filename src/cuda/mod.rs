@@ -53,6 +53,7 @@ mod padding;
 mod path;
 mod places;
 mod plan;
+mod plan_dense;
 mod plan_tuning;
 mod product;
 #[cfg(feature = "cuda")]

@@ -161,6 +161,14 @@ impl MoeFfn {
         })
     }
 
+    /// Another selection, for plans that are made from now on.
+    #[cfg(feature = "cuda")]
+    pub(super) fn set_selection(&mut self, selection: Selection) -> Result<()> {
+        selection.check(self.neurons.num_experts)?;
+        self.selection = selection;
+        Ok(())
+    }
+
     /// Where the weights are.
     pub fn device(&self) -> &Arc<Device> {
         &self.device

@@ -24,6 +24,8 @@ pub(super) struct Places {
     pub(super) chunk: usize,
     /// Experts that a token can have at most.
     pub(super) max_k: usize,
+    /// Of the experts' neurons, the share that a token is expected to execute.
+    pub(super) density: f64,
     /// Whether a choice may go expert by expert.
     pub(super) many: bool,
     pub(super) valid: u64,
@@ -33,6 +35,7 @@ pub(super) struct Places {
     pub(super) offsets: u64,
     pub(super) token_ids: u64,
     pub(super) expert_masks: u64,
+    pub(super) word_offsets: u64,
     pub(super) union_ids: u64,
     pub(super) num_union: u64,
     /// Of a router that runs beside the first dense product.
@@ -69,6 +72,7 @@ impl MoeFfn {
         let mut places = Places {
             chunk,
             max_k,
+            density: self.routed_density(options),
             many: self.path(max_tokens, options, true) == Path::ExpertMajor,
             valid: 0,
             mask: 0,
@@ -77,6 +81,7 @@ impl MoeFfn {
             offsets: 0,
             token_ids: 0,
             expert_masks: 0,
+            word_offsets: 0,
             union_ids: 0,
             num_union: 0,
             beside: 0,
@@ -97,8 +102,9 @@ impl MoeFfn {
             if places.many {
                 places.counts = place(num_experts)?;
                 places.offsets = place(num_experts + 1)?;
-                places.token_ids = place(chunk.checked_mul(max_k)?)?;
+                places.token_ids = place(list_entries(chunk, max_k)?)?;
                 places.expert_masks = place(num_experts.checked_mul(chunk.div_ceil(32))?)?;
+                places.word_offsets = place(num_experts.checked_mul(chunk.div_ceil(32))?)?;
                 places.union_ids = place(num_experts)?;
                 places.num_union = place(1)?;
             }
@@ -163,12 +169,31 @@ impl MoeFfn {
     }
 }
 
+/// Entries of the lists of so many tokens. One is spare: lists that are full may end early as far as kernels know, which look
+/// each pair up then, and those of top-k always were.
+fn list_entries(tokens: usize, max_k: usize) -> Option<usize> {
+    tokens.checked_mul(max_k)?.checked_add(1)
+}
+
 impl Places {
+    /// The lists of so many tokens at `base`.
+    pub(super) fn token_ids(&self, base: u64, tokens: usize) -> View {
+        let entries = list_entries(tokens, self.max_k).expect("a chunk has no more tokens");
+        View::words(base + self.token_ids, entries)
+    }
+
+    /// A word for each expert and every 32 tokens.
+    pub(super) fn by_words(&self, address: u64, num_experts: usize, tokens: usize) -> View {
+        View::matrix(address, Format::Word, [num_experts, tokens.div_ceil(32)])
+    }
+
     /// What [`experts`](super::experts) needs of the lists at `base`.
     pub(super) fn lists(&self, base: u64, num_experts: usize, tokens: usize) -> ExpertLists {
         ExpertLists {
             offsets: View::words(base + self.offsets, num_experts + 1),
-            token_ids: View::words(base + self.token_ids, tokens * self.max_k),
+            token_ids: self.token_ids(base, tokens),
+            word_offsets: self.by_words(base + self.word_offsets, num_experts, tokens),
+            expected_pairs: Some(((tokens * num_experts) as f64 * self.density) as usize),
         }
     }
 

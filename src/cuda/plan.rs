@@ -2,22 +2,18 @@
 
 use std::sync::Arc;
 
-use super::dense::{Dense, DenseLayer, DenseRun};
+use super::dense::{Dense, DenseLayer};
 use super::driver::{Branch, RawStream};
 use super::path::Paths;
 use super::places::Places;
-use super::router_select::{check_router, router_select_by};
+use super::router_select::{NextBegins, check_router, router_select_by};
 use super::statistics::Counters;
 use super::view::{Arguments, Format, View, Workspace};
 use super::{
     ExpertsInputs, FfnInputs, MoeFfn, Path, PlanOptions, RouteIndexOutputs, RouterSelectOutputs,
-    RoutingCounts, SelectOutputs, experts, experts_masked, ffn_few, gates, padding, route_index,
-    token_tiles,
+    RoutingCounts, SelectOutputs, experts, ffn_few, gates, padding, route_index, token_tiles,
 };
-use crate::abi::{
-    moefy_clear_invalid_params, moefy_experts_params, moefy_ffn_few_params, moefy_gate,
-    moefy_split_valid_params,
-};
+use crate::abi::{moefy_ffn_few_params, moefy_gate, moefy_split_valid_params};
 use crate::error::Result;
 use crate::ffn::Gate;
 
@@ -30,24 +26,23 @@ pub(super) enum Stage {
 }
 
 /// What routing left.
-struct Routed {
-    mask: View,
+pub(super) struct Routed {
+    pub(super) mask: View,
     /// Where they are not 1.
-    gates: Option<View>,
-    /// Whether a kernel that is launched next begins when x is there, and not sooner.
-    tokens_are_there: bool,
+    pub(super) gates: Option<View>,
+    pub(super) next_begins: NextBegins,
 }
 
 /// A layer that is ready to run up to a number of tokens.
 pub struct FfnPlan {
-    ffn: Arc<MoeFfn>,
+    pub(super) ffn: Arc<MoeFfn>,
     pub(super) max_tokens: usize,
     options: PlanOptions,
     pub(super) places: Places,
     paths: Paths,
     /// The fused path for 1, 2, … tokens.
     few_fused: Vec<Option<ffn_few::Shape>>,
-    dense: Option<Dense>,
+    pub(super) dense: Option<Dense>,
     counters: Option<Counters>,
     /// For the router of a masked dense layer.
     pub(super) branch: Option<Arc<Branch>>,
@@ -323,15 +318,13 @@ impl FfnPlan {
                 inputs_of_experts.tiles = Some(tiles);
                 return experts(device, stream, y, neurons, &inputs_of_experts, op);
             }
+            let by_words = |place| places.by_words(base + place, num_experts, num_tokens);
             let outputs = RouteIndexOutputs {
                 counts: words(places.counts, num_experts),
                 offsets: words(places.offsets, num_experts + 1),
-                token_ids: words(places.token_ids, num_tokens * places.max_k),
-                expert_masks: View::matrix(
-                    base + places.expert_masks,
-                    Format::Word,
-                    [num_experts, num_tokens.div_ceil(32)],
-                ),
+                token_ids: places.token_ids(base, num_tokens),
+                expert_masks: by_words(places.expert_masks),
+                word_offsets: by_words(places.word_offsets),
                 union_ids: words(places.union_ids, num_experts),
                 num_union: words(places.num_union, 1),
                 status: inputs.status,
@@ -346,7 +339,7 @@ impl FfnPlan {
     }
 
     /// Launches router and selection.
-    unsafe fn route(
+    pub(super) unsafe fn route(
         &self,
         stream: RawStream,
         inputs: &FfnInputs,
@@ -370,7 +363,7 @@ impl FfnPlan {
         // SAFETY: the caller's promise.
         unsafe {
             let (x, imposed) = (inputs.x, inputs.scores);
-            let mut tokens_are_there = router_select_by(
+            let mut next_begins = router_select_by(
                 device, stream, &outputs, x, valid, &router, &selection, imposed, op,
             )?;
             let of_scores = inputs.scores.unwrap_or(scores);
@@ -380,16 +373,21 @@ impl FfnPlan {
                 softmax => {
                     let renormalise = softmax == Gate::Renormalised;
                     gates(device, stream, scores, of_scores, mask, renormalise)?;
-                    tokens_are_there = false;
+                    next_begins = NextBegins::Anytime;
                     Some(scores)
                 }
             };
-            Ok(Routed { mask, gates, tokens_are_there })
+            Ok(Routed { mask, gates, next_begins })
         }
     }
 
     /// Counts what was selected, where that was asked for.
-    unsafe fn count(&self, stream: RawStream, mask: u64, inputs: &FfnInputs) -> Result<()> {
+    pub(super) unsafe fn count(
+        &self,
+        stream: RawStream,
+        mask: u64,
+        inputs: &FfnInputs,
+    ) -> Result<()> {
         let Some(counters) = &self.counters else { return Ok(()) };
         let valid = inputs.num_valid_tokens.map_or(0, |valid| valid.address);
         // SAFETY: the caller's promise.
@@ -442,157 +440,18 @@ impl FfnPlan {
         }
     }
 
-    unsafe fn run_dense(
-        &self,
-        stream: RawStream,
-        y: View,
-        inputs: &FfnInputs,
-        op: Workspace,
-    ) -> Result<()> {
-        let run = self.dense_run(y, inputs, op);
-        // SAFETY: the caller's promise.
-        unsafe {
-            self.dense().run(self.ffn.device(), stream, &run)?;
-            self.clear_invalid(stream, y, inputs)
-        }
-    }
-
-    unsafe fn run_masked(
-        &self,
-        stream: RawStream,
-        y: View,
-        inputs: &FfnInputs,
-        base: u64,
-    ) -> Result<()> {
-        let dense = self.dense();
-        // SAFETY: the caller's promise.
-        let begin = |run: &DenseRun| unsafe { dense.begin(stream, run) };
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self.ffn.under_masks(inputs.x.shape[0]) {
-                Some(shape) => self.run_under_masks(&shape, stream, y, inputs, base),
-                None => self.run_masked_by(dense, begin, stream, y, inputs, base),
-            }
-        }
-    }
-
-    /// The first product masks what it gives, and multiplies while the router works.
-    unsafe fn run_under_masks(
-        &self,
-        shape: &experts_masked::Shape,
-        stream: RawStream,
-        y: View,
-        inputs: &FfnInputs,
-        base: u64,
-    ) -> Result<()> {
-        let (ffn, device, dense) = (&self.ffn, self.ffn.device(), self.dense());
-        let check = Arguments { device, op: "moe_ffn" };
-        let run = self.dense_run(y, inputs, self.op_workspace(base));
-        let valid = check.optional_words("num_valid_tokens", inputs.num_valid_tokens, 1)?;
-        let kernels = device.experts.many.masked(ffn.dtype()).expect("the shape is for them");
-        // SAFETY: the caller's promise.
-        unsafe {
-            let routed = self.route(stream, inputs, base, self.beside(base))?;
-            let params = moefy_experts_params {
-                neurons: ffn.neurons().check(&check)?.0,
-                x: run.x,
-                mask: routed.mask.address,
-                gates: routed.gates.map_or(0, |gates| gates.address),
-                num_valid_tokens: valid,
-                hidden: dense.hidden(&run),
-                num_tokens: run.num_tokens as u32,
-                ..bytemuck::Zeroable::zeroed()
-            };
-            shape.launch_hidden(kernels, stream, &params, routed.tokens_are_there)?;
-            // Not before it: it begins early behind a router alone.
-            self.count(stream, params.mask, inputs)?;
-            dense.second(stream, &run)?;
-            self.clear_invalid(stream, y, inputs)
-        }
-    }
-
-    /// The router runs beside the first product, which does not need it and which `begin` launches.
-    ///
-    /// # Safety
-    /// As for [`Self::run`], with a workspace at `base`.
-    pub(super) unsafe fn run_masked_by(
-        &self,
-        dense: &Dense,
-        begin: impl FnOnce(&DenseRun) -> Result<()>,
-        stream: RawStream,
-        y: View,
-        inputs: &FfnInputs,
-        base: u64,
-    ) -> Result<()> {
-        let device = self.ffn.device();
-        let first = self.dense_run(y, inputs, self.op_workspace(base));
-        let mut run = first;
-        let mut route = |stream| {
-            // SAFETY: the caller's promise.
-            let routed = unsafe { self.route(stream, inputs, base, self.beside(base))? };
-            // SAFETY: the caller's promise.
-            unsafe { self.count(stream, routed.mask.address, inputs)? };
-            run.mask = routed.mask.address;
-            run.gates = routed.gates.map_or(0, |gates| gates.address);
-            Ok(())
-        };
-        // SAFETY: the caller's promise.
-        unsafe {
-            if self.ffn.routes_beside(inputs.x.shape[0])
-                && let Some(branch) = &self.branch
-            {
-                branch.run(stream, route, || begin(&first))?;
-            } else {
-                route(stream)?;
-                begin(&first)?;
-            }
-            dense.finish(device, stream, &run)?;
-            self.clear_invalid(stream, y, inputs)
-        }
-    }
-
     /// What operations and dense layers have of a workspace.
-    fn op_workspace(&self, base: u64) -> Workspace {
+    pub(super) fn op_workspace(&self, base: u64) -> Workspace {
         let op = self.places.op;
         Workspace { address: base + op, bytes: self.places.bytes - op as usize }
     }
 
     /// What a router has of it whose layer has other things there.
-    fn beside(&self, base: u64) -> Workspace {
+    pub(super) fn beside(&self, base: u64) -> Workspace {
         Workspace {
             address: base + self.places.beside,
             bytes: (self.places.op - self.places.beside) as usize,
         }
-    }
-
-    fn dense(&self) -> &Dense {
-        self.dense.as_ref().expect("a plan that takes a dense path has tuned it")
-    }
-
-    /// A run without masks.
-    fn dense_run(&self, y: View, inputs: &FfnInputs, op: Workspace) -> DenseRun {
-        DenseRun {
-            x: inputs.x.address,
-            y: y.address,
-            mask: 0,
-            gates: 0,
-            num_tokens: y.shape[0],
-            workspace: op.address,
-        }
-    }
-
-    /// Makes zeros of the rows that are padding.
-    unsafe fn clear_invalid(&self, stream: RawStream, y: View, inputs: &FfnInputs) -> Result<()> {
-        let Some(valid) = inputs.num_valid_tokens else { return Ok(()) };
-        let [num_tokens, d_model] = y.shape;
-        let params = moefy_clear_invalid_params {
-            y: y.address,
-            num_valid_tokens: valid.address,
-            row_bytes: (d_model * y.format.bytes()) as u64,
-            num_tokens: num_tokens as u64,
-        };
-        // SAFETY: the caller's promise.
-        unsafe { padding::clear_invalid(self.ffn.device(), stream, &params) }
     }
 }
 

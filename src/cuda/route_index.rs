@@ -46,6 +46,8 @@ pub struct RouteIndexOutputs {
     pub token_ids: View,
     /// The transpose of the masks, \[E, ⌈T/32⌉\].
     pub expert_masks: View,
+    /// Where the tokens of each of its words begin in `token_ids`, \[E, ⌈T/32⌉\].
+    pub word_offsets: View,
     /// The experts that any token selects, ascending, \[1, E\].
     pub union_ids: View,
     /// How many those are, \[1, 1\].
@@ -117,6 +119,12 @@ pub unsafe fn route_index(
         expert_masks: check.dense(
             "expert_masks",
             outputs.expert_masks,
+            Format::Word,
+            [num_experts, num_blocks],
+        )?,
+        word_offsets: check.dense(
+            "word_offsets",
+            outputs.word_offsets,
             Format::Word,
             [num_experts, num_blocks],
         )?,

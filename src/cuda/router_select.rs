@@ -157,6 +157,44 @@ fn first_row_words(router: &RouterView) -> Option<usize> {
     width.checked_next_multiple_of(128)
 }
 
+/// What [`router_select`] launches for tokens of a number.
+pub(super) enum Launches {
+    /// One kernel, which lets the next one begin when x is there.
+    Block(router_block::Shape),
+    /// One kernel.
+    Many(router_many::Shape),
+    /// A kernel for few tokens, or several.
+    Others,
+}
+
+impl Launches {
+    fn new(device: &Device, dtype: DType, params: &moefy_router_select_params) -> Self {
+        if let Some(shape) = router_block::Shape::new(device, dtype, params) {
+            return Self::Block(shape);
+        }
+        router_many::Shape::new(device, dtype, params).map_or(Self::Others, Self::Many)
+    }
+
+    /// For so many tokens without gaps.
+    ///
+    /// # Errors
+    /// On parameters that do not fit.
+    pub(super) fn of(
+        device: &Device,
+        num_tokens: usize,
+        dtype: DType,
+        router: &RouterView,
+        selection: &Selection,
+    ) -> Result<Self> {
+        let check = Arguments { device, op: "router_select" };
+        // It could be anywhere.
+        let x = router.first().address;
+        let x = View::matrix(x, Format::Float(dtype), [num_tokens, router.d_model()]);
+        let (params, dtype) = check_router(&check, x, None, router, selection)?;
+        Ok(Self::new(device, dtype, &params))
+    }
+}
+
 /// Whether [`router_select`] takes one launch for so many tokens without gaps: many tokens of 16 bits on Hopper do, unless
 /// the router is too wide.
 ///
@@ -169,38 +207,17 @@ pub fn router_select_is_one_launch(
     router: &RouterView,
     selection: &Selection,
 ) -> Result<bool> {
-    let (params, dtype) = check_sizes(device, num_tokens, dtype, router, selection)?;
-    Ok(router_block::Shape::new(device, dtype, &params).is_some()
-        || router_many::Shape::new(device, dtype, &params).is_some())
+    let launches = Launches::of(device, num_tokens, dtype, router, selection)?;
+    Ok(!matches!(launches, Launches::Others))
 }
 
-/// What the kernels take of so many tokens without gaps, which could be anywhere.
-fn check_sizes(
-    device: &Device,
-    num_tokens: usize,
-    dtype: DType,
-    router: &RouterView,
-    selection: &Selection,
-) -> Result<(moefy_router_select_params, DType)> {
-    let check = Arguments { device, op: "router_select" };
-    let shape = [num_tokens, router.d_model()];
-    let x = View::matrix(router.first().address, Format::Float(dtype), shape);
-    check_router(&check, x, None, router, selection)
-}
-
-/// Whether a kernel that is launched after [`router_select`] of so many tokens begins when they are there, and not sooner.
-///
-/// # Errors
-/// On parameters that do not fit.
-pub(super) fn router_lets_begin(
-    device: &Device,
-    num_tokens: usize,
-    dtype: DType,
-    router: &RouterView,
-    selection: &Selection,
-) -> Result<bool> {
-    let (params, dtype) = check_sizes(device, num_tokens, dtype, router, selection)?;
-    Ok(router_block::Shape::new(device, dtype, &params).is_some())
+/// When a kernel begins that is launched next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NextBegins {
+    /// When x is there, and not sooner.
+    WithTokens,
+    /// Perhaps sooner.
+    Anytime,
 }
 
 /// Scores r and selection S(t) of tokens x \[num_tokens, d_model\], whose rows may lie apart. The
@@ -241,8 +258,7 @@ pub unsafe fn router_select(
     Ok(())
 }
 
-/// The same, but `imposed`, f32 \[num_tokens, E\], is what selection reads; the router runs all the same. Returns whether a
-/// kernel that is launched next begins when x is there, and not sooner.
+/// The same, but `imposed`, f32 \[num_tokens, E\], is what selection reads; the router runs all the same.
 ///
 /// # Safety
 /// As for [`router_select`].
@@ -257,7 +273,7 @@ pub(super) unsafe fn router_select_by(
     selection: &Selection,
     imposed: Option<View>,
     workspace: Workspace,
-) -> Result<bool> {
+) -> Result<NextBegins> {
     let check = Arguments { device, op: "router_select" };
     let (params, dtype) = check_router(&check, x, num_valid_tokens, router, selection)?;
     let (num_tokens, num_experts) = (x.shape[0], router.num_experts());
@@ -284,23 +300,25 @@ pub(super) unsafe fn router_select_by(
         ..params
     };
     if num_tokens == 0 {
-        return Ok(false);
+        return Ok(NextBegins::Anytime);
     }
     device.context.bind()?;
-    if let Some(shape) = router_block::Shape::new(device, dtype, &params) {
-        // SAFETY: as below.
-        unsafe { shape.launch(stream, dtype, &params)? };
-        return Ok(true);
-    }
     // SAFETY: the arguments were checked, the rest is the caller's promise.
     unsafe {
-        if let Some(shape) = router_many::Shape::new(device, dtype, &params) {
-            shape.launch(stream, dtype, &params)?;
-            return Ok(false);
+        match Launches::new(device, dtype, &params) {
+            Launches::Block(shape) => {
+                shape.launch(stream, dtype, &params)?;
+                return Ok(NextBegins::WithTokens);
+            }
+            Launches::Many(shape) => {
+                shape.launch(stream, dtype, &params)?;
+                return Ok(NextBegins::Anytime);
+            }
+            Launches::Others => {}
         }
         if let Some(kernel) = router_few::launch_of(device, x, &params, dtype) {
             kernel.run(stream, &params)?;
-            return Ok(false);
+            return Ok(NextBegins::Anytime);
         }
         // One block fits a multiprocessor.
         let tokens_each = num_tokens.div_ceil(device.properties().multiprocessors);
@@ -322,7 +340,7 @@ pub(super) unsafe fn router_select_by(
             None => launch_many(device, stream, &params, dtype)?,
         }
     }
-    Ok(false)
+    Ok(NextBegins::Anytime)
 }
 
 /// What the kernels take of tokens, router and rule; outputs and workspace are null.

@@ -70,6 +70,11 @@ pub enum Routing {
         /// Executed share of the routed neurons. Every token runs at least one expert.
         density: f64,
     },
+    /// As many independent random experts for every token, which the layer selects by top-k; by a threshold otherwise.
+    TopK {
+        /// k.
+        k: usize,
+    },
     /// Masks that were recorded.
     Trace {
         /// What to call it.
@@ -80,6 +85,14 @@ pub enum Routing {
 }
 
 impl Routing {
+    /// Turns imposed scores into masks.
+    pub(super) fn selection(&self) -> Selection {
+        match *self {
+            Self::TopK { k } => Selection::top_k(k),
+            _ => IMPOSED,
+        }
+    }
+
     /// The masks of `num_tokens` tokens from the `first` on.
     ///
     /// # Errors
@@ -109,25 +122,31 @@ impl Routing {
                 }
             }
             Self::Random { density } => {
-                let mut experts: Vec<usize> = (0..num_experts).collect();
                 let k = density.clamp(0.0, 1.0) * num_experts as f64;
                 // Floor and ceiling mixed so that the mean is k.
                 let upto = |token: usize| (token as f64 * k + 0.5).floor() as usize;
-                for token in 0..num_tokens {
-                    let count = upto(first + token + 1) - upto(first + token);
-                    let (chosen, _) = experts.partial_shuffle(rng, count.clamp(1, num_experts));
-                    chosen.iter().for_each(|&expert| mask.insert(token, expert));
-                }
+                let count = |token| upto(first + token + 1) - upto(first + token);
+                insert_random(rng, &mut mask, |token| count(token).clamp(1, num_experts));
             }
+            Self::TopK { k } => insert_random(rng, &mut mask, |_| (*k).min(num_experts)),
         }
         Ok(mask)
     }
 }
 
-/// Turns imposed scores into masks.
+/// Draws so many experts for each token.
+fn insert_random(rng: &mut ChaCha8Rng, mask: &mut ExpertMask, count: impl Fn(usize) -> usize) {
+    let mut experts: Vec<usize> = (0..mask.num_experts()).collect();
+    for token in 0..mask.num_tokens() {
+        let (chosen, _) = experts.partial_shuffle(rng, count(token));
+        chosen.iter().for_each(|&expert| mask.insert(token, expert));
+    }
+}
+
+/// Turns imposed scores into masks, but for top-k.
 pub(super) const IMPOSED: Selection = Selection::dynamic_k(0.5);
 
-/// Scores that [`IMPOSED`] turns into these masks: 1 and a little for a selected expert, 0 for the others.
+/// Scores that [`Routing::selection`] turns into these masks: 1 and a little for a selected expert, 0 for the others.
 pub(super) fn imposed_scores(mask: &ExpertMask) -> Vec<f32> {
     let mut scores = vec![0.0; mask.num_tokens() * mask.num_experts()];
     for (token, row) in scores.chunks_exact_mut(mask.num_experts()).enumerate() {
@@ -191,9 +210,11 @@ mod tests {
     #[test]
     fn imposed_scores_select_their_masks() {
         let rng = &mut ChaCha8Rng::seed_from_u64(1);
-        let mask = Routing::Random { density: 0.3 }.draw(rng, 0, 7, 129).unwrap();
-        let scores = imposed_scores(&mask);
-        let selected = crate::reference::select(&IMPOSED, &scores, 129);
-        assert_eq!(selected.mask, mask);
+        for routing in [Routing::Random { density: 0.3 }, Routing::TopK { k: 13 }] {
+            let mask = routing.draw(rng, 0, 7, 129).unwrap();
+            let scores = imposed_scores(&mask);
+            let selected = crate::reference::select(&routing.selection(), &scores, 129);
+            assert_eq!(selected.mask, mask);
+        }
     }
 }

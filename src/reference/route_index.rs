@@ -14,6 +14,8 @@ pub struct RouteIndex {
     /// The transpose of the masks, \[E, ⌈T/32⌉\]: bit t % 32 of word t / 32 of row e, least
     /// significant first.
     pub expert_masks: Vec<u32>,
+    /// Where the tokens of each word of `expert_masks` begin in `token_ids`, \[E, ⌈T/32⌉\].
+    pub word_offsets: Vec<u32>,
     /// The experts that any token selects, ascending.
     pub union_ids: Vec<u32>,
 }
@@ -27,13 +29,19 @@ pub fn route_index(mask: &ExpertMask, num_valid_tokens: usize) -> RouteIndex {
         offsets: vec![0],
         token_ids: Vec::new(),
         expert_masks: vec![0; num_experts * row_words],
+        word_offsets: Vec::new(),
         union_ids: Vec::new(),
     };
     for expert in 0..num_experts {
-        for token in (0..num_valid_tokens.min(num_tokens)).filter(|&t| mask.contains(t, expert)) {
-            index.counts[expert] += 1;
-            index.token_ids.push(token as u32);
-            index.expert_masks[expert * row_words + token / 32] |= 1 << (token % 32);
+        for token in 0..num_tokens {
+            if token % 32 == 0 {
+                index.word_offsets.push(index.token_ids.len() as u32);
+            }
+            if token < num_valid_tokens && mask.contains(token, expert) {
+                index.counts[expert] += 1;
+                index.token_ids.push(token as u32);
+                index.expert_masks[expert * row_words + token / 32] |= 1 << (token % 32);
+            }
         }
         index.offsets.push(index.token_ids.len() as u32);
         if index.counts[expert] > 0 {
@@ -56,6 +64,7 @@ mod tests {
         assert_eq!(index.offsets, [0, 2, 2, 4]);
         assert_eq!(index.token_ids, [0, 2, 0, 1]);
         assert_eq!(index.expert_masks, [0b101, 0, 0b011]);
+        assert_eq!(index.word_offsets, [0, 2, 2]);
         assert_eq!(index.union_ids, [0, 2]);
     }
 
@@ -64,6 +73,7 @@ mod tests {
         let index = route_index(&ExpertMask::all(40, 2), 33);
         assert_eq!(index.offsets, [0, 33, 66]);
         assert_eq!(index.expert_masks, [u32::MAX, 1, u32::MAX, 1]);
+        assert_eq!(index.word_offsets, [0, 32, 33, 65]);
         assert_eq!(route_index(&ExpertMask::all(40, 2), 0).union_ids, [0u32; 0]);
     }
 

@@ -52,7 +52,8 @@ fn select_row(selection: &Selection, row: &[f32]) -> Vec<usize> {
         }
         SelectionRule::CumulativeShare { share } => {
             let total = descending.iter().fold(0.0f32, |sum, &e| sum + row[e]);
-            let target = share * total;
+            // Not 0 times infinity.
+            let target = if share > 0.0 { share * total } else { 0.0 };
             let mut sum = 0.0f32;
             let reached = descending.iter().position(|&e| {
                 sum += row[e];

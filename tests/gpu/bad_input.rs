@@ -137,7 +137,13 @@ fn bad_experts(gpu: &Gpu) {
     let y = Output::new(gpu, 8 * 64 * 2);
     let lists = Lists::new(gpu, 8, 40, 20);
     let views = lists.views(None);
-    let tokens = Some(ExpertLists { offsets: views.offsets, token_ids: views.token_ids });
+    let lists = ExpertLists {
+        offsets: views.offsets,
+        token_ids: views.token_ids,
+        word_offsets: views.word_offsets,
+        expected_pairs: None,
+    };
+    let tokens = Some(lists);
     let good = ExpertsInputs {
         x: View::matrix(x.address(), format, [8, 64]),
         mask: View::matrix(mask.address(), Format::Word, [8, 2]),
@@ -169,7 +175,7 @@ fn bad_experts(gpu: &Gpu) {
     let valid = ExpertsInputs { num_valid_tokens: two, ..good };
     inputs(valid, &["num_valid_tokens", "[1, 1]", "[1, 2]"]);
     let short = View { shape: [1, 40], row_stride: 40, ..views.offsets };
-    let lists = Some(ExpertLists { offsets: short, token_ids: views.token_ids });
+    let lists = Some(ExpertLists { offsets: short, ..lists });
     inputs(ExpertsInputs { lists, ..good }, &["offsets", "[1, 41]", "[1, 40]"]);
     let neurons = |neurons: Neurons, words: &[&str]| {
         assert_refused(call(good_y, &neurons, &good, good_workspace), words);

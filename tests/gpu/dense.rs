@@ -13,7 +13,8 @@ use crate::experts::{Shape, biased_layer, random_layer, tokens, tolerance};
 use crate::ffn_few::with_router;
 use crate::harness::{Gpu, Output, is_small, relative_error, thin};
 use crate::plan::{
-    Case, PLAIN, counts_of, every_shape, forced, one_path, reference_of, replays, routing,
+    Case, PLAIN, chunks, counts_of, every_gate, every_shape, forced, one_path, reference_of,
+    replays, routing,
 };
 
 pub fn tests() -> crate::Tests {
@@ -21,6 +22,8 @@ pub fn tests() -> crate::Tests {
         ("dense::paths", paths),
         ("dense::masked_activations", masked_activations),
         ("dense::masked_in_a_row", masked_in_a_row),
+        ("dense::chunks", |gpu| chunks(gpu, &[(Path::DenseMasked, DType::BF16)])),
+        ("dense::gates", |gpu| every_gate(gpu, &[Path::DenseMasked])),
         ("dense::automatic", automatic),
         ("dense::follows_a_tuning", follows_a_tuning),
         ("dense::replays_with_other_inputs", replays_with_other_inputs),

@@ -28,6 +28,7 @@ pub fn tests() -> crate::Tests {
         ("experts::short_lists", short_lists),
         ("experts::long_lists", long_lists),
         ("experts::most_pairs", most_pairs),
+        ("experts::lone_pairs", lone_pairs),
         ("experts::gates", every_gate),
         ("experts::padding", padding),
     ]
@@ -182,6 +183,20 @@ impl Case {
 
 /// Runs one case and compares.
 fn check(gpu: &Gpu, case: &Case) {
+    let layer = &case.layer;
+    check_for(gpu, case, 0, case.capacity);
+    // Narrow experts go another way where many pairs are expected. Without room for all that could be, nothing goes under masks
+    // instead.
+    if case.which == Which::Many
+        && case.x.dtype() != DType::F32
+        && !layer.neurons().is_glu()
+        && !matches!(layer.compensation(), Some(Compensation::Linear { .. }))
+    {
+        check_for(gpu, case, 1 << 40, case.capacity.min(case.mask.num_pairs() + 1));
+    }
+}
+
+fn check_for(gpu: &Gpu, case: &Case, expected_pairs: usize, capacity: usize) {
     let Case { which, layer, x, mask, expected, bar, .. } = case;
     let scores = case.scores.as_deref();
     let [num_tokens, d_model] = x.shape();
@@ -198,10 +213,14 @@ fn check(gpu: &Gpu, case: &Case) {
     let scores_view = scores_device
         .as_ref()
         .map(|scores| View::matrix(scores.address(), Format::F32, [num_tokens, num_experts]));
-    let lists = Lists::new(gpu, num_tokens, num_experts, case.capacity);
+    let lists = Lists::new(gpu, num_tokens, num_experts, capacity);
     let views = lists.views(None);
-    let expert_lists = (*which == Which::Many)
-        .then_some(ExpertLists { offsets: views.offsets, token_ids: views.token_ids });
+    let expert_lists = (*which == Which::Many).then_some(ExpertLists {
+        offsets: views.offsets,
+        token_ids: views.token_ids,
+        word_offsets: views.word_offsets,
+        expected_pairs: Some(expected_pairs),
+    });
     let all_tiles = Tiles::new(gpu, num_tokens, num_experts);
     let tiles = (*which == Which::Tiled).then(|| all_tiles.views());
     let bytes = experts_workspace_bytes(&gpu.device, neurons, num_tokens, expert_lists, tiles);
@@ -248,7 +267,8 @@ fn check(gpu: &Gpu, case: &Case) {
     assert!(
         error <= *bar,
         "{which:?} {dtype}: error {error:.3e} > {bar:.3e}; T {num_tokens}, d {d_model}, E \
-         {num_experts}, s {}, shared {}, glu {}, {:?}, gate {:?}, compensation {}",
+         {num_experts}, s {}, shared {}, glu {}, {:?}, gate {:?}, compensation {}, {expected_pairs} \
+         pairs expected",
         layer.expert_width(),
         layer.shared(),
         layer.neurons().is_glu(),
@@ -462,6 +482,49 @@ fn most_pairs(gpu: &Gpu) {
     }
 }
 
+/// Tokens that run one expert and nothing else, which may get their y without a sum, among others that run none or several;
+/// of few experts and more than that is for, with shared neurons, and where lists end before all pairs.
+fn lone_pairs(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let mut cases = Vec::new();
+    for dtype in [DType::F16, DType::BF16] {
+        for (num_experts, expert_width, shared) in
+            [(24, 128, 0), (48, 64, 0), (64, 32, 0), (64, 32, 24), (70, 20, 0), (1, 64, 0)]
+        {
+            cases
+                .extend([0, 40].map(|missing| (dtype, num_experts, expert_width, shared, missing)));
+        }
+    }
+    for (dtype, num_experts, expert_width, shared, missing) in thin(cases, 5) {
+        let d_model = 392;
+        let shape = Shape { d_model, num_experts, expert_width, shared, rank: 0, glu: false };
+        let num_tokens = if is_small() { 60 } else { 700 };
+        let biased = rng.random_bool(0.7);
+        let layer = biased_layer(rng, shape, dtype, Activation::GeluTanh, biased);
+        let x = tokens(rng, num_tokens, d_model, dtype);
+        let mut mask = ExpertMask::none(num_tokens, num_experts);
+        let hot = num_experts / 2;
+        for token in 0..num_tokens {
+            let other = rng.random_range(0..num_experts);
+            match rng.random_range(0..10) {
+                0 => {}
+                1..=4 => mask.insert(token, hot),
+                5..=6 => mask.insert(token, other),
+                _ => [hot, other].into_iter().for_each(|expert| mask.insert(token, expert)),
+            }
+        }
+        let pairs = (0..num_experts)
+            .flat_map(|expert| (0..num_tokens).map(move |token| (token, expert)))
+            .filter(|&(token, expert)| mask.contains(token, expert));
+        let capacity = pairs.clone().count() + 1 - missing;
+        let mut listed = ExpertMask::none(num_tokens, num_experts);
+        pairs.take(capacity).for_each(|(token, expert)| listed.insert(token, expert));
+        let expected = expected(&layer, &x, &listed, None);
+        let case = Case::new(Which::Many, layer, x, mask, None);
+        check(gpu, &Case { expected, capacity, ..case });
+    }
+}
+
 fn every_gate(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let mut cases = Vec::new();
@@ -526,7 +589,12 @@ fn padding_of(gpu: &Gpu, shape: Shape, dtype: DType, num_tokens: usize) {
         let word = gpu.input(&[valid]);
         let num_valid = Some(View::words(word.address(), 1));
         let mask_view = View::matrix(mask_device.address(), Format::Word, [num_tokens, 1]);
-        let tokens = ExpertLists { offsets: views.offsets, token_ids: views.token_ids };
+        let tokens = ExpertLists {
+            offsets: views.offsets,
+            token_ids: views.token_ids,
+            word_offsets: views.word_offsets,
+            expected_pairs: None,
+        };
         let all_tiles = Tiles::new(gpu, num_tokens, shape.num_experts);
         let ways = [(None, None), (Some(tokens), None), (None, Some(all_tiles.views()))];
         let tiled = dtypes(gpu, Which::Tiled).contains(&dtype);

@@ -45,7 +45,8 @@ impl Gpu {
     }
 
     /// Runs `launch` eagerly and then from a captured graph, on poisoned outputs, and checks that
-    /// both wrote the same bits.
+    /// both wrote the same bits. Eagerly alone where shapes should stay small: a sanitizer looks at one kernel at a time,
+    /// and a graph has the same ones.
     pub fn run(
         &self,
         outputs: &mut [&mut Output],
@@ -53,6 +54,9 @@ impl Gpu {
     ) {
         outputs.iter_mut().for_each(|output| output.poison());
         launch(self.raw_stream()).expect("arguments that fit");
+        if is_small() {
+            return;
+        }
         let eager: Vec<Vec<u8>> = outputs.iter().map(|output| output.read()).collect();
         outputs.iter_mut().for_each(|output| output.poison());
         self.capture(launch).expect("a kernel").launch().expect("a launch");

@@ -44,17 +44,27 @@ fn from_tokens_to_lists(gpu: &Gpu) {
     assert_eq!(stream.clone_dtoh(&mask).unwrap(), expected.words());
     assert_eq!(stream.clone_dtoh(&counts).unwrap(), [3; 40]);
 
+    let rows = num_experts * 2;
     let mut lists =
-        [num_experts, num_experts + 1, num_tokens * 3, num_experts * 2, num_experts, 1].map(words);
-    let [counts, offsets, token_ids, expert_masks, union_ids, num_union] = lists.each_mut();
-    let slices =
-        RouteIndexSlices { counts, offsets, token_ids, expert_masks, union_ids, num_union };
+        [num_experts, num_experts + 1, num_tokens * 3, rows, rows, num_experts, 1].map(words);
+    let [counts, offsets, token_ids, expert_masks, word_offsets, union_ids, num_union] =
+        lists.each_mut();
+    let slices = RouteIndexSlices {
+        counts,
+        offsets,
+        token_ids,
+        expert_masks,
+        word_offsets,
+        union_ids,
+        num_union,
+    };
     let mut workspace = bytes(route_index_workspace_bytes(num_tokens, num_experts));
     interop::route_index(device, stream, slices, &mask, num_experts, &mut workspace).unwrap();
     let expected = reference::route_index(&expected, num_tokens);
     assert_eq!(stream.clone_dtoh(&lists[1]).unwrap(), expected.offsets);
     assert_eq!(stream.clone_dtoh(&lists[2]).unwrap(), expected.token_ids);
-    let num_union = stream.clone_dtoh(&lists[5]).unwrap();
+    assert_eq!(stream.clone_dtoh(&lists[4]).unwrap(), expected.word_offsets);
+    let num_union = stream.clone_dtoh(&lists[6]).unwrap();
     assert_eq!(num_union, [expected.union_ids.len() as u32]);
 }
 

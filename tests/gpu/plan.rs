@@ -3,18 +3,20 @@
 use std::sync::Arc;
 
 use moefy::cuda::{FfnInputs, FfnPlan, Format, MoeFfn, Path, PlanOptions, View, Workspace};
-use moefy::ffn::{self, Activation, ExpertMask};
+use moefy::ffn::{self, Activation, ExpertMask, Gate, Selection};
 use moefy::{DType, Tensor, TensorRef, reference};
 use rand_chacha::ChaCha8Rng;
 
 use crate::experts::{Shape, biased_layer, expected, random_layer, tokens, tolerance};
+use crate::ffn_few::with_router;
 use crate::harness::{Gpu, Output, is_small, random_mask, relative_error, sizes, thin};
-use crate::router_select::routers;
 
 pub fn tests() -> crate::Tests {
     vec![
         ("plan::sparse_paths", sparse_paths),
         ("plan::chunks_and_padding", chunks_and_padding),
+        ("plan::gates", gates),
+        ("plan::top_k", top_k),
         ("plan::imposed_scores", imposed_scores),
         ("plan::for_a_layer_of_another_density", for_a_layer_of_another_density),
         ("plan::statistics", statistics),
@@ -66,14 +68,15 @@ impl Case {
         }
     }
 
-    /// Copies inputs to the device; they fill the beginning of the buffers.
-    pub fn write(&mut self, x: &Tensor, mask: &ExpertMask) {
+    /// Copies inputs to the device; they fill the beginning of the buffers. Returns the scores, which select what the mask has.
+    pub fn write(&mut self, x: &Tensor, mask: &ExpertMask) -> Vec<f32> {
         fill(&mut self.x, x.as_bytes());
         let scores: Vec<f32> = (0..mask.num_tokens())
             .flat_map(|t| (0..mask.num_experts()).map(move |e| (t, e)))
             .map(|(t, e)| if mask.contains(t, e) { 1.0 + e as f32 / 8192.0 } else { 0.0 })
             .collect();
         fill(&mut self.scores, bytemuck::cast_slice(&scores));
+        scores
     }
 
     pub fn inputs(&self, num_tokens: usize, padded: bool) -> FfnInputs {
@@ -239,21 +242,30 @@ fn refuses(gpu: &Gpu, layer: &ffn::MoeFfn, path: Path, max_tokens: usize) {
 /// A router of two layers runs, and others decide.
 fn imposed_scores(gpu: &Gpu) {
     let rng = &mut gpu.rng();
-    for (dtype, num_tokens) in [(DType::F16, 99), (DType::BF16, 1030), (DType::BF16, 4230)] {
-        if is_small() && num_tokens > 99 {
+    // Routers of 16, 32 and 64 tokens a block. With low densities most tokens run one expert alone, with the highest all run
+    // under masks.
+    for (dtype, num_tokens, d_model, num_experts, expert_width, density) in [
+        (DType::F16, 99, 64, 70, 6, 0.3),
+        (DType::BF16, 130, 64, 64, 64, 0.01),
+        (DType::BF16, 200, 64, 256, 8, 0.1),
+        (DType::F16, 300, 64, 33, 16, 0.1),
+        (DType::BF16, 700, 392, 48, 24, 1.0),
+        (DType::BF16, 1030, 64, 70, 6, 0.3),
+        (DType::F16, 3000, 64, 24, 128, 0.03),
+        (DType::BF16, 4230, 64, 70, 6, 0.3),
+        (DType::BF16, 8192, 64, 48, 32, 0.02),
+    ] {
+        if is_small() && num_tokens > 300 {
             continue;
         }
-        let shape = Shape { d_model: 64, num_experts: 70, expert_width: 6, ..PLAIN };
+        let shared = if num_experts == 70 || density == 1.0 { 8 } else { 0 };
+        let shape = Shape { d_model, num_experts, expert_width, shared, ..PLAIN };
         let layer = random_layer(rng, shape, dtype);
-        let router = routers(rng, [shape.num_experts, shape.d_model, 40], dtype).swap_remove(1);
-        let (neurons, partition) = (layer.neurons().clone(), layer.partition().clone());
-        let selection = layer.selection();
-        let layer = ffn::MoeFfn::from_expert_order(neurons, partition, router, selection);
-        let layer = layer.expect("sizes fit");
+        let layer = with_router(rng, &layer, 40, 1, layer.selection());
         let path = Path::ExpertMajor;
         let mut case = Case::new(gpu, &layer, shape, num_tokens, forced(path));
         let x = tokens(rng, num_tokens, shape.d_model, dtype);
-        let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
+        let mask = routing(rng, num_tokens, shape.num_experts, density);
         case.write(&x, &mask);
         let valid = num_tokens - 3;
         case.valid.write(&[valid as u32]);
@@ -270,17 +282,28 @@ fn imposed_scores(gpu: &Gpu) {
 /// More tokens than go through the layer together, and a device-side number of valid ones that ends
 /// in each of the turns.
 fn chunks_and_padding(gpu: &Gpu) {
+    let f32 = [Path::ExpertMajor, Path::DenseExact, Path::DenseMasked].map(|p| (p, DType::F32));
+    let bf16 = [Path::ExpertMajor, Path::TokenTile].map(|path| (path, DType::BF16));
+    chunks(gpu, &[f32.as_slice(), &bf16].concat());
+}
+
+pub fn chunks(gpu: &Gpu, cases: &[(Path, DType)]) {
     let rng = &mut gpu.rng();
-    let shape =
+    let odd =
         Shape { d_model: 64, num_experts: 5, expert_width: 6, shared: 3, rank: 0, glu: false };
+    let even = Shape { expert_width: 16, shared: 8, ..odd };
+    // Two whole turns, and one of so many tokens that a first product goes under masks.
     let num_tokens = if is_small() { 40 } else { 17_000 };
-    let paths =
-        [Path::ExpertMajor, Path::DenseExact, Path::DenseMasked].map(|path| (path, DType::F32));
-    for (path, dtype) in paths.into_iter().chain([(Path::TokenTile, DType::BF16)]) {
+    for &(path, dtype) in cases {
         if !can(gpu, path, dtype) {
             continue;
         }
+        let shape = if dtype == DType::F32 { odd } else { even };
         let layer = random_layer(rng, shape, dtype);
+        let layer = match dtype {
+            DType::F32 => layer,
+            _ => with_router(rng, &layer, 40, 1, layer.selection()),
+        };
         let x = tokens(rng, num_tokens, shape.d_model, dtype);
         let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
         let mut case = Case::new(gpu, &layer, shape, num_tokens, forced(path));
@@ -296,6 +319,61 @@ fn chunks_and_padding(gpu: &Gpu) {
             let error = relative_error(&y[..end], &all[..end]);
             assert!(error <= 2.0 * tolerance(&layer, dtype), "{}: {error:.3e}", path.name());
         }
+    }
+}
+
+fn gates(gpu: &Gpu) {
+    every_gate(gpu, &[Path::Few, Path::ExpertMajor, Path::TokenTile]);
+}
+
+/// Top-k, where a token's experts are as many as its lists have room for, and for k = 1 with the score as the gate.
+fn top_k(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    for (dtype, k) in [(DType::F16, 5), (DType::BF16, 1)] {
+        let shape = Shape { expert_width: 32, shared: 0, ..PLAIN };
+        let layer = random_layer(rng, shape, dtype);
+        let layer = with_router(rng, &layer, 72, 1, Selection::top_k(k)).with_gate(Gate::Score);
+        let num_tokens = if is_small() { 130 } else { 600 };
+        let x = tokens(rng, num_tokens, shape.d_model, dtype);
+        let mut mask = ExpertMask::none(num_tokens, shape.num_experts);
+        for token in 0..num_tokens {
+            (0..k).for_each(|i| mask.insert(token, (token * token + 7 * i) % shape.num_experts));
+        }
+        let mut case = Case::new(gpu, &layer, shape, num_tokens, forced(Path::ExpertMajor));
+        let scores = case.write(&x, &mask);
+        case.y.poison();
+        case.launch(gpu.raw_stream(), num_tokens, false).expect("a run");
+        let error =
+            relative_error(&case.read(num_tokens), &expected(&layer, &x, &mask, Some(&scores)));
+        assert!(error <= tolerance(&layer, dtype), "{dtype} top-{k}: {error:.3e}");
+    }
+}
+
+/// A router of two layers gives scores, and others decide and are the gates, or become them.
+pub fn every_gate(gpu: &Gpu, paths: &[Path]) {
+    let rng = &mut gpu.rng();
+    let mut cases = Vec::new();
+    for gate in [Gate::Score, Gate::Softmax, Gate::Renormalised] {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let paths = paths.iter().filter(|path| can(gpu, **path, dtype));
+            cases.extend(paths.map(|&path| (gate, dtype, path)));
+        }
+    }
+    for (gate, dtype, path) in thin(cases, 5) {
+        let shape = Shape { expert_width: 32, ..PLAIN };
+        let layer = random_layer(rng, shape, dtype);
+        let layer = with_router(rng, &layer, 72, 1, layer.selection()).with_gate(gate);
+        let num_tokens = if is_small() { 19 } else { 600 };
+        let x = tokens(rng, num_tokens, shape.d_model, dtype);
+        let mask = routing(rng, num_tokens, shape.num_experts, 0.3);
+        let mut case = Case::new(gpu, &layer, shape, num_tokens, forced(path));
+        let scores = case.write(&x, &mask);
+        case.y.poison();
+        case.launch(gpu.raw_stream(), num_tokens, false).expect("a run");
+        let error =
+            relative_error(&case.read(num_tokens), &expected(&layer, &x, &mask, Some(&scores)));
+        let bar = tolerance(&layer, dtype) * if path == Path::DenseMasked { 2.0 } else { 1.0 };
+        assert!(error <= bar, "{} {dtype} {gate:?}: {error:.3e}", path.name());
     }
 }
 

@@ -26,6 +26,7 @@ pub struct Lists {
     pub offsets: Output,
     pub token_ids: Output,
     pub expert_masks: Output,
+    pub word_offsets: Output,
     pub union_ids: Output,
     pub num_union: Output,
     num_tokens: usize,
@@ -39,6 +40,7 @@ impl Lists {
             offsets: Output::words(gpu, num_experts + 1),
             token_ids: Output::words(gpu, capacity),
             expert_masks: Output::words(gpu, num_experts * num_tokens.div_ceil(32)),
+            word_offsets: Output::words(gpu, num_experts * num_tokens.div_ceil(32)),
             union_ids: Output::words(gpu, num_experts),
             num_union: Output::words(gpu, 1),
             num_tokens,
@@ -53,18 +55,20 @@ impl Lists {
             offsets: self.offsets.view(),
             token_ids: self.token_ids.view(),
             expert_masks: View::matrix(self.expert_masks.address(), Format::Word, shape),
+            word_offsets: View::matrix(self.word_offsets.address(), Format::Word, shape),
             union_ids: self.union_ids.view(),
             num_union: self.num_union.view(),
             status,
         }
     }
 
-    fn all(&mut self) -> [&mut Output; 6] {
+    fn all(&mut self) -> [&mut Output; 7] {
         [
             &mut self.counts,
             &mut self.offsets,
             &mut self.token_ids,
             &mut self.expert_masks,
+            &mut self.word_offsets,
             &mut self.union_ids,
             &mut self.num_union,
         ]
@@ -83,6 +87,7 @@ impl Lists {
         starts_with(&self.offsets, &expected.offsets, "offsets");
         starts_with(&self.token_ids, &expected.token_ids, "token_ids");
         starts_with(&self.expert_masks, &expected.expert_masks, "expert_masks");
+        starts_with(&self.word_offsets, &expected.word_offsets, "word_offsets");
         starts_with(&self.union_ids, &expected.union_ids, "union_ids");
         starts_with(&self.num_union, &[expected.union_ids.len() as u32], "num_union");
     }

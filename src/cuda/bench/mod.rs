@@ -174,9 +174,14 @@ impl FfnBench {
         if run.tokens == 0 {
             return Err(Error::argument("bench", "tokens", "at least 1", 0));
         }
+        run.routing.selection().check(self.shape.num_experts)?;
         let mut masks = self.draw_masks(run)?;
         let dense_sets = self.rotation().div_ceil(self.dense_bytes()).clamp(2, self.max_sets);
         self.prepare(run.tokens, dense_sets, masks.len())?;
+        for set in &mut self.sets {
+            let set = Arc::get_mut(set).expect("plans of earlier runs are gone");
+            set.set_selection(run.routing.selection())?;
+        }
         let batch = self.batch.as_ref().expect("just prepared");
 
         let density = self.layer.density(mean_k(&masks));
@@ -322,6 +327,7 @@ impl RunSpec {
     fn routing_name(&self) -> String {
         let name = match &self.routing {
             Routing::Random { .. } => "random".into(),
+            Routing::TopK { .. } => "random, top-k".into(),
             Routing::Trace { name, .. } => format!("trace:{name}"),
         };
         match self.calibrated_density {

@@ -26,7 +26,7 @@ pub struct FfnRow {
     pub router: String,
     /// T.
     pub tokens: usize,
-    /// "random", or "trace:" and its name; a plan that was calibrated for another density says so.
+    /// "random", "random, top-k", or "trace:" and its name; a plan that was calibrated for another density says so.
     pub routing: String,
     /// Executed neurons / d_ff, as the routing has it: a path that runs more does not change it.
     pub density: f64,

@@ -144,6 +144,14 @@ impl Rows {
                 self.masked(layer, tokens, routings);
             }
         }
+        // As models are routed that know no threshold.
+        for name in ["d768-e48", "d768-e24", "d1024-e64"] {
+            for tokens in [2048, 8192] {
+                let layer = shape(name);
+                let routings = [0.1, 0.2].map(|density| traces::top_k(density, layer.num_experts));
+                self.auto_and(layer, tokens, &routings, MANY_PATHS.into_iter());
+            }
+        }
         // Tokens that are alike, side by side.
         for routing in traces.iter().chain(&random(&[0.1])) {
             self.add(shape(TRACE_SHAPE), run(8192, routing, Some(Path::TokenTile)));
@@ -214,5 +222,7 @@ mod tests {
         assert_eq!(count(Set::Many, |case| case.run.tokens < 512), 0);
         assert_eq!(count(Set::Many, |case| case.run.calibrated_density.is_some()), 8);
         assert_eq!(count(Set::Many, |case| case.run.path == Some(Path::TokenTile)), 3);
+        let is_top_k = |case: &Case| matches!(case.run.routing, Routing::TopK { .. });
+        assert_eq!(count(Set::Many, is_top_k), 3 * 2 * 2 * 2);
     }
 }

@@ -19,14 +19,17 @@ const TRACES: [(&str, &[u8]); 2] = [
 #[derive(Clone, Debug, PartialEq)]
 pub enum Source {
     Random,
+    TopK,
     Trace(&'static str),
     File(PathBuf),
 }
 
 impl Source {
     pub fn parse(text: &str) -> Result<Self, String> {
-        if text == "random" {
-            return Ok(Self::Random);
+        match text {
+            "random" => return Ok(Self::Random),
+            "top-k" => return Ok(Self::TopK),
+            _ => {}
         }
         if text.ends_with(".npy") {
             return Ok(Self::File(text.into()));
@@ -35,15 +38,18 @@ impl Source {
         let known = TRACES.iter().find(|(known, _)| *known == name);
         known.map(|(name, _)| Self::Trace(name)).ok_or_else(|| {
             let names = TRACES.map(|(name, _)| format!("trace:{name}")).join(", ");
-            format!("expected random, FILE.npy or one of {names}")
+            format!("expected random, top-k, FILE.npy or one of {names}")
         })
     }
 
-    /// The routings: random ones at each density, or the one trace.
+    /// The routings: random ones at each density, of whole experts for top-k, or the one trace.
     pub fn routings(&self, num_experts: usize, densities: &[f64]) -> Result<Vec<Routing>> {
         match self {
             Self::Random => {
                 Ok(densities.iter().map(|&density| Routing::Random { density }).collect())
+            }
+            Self::TopK => {
+                Ok(densities.iter().map(|&density| top_k(density, num_experts)).collect())
             }
             Self::Trace(name) => Ok(vec![trace(name, num_experts)?]),
             Self::File(file) => {
@@ -54,6 +60,11 @@ impl Source {
             }
         }
     }
+}
+
+/// Top-k of a share of the experts.
+pub fn top_k(density: f64, num_experts: usize) -> Routing {
+    Routing::TopK { k: ((density * num_experts as f64).round() as usize).clamp(1, num_experts) }
 }
 
 /// A trace that comes with moefy.
@@ -92,7 +103,7 @@ mod tests {
     fn masks(routing: Routing) -> Arc<ExpertMask> {
         match routing {
             Routing::Trace { masks, .. } => masks,
-            Routing::Random { .. } => panic!("not a trace"),
+            _ => panic!("not a trace"),
         }
     }
 
@@ -124,6 +135,12 @@ mod tests {
     #[test]
     fn names_are_checked() {
         assert_eq!(Source::parse("random"), Ok(Source::Random));
+        let routings = Source::parse("top-k").unwrap().routings(48, &[0.0, 0.1, 0.2, 1.0]).unwrap();
+        let k = |routing: &Routing| match routing {
+            Routing::TopK { k } => *k,
+            _ => panic!("not top-k"),
+        };
+        assert_eq!(routings.iter().map(k).collect::<Vec<_>>(), [1, 5, 10, 48]);
         assert_eq!(Source::parse("a/b.npy"), Ok(Source::File("a/b.npy".into())));
         assert!(Source::parse("trace:minilm-e48-layer3").is_ok());
         assert!(Source::parse("trace:other").unwrap_err().contains("minilm-e48-layer0"));
