@@ -81,7 +81,7 @@ __device__ __forceinline__ uint4 load_shared_vector(uint32_t address) {
   return v;
 }
 
-/// Copies 16 bytes to shared memory, or writes zeros there; `from` must be readable either way.
+/// Copies 16 bytes to shared memory, or writes zeros there and reads nothing.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
   const int bytes = valid ? kChunkBytes : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");

@@ -489,7 +489,7 @@ __device__ __forceinline__ void many_sums(const moefy_experts_sums_params& p) {
   Job* const all = reinterpret_cast<Job*>(memory + kSlots * kSlotBytes + p.block_tokens * kSumBytes);
   const Slots slots;
   const Turns turns;
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && p.experts.max_pairs > 0) {
     for (const moefy_tensor_map& map : p.hidden) prefetch_map(map);
     prefetch_map(p.w_out);
   }

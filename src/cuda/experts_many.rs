@@ -350,11 +350,11 @@ impl Shape {
         let least = (MOEFY_EXPERTS_MANY_SLAB as usize * dtype.bytes()).min(row_bytes);
         let all_bytes = num_rows.checked_mul(row_bytes)?;
         let rows_bytes = match sums {
-            // A workspace serves fewer tokens too, and those go in one launch.
-            Some(_) if is_narrow => max_pairs
-                .checked_add(rows_of_all(launch)?)?
-                .checked_mul(row_bytes)?
-                .min(MAX_ROWS_BYTES),
+            // A workspace serves fewer tokens too, and other expectations, and those go in one launch: as much as that needs.
+            Some(_) if is_narrow => {
+                let rows = max_pairs.checked_add(rows_of_all(launch)?)?;
+                rows.min(MAX_ROWS_BYTES / row_bytes.max(1)) * row_bytes
+            }
             Some(_) => 0,
             // Room for all columns, or for some of them: at least one slab's.
             None => all_bytes.min(MAX_ROWS_BYTES.max(num_rows.checked_mul(least)?)),
@@ -589,27 +589,42 @@ mod tests {
         let mut seen = Vec::new();
         for num_experts in [1, 24, 96, 448] {
             for (expert_width, shared, rank) in [(32, 0, 0), (20, 64, 0), (64, 128, 3)] {
-                let mut bytes = 0;
-                for num_tokens in
-                    [1, 512, 2048, 4096, 8192, 115_200, 115_201, 237_056, 244_737, 1 << 20]
-                {
-                    let launch = launch(num_tokens, 1000, num_experts, expert_width);
-                    let launch = Launch { d_ff: launch.d_ff + shared, shared, rank, ..launch };
-                    let all = num_tokens * num_experts;
-                    let shape = Shape::new(&launch, all, 0.0).expect("sizes fit");
-                    let expecting_all = Shape::new(&launch, all, all as f64).expect("sizes fit");
-                    assert_eq!(shape.bytes, expecting_all.bytes);
-                    assert!(shape.bytes >= bytes, "fewer tokens need more: {launch:?}");
-                    bytes = shape.bytes;
-                    let Ways { fused, min_token_pairs, .. } = shape.ways;
-                    seen.push((fused, shape.max_pairs >= min_token_pairs));
-                    if fused.is_none() {
-                        continue;
+                for d_model in [1000, 768, 1008] {
+                    let mut bytes = 0;
+                    for num_tokens in [
+                        1,
+                        512,
+                        2048,
+                        4096,
+                        5632,
+                        5633,
+                        8192,
+                        115_200,
+                        115_201,
+                        237_056,
+                        244_737,
+                        1 << 20,
+                    ] {
+                        let launch = launch(num_tokens, d_model, num_experts, expert_width);
+                        let launch = Launch { d_ff: launch.d_ff + shared, shared, rank, ..launch };
+                        let all = num_tokens * num_experts;
+                        let shape = Shape::new(&launch, all, 0.0).expect("sizes fit");
+                        let expecting_all =
+                            Shape::new(&launch, all, all as f64).expect("sizes fit");
+                        assert_eq!(shape.bytes, expecting_all.bytes);
+                        assert!(shape.bytes >= bytes, "fewer tokens need more: {launch:?}");
+                        bytes = shape.bytes;
+                        let Ways { fused, min_token_pairs, .. } = shape.ways;
+                        seen.push((fused, shape.max_pairs >= min_token_pairs));
+                        if fused.is_none() {
+                            continue;
+                        }
+                        let most = shape.max_pairs.min(min_token_pairs);
+                        let rows = most + rows_of_all(&launch).expect("few");
+                        let needed = rows * 2 * d_model;
+                        assert!(needed <= shape.rows_bytes && shape.rows_bytes <= MAX_ROWS_BYTES);
+                        assert_eq!(shape.num_slabs, 1);
                     }
-                    let most = shape.max_pairs.min(min_token_pairs);
-                    let rows = most + rows_of_all(&launch).expect("few");
-                    assert!(rows * 2000 <= shape.rows_bytes && shape.rows_bytes <= MAX_ROWS_BYTES);
-                    assert_eq!(shape.num_slabs, 1);
                 }
             }
         }

@@ -23,7 +23,7 @@ pub(super) struct Ways {
     pub(super) min_token_pairs: usize,
     /// Then the first one too: all experts under masks.
     pub(super) masked: Option<experts_masked::Shape>,
-    /// So many can have outputs. Not fewer with more tokens: a workspace serves fewer tokens too.
+    /// So many can have outputs. With the rows of all tokens not fewer with more tokens: a workspace serves fewer tokens too.
     pub(super) pairs_with_rows: usize,
 }
 
@@ -50,11 +50,16 @@ impl Ways {
             });
         };
         let fused_cost = Cost::of_fused(launch, size) + Cost::of_sum(launch);
-        let resident = Resident::new(launch)
-            .filter(|resident| resident.us(expected_pairs) < fused_cost.us(expected_pairs));
+        // Outputs of so many pairs may have no room. Who keeps sums needs none, but the copy engine counts rows of h by signed
+        // numbers.
+        let is_better = |resident: &Resident| {
+            expected_pairs > room as f64
+                || resident.us(expected_pairs) < fused_cost.us(expected_pairs)
+        };
+        let resident =
+            Resident::new(launch).filter(is_better).filter(|_| max_pairs <= i32::MAX as usize);
         let by_tiles = match masked {
             Some(shape) => Some(Cost { base: shape.us, of_pair: 0.0 }),
-            // Who keeps sums needs no room for outputs.
             None if resident.is_some() || max_pairs <= room => None,
             None => by_tokens
                 .map(|by_tokens| Cost::of_all(launch) + Cost::of_hidden(launch) + by_tokens),
@@ -87,6 +92,7 @@ struct Resident {
     size: usize,
     first: Cost,
     num_experts: usize,
+    expert_width: usize,
     second: experts_sums::Shape,
 }
 
@@ -101,11 +107,12 @@ impl Resident {
         })?;
         let second = experts_sums::Shape::new(launch)?;
         let first = Cost::of_resident(launch, size);
-        Some(Self { size, first, num_experts: launch.num_experts, second })
+        let Launch { num_experts, expert_width, .. } = *launch;
+        Some(Self { size, first, num_experts, expert_width, second })
     }
 
     fn us(&self, pairs: f64) -> f64 {
-        self.first.us(pairs) + self.second.us(self.num_experts, pairs)
+        self.first.us(pairs) + self.second.us(self.num_experts, self.expert_width, pairs)
     }
 
     /// Up to how many pairs it takes less than so long.
@@ -310,6 +317,21 @@ pub(super) mod tests {
             halves: 1,
             multiprocessors: 132,
             is_wide: true,
+        }
+    }
+
+    /// What the tests on a GPU count on.
+    #[test]
+    fn more_pairs_than_outputs_have_room_for_go_in_two_launches() {
+        for (num_tokens, d_model, num_experts, expert_width) in
+            [(1, 8, 1, 8), (60, 64, 24, 16), (99, 392, 40, 64), (150, 1000, 3, 32)]
+        {
+            let launch = launch(num_tokens, d_model, num_experts, expert_width);
+            let pairs = num_tokens * num_experts;
+            let ways = |expected: f64| Ways::new(&launch, pairs - 1, expected).expect("sizes fit");
+            let (few, many) = (ways(0.0), ways((1u64 << 40) as f64));
+            assert_eq!((few.fused.is_some(), few.resident), (true, None));
+            assert_eq!((many.fused, many.resident.is_some()), (None, true));
         }
     }
 

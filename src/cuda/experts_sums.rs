@@ -99,17 +99,20 @@ impl Shape {
         })
     }
 
-    /// Microseconds for so many pairs of experts of one stage, on an H100 (kernels/NOTES.md): of each piece of columns the jobs,
-    /// and what it takes to store.
-    pub(super) fn us(&self, num_experts: usize, pairs: f64) -> f64 {
+    /// Microseconds for so many pairs, on an H100 (kernels/NOTES.md): of each piece of columns the jobs, in which a second stage
+    /// takes half as long as all else, and what it takes to store. Measured with experts of one stage and nothing shared.
+    pub(super) fn us(&self, num_experts: usize, expert_width: usize, pairs: f64) -> f64 {
         let blocks = self.num_tokens.div_ceil(self.block_tokens);
         let rounds = (blocks * self.num_across).div_ceil(self.multiprocessors);
         let pieces = rounds * self.d_model.div_ceil(COLUMNS).div_ceil(self.num_across);
         let of_expert = pairs / (blocks * num_experts).max(1) as f64;
         let jobs = jobs_of(of_expert);
         let of_job = 0.19 + 0.0012 * of_expert / jobs;
-        let of_piece =
-            num_experts as f64 * (jobs * of_job + 0.03) + 0.0065 * self.block_tokens as f64;
+        let stages = 1.0 + 0.5 * f64::from(u8::from(expert_width > DEPTH));
+        let of_experts = num_experts as f64 * (jobs * of_job * stages + 0.03);
+        let of_shared =
+            (self.shared.div_ceil(DEPTH) * self.block_tokens / TOKENS_STEP) as f64 * 0.27;
+        let of_piece = of_experts + of_shared + 0.0065 * self.block_tokens as f64;
         9.0 + pieces as f64 * of_piece
     }
 

@@ -185,8 +185,8 @@ impl Case {
 fn check(gpu: &Gpu, case: &Case) {
     let layer = &case.layer;
     check_for(gpu, case, 0, case.capacity);
-    // Narrow experts go another way where many pairs are expected. Without room for all that could be, nothing goes under masks
-    // instead.
+    // Narrow experts go another way where more pairs are expected than outputs have room for. Without room in the lists for all
+    // that could be, nothing goes under masks instead.
     if case.which == Which::Many
         && case.x.dtype() != DType::F32
         && !layer.neurons().is_glu()
@@ -482,8 +482,8 @@ fn most_pairs(gpu: &Gpu) {
     }
 }
 
-/// Tokens that run one expert and nothing else, which may get their y without a sum, among others that run none or several;
-/// of few experts and more than that is for, with shared neurons, and where lists end before all pairs.
+/// Tokens that run one expert and nothing else, among others that run none or several; of few experts and of many, with shared
+/// neurons, and where lists end before all pairs.
 fn lone_pairs(gpu: &Gpu) {
     let rng = &mut gpu.rng();
     let mut cases = Vec::new();
