@@ -1,4 +1,5 @@
-// Sixteen bytes at a time: streaming loads, asynchronous copies to shared memory, swizzled rows.
+// What most kernels share: tokens that are valid, and sixteen bytes at a time: loads, stores, asynchronous copies to shared
+// memory, swizzled rows.
 #pragma once
 
 #include <stdint.h>

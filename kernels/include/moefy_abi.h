@@ -35,7 +35,8 @@
 /* Columns that a warp of moefy_experts_many_sum takes at once. */
 #define MOEFY_EXPERTS_MANY_SUM_COLUMNS 256u
 
-/* moefy_experts_many_resident_hidden: the most slots for 64 token rows by 128 of d_model, and the most of those a row can have. */
+/* moefy_experts_many_resident_hidden: the most slots for 64 token rows by 128 of d_model, and the most of those that a row
+ * can have. */
 #define MOEFY_EXPERTS_RESIDENT_SLOTS 6u
 #define MOEFY_EXPERTS_RESIDENT_MAX_STAGES 16u
 

@@ -7,7 +7,8 @@ use super::select::check_num_experts;
 use super::token_tiles::{self, TILE_TOKENS, TILE_WORDS};
 use super::view::{Arguments, Format, View, Workspace};
 use super::{
-    Device, TokenTiles, experts_few, experts_many, experts_many_ways, experts_one, experts_tiled,
+    Device, TokenTiles, experts_few, experts_many, experts_many_kernels, experts_many_ways,
+    experts_one, experts_tiled,
 };
 use crate::abi::{moefy_experts_params, moefy_experts_tiled_params, moefy_neurons};
 use crate::dtype::DType;
@@ -67,7 +68,7 @@ impl Variants {
 pub(super) struct Kernels {
     pub(super) few: experts_few::Kernels,
     pub(super) one: experts_one::Kernels,
-    pub(super) many: experts_many::Kernels,
+    pub(super) many: experts_many_kernels::Kernels,
     pub(super) tiled: Option<experts_tiled::Kernels>,
 }
 
@@ -76,7 +77,7 @@ impl Kernels {
         Ok(Self {
             few: experts_few::Kernels::load(modules)?,
             one: experts_one::Kernels::load(modules, max_shared_bytes)?,
-            many: experts_many::Kernels::load(modules, max_shared_bytes)?,
+            many: experts_many_kernels::Kernels::load(modules, max_shared_bytes)?,
             tiled: experts_tiled::Kernels::load(modules)?,
         })
     }
@@ -108,7 +109,7 @@ pub struct ExpertLists {
     /// u32 \[1, capacity\]. Where it is full, lists may have ended early as far as kernels know, and each pair is looked up: one
     /// entry more than there are pairs is faster.
     pub token_ids: View,
-    /// u32 \[num_experts, ⌈num_tokens/32⌉\].
+    /// Where the tokens of each 32 begin in an expert's list, u32 \[num_experts, ⌈num_tokens/32⌉\].
     pub word_offsets: View,
     /// About how many pairs there will be, where that is known: which kernels are fastest depends on it. Any number of them is
     /// right. `None` goes by an eighth of the capacity.

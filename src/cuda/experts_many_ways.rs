@@ -1,9 +1,10 @@
 //! Which way the pairs of many tokens go, by what each way costs on an H100 (kernels/NOTES.md).
 
 use super::experts::Launch;
-use super::experts_many::{
-    FUSED_ROWS, MAX_ROWS_BYTES, RESIDENT_ROWS, TOKEN_DEPTH, TOKEN_TILE, WIDE_SHARED_BYTES,
-    resident_shared_bytes, token_output_shared_bytes,
+use super::experts_many::MAX_ROWS_BYTES;
+use super::experts_many_kernels::{
+    FUSED_ROWS, RESIDENT_ROWS, TOKEN_DEPTH, TOKEN_TILE, WIDE_SHARED_BYTES, resident_shared_bytes,
+    token_output_shared_bytes,
 };
 use super::{experts_masked, experts_sums};
 use crate::dtype::DType;

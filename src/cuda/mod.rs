@@ -35,6 +35,7 @@ mod encoder_graphs;
 mod experts;
 mod experts_few;
 mod experts_many;
+mod experts_many_kernels;
 mod experts_many_ways;
 mod experts_masked;
 mod experts_one;

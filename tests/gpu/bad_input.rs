@@ -10,8 +10,8 @@ use moefy::cuda::{
 use moefy::ffn::Selection;
 use moefy::{DType, Result};
 
-use crate::experts::{Shape, random_layer};
 use crate::harness::{Gpu, Output};
+use crate::random_layers::{Shape, random_layer};
 use crate::route_index::Lists;
 
 pub fn tests() -> crate::Tests {

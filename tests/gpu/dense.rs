@@ -9,13 +9,13 @@ use moefy::cuda::{
 };
 use moefy::ffn::{Activation, Selection};
 
-use crate::experts::{Shape, biased_layer, random_layer, tokens, tolerance};
 use crate::ffn_few::with_router;
 use crate::harness::{Gpu, Output, is_small, relative_error, thin};
 use crate::plan::{
     Case, PLAIN, chunks, counts_of, every_gate, every_shape, forced, one_path, reference_of,
     replays, routing,
 };
+use crate::random_layers::{Shape, biased_layer, random_layer, tokens, tolerance};
 
 pub fn tests() -> crate::Tests {
     vec![

@@ -10,8 +10,8 @@ use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 
 use crate::emulation;
-use crate::experts::{Shape, expected, random_layer, tokens, tolerance};
 use crate::harness::{Gpu, Output, is_small, relative_error, sizes, thin};
+use crate::random_layers::{Shape, expected, random_layer, tokens, tolerance};
 use crate::router_select::{assert_outside_band, routers};
 
 pub fn tests() -> crate::Tests {

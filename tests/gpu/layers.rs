@@ -10,8 +10,8 @@ use moefy::{DType, Tensor, TensorRef, reference};
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 
-use crate::experts::{Shape, random_layer, tokens, tolerance};
 use crate::harness::{Gpu, Output, is_small, random_mask, relative_error};
+use crate::random_layers::{Shape, random_layer, tokens, tolerance};
 
 pub fn tests() -> crate::Tests {
     vec![

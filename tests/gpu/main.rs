@@ -16,6 +16,7 @@ mod harness;
 mod interop;
 mod layers;
 mod plan;
+mod random_layers;
 mod route_index;
 mod router_select;
 mod select;

@@ -7,9 +7,9 @@ use moefy::ffn::{self, Activation, ExpertMask, Gate, Selection};
 use moefy::{DType, Tensor, TensorRef, reference};
 use rand_chacha::ChaCha8Rng;
 
-use crate::experts::{Shape, biased_layer, expected, random_layer, tokens, tolerance};
 use crate::ffn_few::with_router;
 use crate::harness::{Gpu, Output, is_small, random_mask, relative_error, sizes, thin};
+use crate::random_layers::{Shape, biased_layer, expected, random_layer, tokens, tolerance};
 
 pub fn tests() -> crate::Tests {
     vec![

@@ -28,8 +28,8 @@ pub struct Ffn {
     #[arg(long, value_name = "SHARE", value_delimiter = ',', value_parser = shapes::share)]
     #[arg(default_value = "0.1,0.2,0.4")]
     density: Vec<f64>,
-    /// random, top-k (random, selected by that rule), trace:NAME of a trace that comes with moefy, or FILE.npy: u8 [tokens, experts/8], first
-    /// expert in the highest bit
+    /// random, top-k (random, selected by that rule), trace:NAME of a trace that comes with moefy, or
+    /// FILE.npy: u8 [tokens, experts/8], first expert in the highest bit
     #[arg(long, value_name = "WHAT", value_delimiter = ',', value_parser = Source::parse)]
     #[arg(default_value = "random")]
     routing: Vec<Source>,
