@@ -1,13 +1,16 @@
 //! Random damage to valid folders: whatever the bytes, reading them ends in a value or in an error
-//! of one sentence. A panic is the failure, and bolero prints the damage that led to it.
+//! of one sentence, and soon. A panic is a failure, and bolero prints the damage that led to it;
+//! what takes too long is one too, and `fuzz` prints that.
 //!
 //! `MOEFY_FUZZ_SECONDS` is the time of all harnesses together.
 
 mod common;
 
 use std::fs;
+use std::io::{Write, stderr};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use bolero::TypeGenerator;
@@ -230,12 +233,39 @@ fn read_and_restore(folder: &Path) {
     }
 }
 
+/// Tries damage for a while, and ends the process when one reading does not end: nothing but its
+/// end stops a loop.
+fn fuzz(read: impl Fn(&Damage) + std::panic::RefUnwindSafe) {
+    const LONGEST: Duration = Duration::from_secs(60);
+    let (sender, receiver) = mpsc::channel::<Damage>();
+    let watch = std::thread::spawn(move || {
+        let mut last = None;
+        loop {
+            match receiver.recv_timeout(LONGEST) {
+                Ok(damage) => last = Some(damage),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    // Not `eprintln`, whose text a test keeps until its end.
+                    writeln!(stderr(), "reading took over {LONGEST:?} with {last:?}").unwrap();
+                    std::process::abort();
+                }
+            }
+        }
+    });
+    bolero::check!().with_type::<Damage>().with_test_time(time()).for_each(|damage| {
+        sender.send(damage.clone()).unwrap();
+        read(damage);
+    });
+    drop(sender);
+    watch.join().unwrap();
+}
+
 fn damage_file(name: &str, shards: usize, damage: fn(&Damage, &[u8]) -> Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();
     let folder = fixture(dir.path(), shards);
     let file = folder.join(name);
     let good = fs::read(&file).unwrap();
-    bolero::check!().with_type::<Damage>().with_test_time(time()).for_each(|with| {
+    fuzz(|with| {
         fs::write(&file, damage(with, &good)).unwrap();
         read_and_restore(&folder);
     });
@@ -246,7 +276,7 @@ fn config() {
     let dir = tempfile::tempdir().unwrap();
     let folder = fixture(dir.path(), 1);
     let good = fs::read(folder.join("config.json")).unwrap();
-    bolero::check!().with_type::<Damage>().with_test_time(time()).for_each(|damage| {
+    fuzz(|damage| {
         let text = damage.of_json(&good);
         let file = Path::new("config.json");
         let text = String::from_utf8_lossy(&text);

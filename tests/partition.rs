@@ -170,3 +170,19 @@ fn bad_arguments_are_refused() {
         assert!(error.to_string().contains(expected), "{error}");
     }
 }
+
+#[test]
+fn a_number_of_experts_is_refused_in_time_however_many_neurons() {
+    // 2^62 - 57 is prime.
+    let (routed, shared) = ((1 << 62) - 57, 57);
+    for (num_experts, expected) in [
+        (6, format!("a divisor of the {routed} routed neurons, such as 1, got 6")),
+        (routed - 2, format!("a divisor of the {routed} routed neurons, such as {routed}, got")),
+        (1 << 61, format!("a divisor of the {routed} routed neurons, got")),
+    ] {
+        let error = Partition::width_of_experts(1 << 62, num_experts, shared).unwrap_err();
+        assert!(error.to_string().contains(&expected), "{error}");
+    }
+    let error = Partition::width_of_experts(usize::MAX, 6, 0).unwrap_err();
+    assert!(error.to_string().contains("such as 5 or 15, got 6"), "{error}");
+}

@@ -54,13 +54,18 @@ impl Partition {
             Error::argument("partition", "shared", format!("less than d_ff = {d_ff}"), shared)
         })?;
         if num_experts == 0 || routed % num_experts != 0 {
+            // A damaged file can ask for 2^62 neurons: the way to the next divisor may be long.
+            const FURTHEST: usize = 1 << 20;
             let divides = |&n: &usize| routed.is_multiple_of(n);
-            let below = (1..num_experts.min(routed + 1)).rev().find(divides);
-            let above = (num_experts.saturating_add(1)..=routed).find(divides);
+            let end = num_experts.min(routed.saturating_add(1));
+            let below = (1..end).rev().take(FURTHEST).find(divides);
+            let above = (num_experts.saturating_add(1)..=routed).take(FURTHEST).find(divides);
             let near: Vec<String> =
                 below.into_iter().chain(above).map(|near| near.to_string()).collect();
-            let near = near.join(" or ");
-            let expected = format!("a divisor of the {routed} routed neurons, such as {near}");
+            let mut expected = format!("a divisor of the {routed} routed neurons");
+            if !near.is_empty() {
+                expected = format!("{expected}, such as {}", near.join(" or "));
+            }
             return Err(Error::argument("partition", "num_experts", expected, num_experts));
         }
         Ok(routed / num_experts)
