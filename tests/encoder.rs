@@ -6,7 +6,9 @@ mod support;
 use common::{HIDDEN, INTERMEDIATE, LAYERS, POSITIONS, TinyBert, VOCAB};
 use moefy::cpu::Cpu;
 use moefy::ffn::{Activation, ExpertMask, Selection};
-use moefy::model::{Backend, Batch, Encoder, Ffn, FfnRun, Folder, batches, embed};
+use moefy::model::{
+    Backend, Batch, Encoder, Ffn, FfnRun, Folder, batches, batches_in_order, embed,
+};
 use moefy::reference::Reference;
 use moefy::{DType, Result};
 use serde_json::json;
@@ -206,8 +208,14 @@ fn embeddings_come_in_the_order_of_the_sequences() {
 fn batches_hold_every_sequence_once_and_stay_below_their_size() {
     let lengths = [5, 1, 9, 30, 1, 4, 12, 7];
     let sequences: Vec<Vec<u32>> = lengths.iter().map(|&length| vec![0; length]).collect();
-    let batches = batches(&sequences, 12);
-    assert_eq!(batches, [vec![1, 4, 5, 0], vec![7], vec![2], vec![6], vec![3]]);
+    let sorted = batches(&sequences, 12);
+    assert_eq!(sorted, [vec![1, 4, 5, 0], vec![7], vec![2], vec![6], vec![3]]);
+
+    let lengths = [1, 11, 1, 13, 2, 12, 3];
+    let sequences: Vec<Vec<u32>> = lengths.iter().map(|&length| vec![0; length]).collect();
+    let in_order: Vec<usize> = batches_in_order(&sequences, 12).map(<[_]>::len).collect();
+    assert_eq!(in_order, [2, 1, 1, 1, 1, 1]);
+    assert_eq!(batches_in_order::<Vec<u32>>(&[], 12).count(), 0);
 }
 
 #[test]

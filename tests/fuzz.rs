@@ -246,7 +246,8 @@ fn fuzz(read: impl Fn(&Damage) + std::panic::RefUnwindSafe) {
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
                     // Not `eprintln`, whose text a test keeps until its end.
-                    writeln!(stderr(), "reading took over {LONGEST:?} with {last:?}").unwrap();
+                    let mut stderr = stderr();
+                    writeln!(stderr, "reading took over {LONGEST:?} with {last:?}").unwrap();
                     std::process::abort();
                 }
             }

@@ -1,7 +1,9 @@
 //! The hidden states of a text, taken through an encoder one layer at a time.
 
 use crate::error::Result;
-use crate::model::{BATCH_TOKENS, Backend, Batch, DeviceBatch, Encoder, FfnRun, Workspace};
+use crate::model::{
+    BATCH_TOKENS, Backend, Batch, DeviceBatch, Encoder, FfnRun, Workspace, batches_in_order,
+};
 
 /// Hears how many batches are done, of how many, and may stop with an error.
 pub(super) type EachBatch<'a> = &'a dyn Fn(usize, usize) -> Result<()>;
@@ -15,7 +17,7 @@ pub(super) struct Stream<B: Backend> {
 impl<B: Backend> Stream<B> {
     /// The inputs of the first layer.
     pub(super) fn start(encoder: &Encoder<B>, sequences: &[&[u32]]) -> Result<Self> {
-        let batches = batches_in_order(sequences).map(|sequences| {
+        let batches = batches_in_order(sequences, BATCH_TOKENS).map(|sequences| {
             let batch = Batch::pack(sequences)?;
             let mut hidden = encoder.activations(batch.num_tokens())?;
             let batch = encoder.batch(&batch)?;
@@ -75,22 +77,6 @@ impl<B: Backend> Stream<B> {
     }
 }
 
-/// Neighbours together, in batches of at most [`BATCH_TOKENS`] tokens where sequences are shorter.
-fn batches_in_order<'a, 's>(sequences: &'a [&'s [u32]]) -> impl Iterator<Item = &'a [&'s [u32]]> {
-    let mut rest = sequences;
-    std::iter::from_fn(move || {
-        let mut num_tokens = 0;
-        let fit = rest.iter().take_while(|sequence| {
-            num_tokens += sequence.len();
-            num_tokens <= BATCH_TOKENS
-        });
-        let count = fit.count().max(1).min(rest.len());
-        let (batch, after) = rest.split_at(count);
-        rest = after;
-        (!batch.is_empty()).then_some(batch)
-    })
-}
-
 /// About `num_tokens` tokens in whole sequences from all over the text, in order; all of a shorter
 /// text.
 pub(super) fn spread<S: AsRef<[u32]>>(sequences: &[S], num_tokens: usize) -> Vec<&[u32]> {
@@ -127,21 +113,5 @@ mod tests {
             let in_first_half = picked.iter().filter(|sequence| sequence[0] < 50).count();
             assert!(in_first_half.abs_diff(picked.len() / 2) <= 3);
         }
-    }
-
-    #[test]
-    fn batches_hold_everything_once_and_are_not_too_long() {
-        let lengths = [1, BATCH_TOKENS - 1, 1, BATCH_TOKENS + 1, 2, BATCH_TOKENS, 3];
-        let sequences: Vec<Vec<u32>> = lengths.iter().map(|&length| vec![7; length]).collect();
-        let sequences: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
-        let batches: Vec<Vec<usize>> = batches_in_order(&sequences)
-            .map(|batch| batch.iter().map(|sequence| sequence.len()).collect())
-            .collect();
-        let full = BATCH_TOKENS;
-        assert_eq!(
-            batches,
-            [vec![1, full - 1], vec![1], vec![full + 1], vec![2], vec![full], vec![3]]
-        );
-        assert_eq!(batches_in_order(&[]).count(), 0);
     }
 }

@@ -2,6 +2,9 @@
 
 use crate::error::{Error, Result};
 
+/// Tokens per batch that keep a CPU or a GPU busy and bound the memory of a pass.
+pub const BATCH_TOKENS: usize = 4096;
+
 /// Packed sequences: sequence i is `token_ids[sequence_offsets[i]..sequence_offsets[i + 1]]`.
 ///
 /// Nothing is padded here, and nothing but tokens costs time. Where a device runs batches in captured sizes,
@@ -85,4 +88,36 @@ impl Batch {
         let bounds = self.sequence_offsets.windows(2);
         bounds.map(|pair| &self.token_ids[pair[0] as usize..pair[1] as usize])
     }
+}
+
+/// Which sequences to run together: all of them, shortest first, in batches of at most `max_tokens`
+/// tokens; a longer sequence is a batch of its own.
+pub fn batches(sequences: &[Vec<u32>], max_tokens: usize) -> Vec<Vec<usize>> {
+    let length = |&id: &usize| sequences[id].len();
+    let mut ids: Vec<usize> = (0..sequences.len()).collect();
+    ids.sort_by_key(length);
+    together(&ids, length, max_tokens).map(<[usize]>::to_vec).collect()
+}
+
+/// Sequences in their order, in batches of at most `max_tokens` tokens; a longer one is a batch of
+/// its own.
+pub fn batches_in_order<S: AsRef<[u32]>>(
+    sequences: &[S],
+    max_tokens: usize,
+) -> impl Iterator<Item = &[S]> {
+    together(sequences, |sequence| sequence.as_ref().len(), max_tokens)
+}
+
+fn together<T>(
+    items: &[T],
+    length: impl Fn(&T) -> usize,
+    max_tokens: usize,
+) -> impl Iterator<Item = &[T]> {
+    let mut num_tokens = 0;
+    items.chunk_by(move |last, next| {
+        num_tokens += length(last);
+        let fits = num_tokens + length(next) <= max_tokens;
+        num_tokens *= usize::from(fits);
+        fits
+    })
 }

@@ -1,11 +1,8 @@
 //! Sentence embeddings of any number of token sequences.
 
 use super::encoder::MaskObserver;
-use super::{Backend, Batch, Encoder, FfnRun};
+use super::{BATCH_TOKENS, Backend, Batch, Encoder, FfnRun, batches};
 use crate::error::Result;
-
-/// Tokens per batch that keep a CPU or a GPU busy and bound the memory of a pass.
-pub const BATCH_TOKENS: usize = 4096;
 
 /// Embeddings \[sequences, d_model\] of unit length, in the order of the sequences.
 ///
@@ -37,25 +34,4 @@ pub fn embed<B: Backend>(
         }
     }
     Ok(embeddings)
-}
-
-/// Which sequences to run together: all of them, shortest first, in batches of at most `max_tokens`
-/// tokens; a longer sequence is a batch of its own.
-pub fn batches(sequences: &[Vec<u32>], max_tokens: usize) -> Vec<Vec<usize>> {
-    let mut ids: Vec<usize> = (0..sequences.len()).collect();
-    ids.sort_by_key(|&id| sequences[id].len());
-    let mut batches: Vec<Vec<usize>> = Vec::new();
-    let mut room = 0;
-    for id in ids {
-        let length = sequences[id].len();
-        match batches.last_mut() {
-            Some(batch) if length <= room => batch.push(id),
-            _ => {
-                batches.push(vec![id]);
-                room = max_tokens;
-            }
-        }
-        room = room.saturating_sub(length);
-    }
-    batches
 }

@@ -38,9 +38,9 @@ mod weights_out;
 mod write;
 
 pub use backend::{Backend, Embeddings, FfnRun, LayerNorm, Linear};
-pub use batch::Batch;
+pub use batch::{BATCH_TOKENS, Batch, batches, batches_in_order};
 pub use config::{Architecture, Config};
-pub use embed::{BATCH_TOKENS, batches, embed};
+pub use embed::embed;
 pub(crate) use encoder::Surroundings;
 pub use encoder::{DeviceBatch, Encoder, MaskObserver, Workspace};
 pub use folder::{Ffn, Folder};

@@ -6,7 +6,9 @@ use moefy::convert::routing_statistics;
 use moefy::cpu::Cpu;
 use moefy::ffn::{ExpertMask, SelectionRule};
 use moefy::model::format::{LayerConfig, MoefyConfig};
-use moefy::model::{BATCH_TOKENS, Backend, Batch, Encoder, Ffn, FfnRun, Folder, Tokenizer};
+use moefy::model::{
+    BATCH_TOKENS, Backend, Batch, Encoder, Ffn, FfnRun, Folder, Tokenizer, batches_in_order,
+};
 use moefy::{Error, Result};
 use serde_json::json;
 
@@ -75,20 +77,11 @@ fn count(
     let mut workspace = encoder.workspace(max_tokens)?;
     let mut x = encoder.activations(max_tokens)?;
     let mut words = vec![Vec::new(); folder.num_layers()];
-    let mut rest = &sequences[..];
-    while !rest.is_empty() {
-        let mut room = max_tokens;
-        let fits = |sequence: &&Vec<u32>| {
-            let fits = sequence.len() <= room;
-            room = room.saturating_sub(sequence.len());
-            fits
-        };
-        let (together, behind) = rest.split_at(rest.iter().take_while(fits).count());
+    for together in batches_in_order(&sequences, max_tokens) {
         let batch = encoder.batch(&Batch::pack(together)?)?;
         let mut observe =
             |layer: usize, mask: &ExpertMask| words[layer].extend_from_slice(mask.words());
         encoder.forward(FfnRun::Stored, &mut x, &batch, &mut workspace, Some(&mut observe))?;
-        rest = behind;
     }
     let num_tokens = sequences.iter().map(Vec::len).sum();
     for record in &mut moefy.layers {
