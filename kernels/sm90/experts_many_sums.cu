@@ -132,7 +132,7 @@ __device__ __forceinline__ Jobs find_jobs(const moefy_experts_params& p, uint32_
   for (uint32_t i = threadIdx.x; i < groups; i += kThreads) {
     const Group group = find_group(p, i);
     const RowRange rows = rows_of(p, group);
-    // The first row of a token, or of those after it.
+    // The first row of a token, or of those after it. Blocks have multiples of 32 tokens.
     const auto row_of = [&](uint32_t token) {
       if (group.expert == kNoExpert) return min(token, rows.count);
       if (token >= p.num_tokens) return rows.begin + rows.count;

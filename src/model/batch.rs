@@ -90,8 +90,8 @@ impl Batch {
     }
 }
 
-/// Which sequences to run together: all of them, shortest first, in batches of at most `max_tokens`
-/// tokens; a longer sequence is a batch of its own.
+/// Which sequences to run together, by index: all of them, shortest first, in batches of at most
+/// `max_tokens` tokens; a longer sequence is a batch of its own.
 pub fn batches(sequences: &[Vec<u32>], max_tokens: usize) -> Vec<Vec<usize>> {
     let length = |&id: &usize| sequences[id].len();
     let mut ids: Vec<usize> = (0..sequences.len()).collect();
@@ -108,6 +108,7 @@ pub fn batches_in_order<S: AsRef<[u32]>>(
     together(sequences, |sequence| sequence.as_ref().len(), max_tokens)
 }
 
+/// As many neighbours at a time as have room.
 fn together<T>(
     items: &[T],
     length: impl Fn(&T) -> usize,
@@ -117,7 +118,9 @@ fn together<T>(
     items.chunk_by(move |last, next| {
         num_tokens += length(last);
         let fits = num_tokens + length(next) <= max_tokens;
-        num_tokens *= usize::from(fits);
+        if !fits {
+            num_tokens = 0;
+        }
         fits
     })
 }
