@@ -20,7 +20,9 @@ HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
 PORTABLE = ["-gencode=arch=compute_80,code=[sm_80,sm_100a,sm_120]", *HOPPER]
 # What a GPU that knows programmatic dependent launch gets, as text.
 PTX = ["-ptx", "-arch=compute_90a"]
-WAIT = "griddepcontrol.wait"
+WAIT, LAUNCH = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+# Those behind which a kernel may begin with begin_for_many (kernels/include/expert_groups.cuh): they wait before they let it.
+WAITS_FIRST = re.compile(r"moefy_experts_many_(fused|(engine|wide)_hidden|sums?)_")
 # (entry point, architecture) -> why its spills are accepted.
 ALLOWED = {}
 
@@ -49,6 +51,11 @@ def waiting(ptx):
     return {name for name, body in BODY.findall(ptx) if WAIT in body}
 
 
+def eager(ptx):
+    """Names of the entry points that let the next kernel begin before they have waited."""
+    return {name for name, body in BODY.findall(ptx) if -1 < body.find(LAUNCH) < body.find(WAIT)}
+
+
 def nvcc_of(nvcc, source, arguments, out):
     command = [nvcc, "-O3", "-std=c++17", "-Ikernels/include", *arguments, "-o", out, source]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -58,13 +65,14 @@ def nvcc_of(nvcc, source, arguments, out):
 
 
 def compile_one(nvcc, source, folder):
-    """What the assembler says of each entry point, and which of them do not wait."""
+    """What the assembler says of each entry point, and those that do not wait, or not in time."""
     hopper = os.path.basename(os.path.dirname(source)) == "sm90"
     out = os.path.join(folder, source.replace(os.sep, "_"))
     found = parse(nvcc_of(nvcc, source, ["-fatbin", "-Xptxas", "-v", *(HOPPER if hopper else PORTABLE)], out))
     nvcc_of(nvcc, source, PTX, out)
     with open(out, encoding="utf-8") as file:
-        return found, {name for name, _ in found} - waiting(file.read())
+        ptx = file.read()
+    return found, {name for name, _ in found} - waiting(ptx), set(filter(WAITS_FIRST.match, eager(ptx)))
 
 
 def complaints(found, allowed):
@@ -80,14 +88,17 @@ def main():
         sys.exit(__doc__)
     sources = sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, "kernels", "**", "*.cu"),
                                                                        recursive=True))
-    found, careless = {}, []
+    found, careless, too_eager = {}, [], []
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for part, names in pool.map(lambda source: compile_one(sys.argv[1], source, folder), sources):
+        for part, names, early in pool.map(lambda source: compile_one(sys.argv[1], source, folder), sources):
             found.update(part)
             careless += names
+            too_eager += early
     problems = complaints(found, ALLOWED)
     problems += ["{} does not wait for the kernel before it: call begin() or wait_for_dependencies() of dependency.cuh"
                  .format(name) for name in sorted(careless)]
+    problems += ["{} lets the next kernel begin before it has waited: see begin_for_many() of expert_groups.cuh".format(name)
+                 for name in sorted(too_eager)]
     if problems:
         sys.exit("error: " + "\nerror: ".join(problems))
     print("{} kernels for {} architectures, at most {} registers, {} spills allowed; all wait".format(

@@ -23,6 +23,15 @@ PTX = """\
 \t{
 \tgriddepcontrol.wait;
 \t}
+\tgriddepcontrol.launch_dependents;
+\tret;
+}
+.visible .entry is_eager(
+\t.param .u64 is_eager_param_0
+)
+{
+\tgriddepcontrol.launch_dependents;
+\tgriddepcontrol.wait;
 \tret;
 }
 .func helper()
@@ -52,4 +61,7 @@ class CheckKernels(unittest.TestCase):
         self.assertEqual(old, ["one does not spill on sm_90a any more: take it off the list"])
 
     def test_finds_kernels_that_wait(self):
-        self.assertEqual(check_kernels.waiting(PTX), {"waits"})
+        self.assertEqual(check_kernels.waiting(PTX), {"waits", "is_eager"})
+
+    def test_finds_kernels_that_let_others_begin_first(self):
+        self.assertEqual(check_kernels.eager(PTX), {"is_eager"})

@@ -75,6 +75,16 @@ __device__ __forceinline__ uint64_t place_of_rows(const moefy_experts_params& p,
   return static_cast<uint64_t>(num_pairs(p)) + (after_shared ? p.num_tokens : 0);
 }
 
+/// What a kernel begins with that has something to do only where so many pairs exist; whether they do. Where there are lists, the
+/// kernel before those that begin so has waited before it lets them, so that lists are complete by then: blocks see at once that
+/// there is nothing to do, and end. One of them waits, for the kernel after this one.
+__device__ __forceinline__ bool begin_for_many(const moefy_experts_params& p) {
+  launch_dependents();
+  const bool runs = p.expert_offsets == nullptr || by_tokens(p);
+  if (runs || blockIdx.x == 0) wait_for_dependencies();
+  return runs;
+}
+
 /// Columns of y whose pair outputs are in memory together: as many as fit, whatever the masks select.
 struct Slab {
   uint32_t width;  // from one row to the next

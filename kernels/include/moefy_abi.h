@@ -40,11 +40,13 @@
 #define MOEFY_EXPERTS_RESIDENT_SLOTS 6u
 #define MOEFY_EXPERTS_RESIDENT_MAX_STAGES 16u
 
-/* moefy_experts_many_sums: threads and columns of a block, slots for h and for weights. */
+/* moefy_experts_many_sums: threads and columns of a block, slots for h and for weights, and those where there is room for more. */
 #define MOEFY_EXPERTS_SUMS_THREADS 640u
 #define MOEFY_EXPERTS_SUMS_COLUMNS 64u
 #define MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS 6u
 #define MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS 4u
+#define MOEFY_EXPERTS_SUMS_MORE_HIDDEN_SLOTS 8u
+#define MOEFY_EXPERTS_SUMS_MORE_WEIGHT_SLOTS 6u
 
 /* ffn_few: experts and stages at most, tokens of a tile, threads of a block, outputs of a block of the first launch. */
 #define MOEFY_FFN_FEW_EXPERTS 512u

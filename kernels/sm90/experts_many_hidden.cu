@@ -133,7 +133,7 @@ __device__ __forceinline__ void many_hidden(const moefy_experts_params& p, const
   uint32_t* tile_offsets = reinterpret_cast<uint32_t*>(memory + kStages<kRows> * kStageBytes<kRows>);
   const Pipeline<kStages<kRows>, kEngine> pipeline;
   wait_for_dependencies();
-  launch_dependents();
+  launch_dependents();  // not before: begin_for_many
   if (is_fused(p)) return;
   count_tiles<kPipelineThreads>(p, tile_offsets, [&](const Group& group) {
     return ceil_div(rows_of(p, group).count, kTokens) * ceil_div(group.width * group.halves, kRows);

@@ -19,28 +19,29 @@ constexpr uint32_t kDepth = 64;  // of a stage
 constexpr uint32_t kRowBytes = 2 * kDepth;
 /// h of the pairs of a stage, or weights of its columns.
 constexpr uint32_t kSlotBytes = 64 * kRowBytes;
-constexpr uint32_t kHiddenSlots = MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS, kWeightSlots = MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS;
-constexpr int kSlots = kHiddenSlots + kWeightSlots;  // those of weights come last
 /// Warps that fill the slots of either kind, each of them always the same ones: two would take each other's phases for theirs.
 constexpr uint32_t kAskers = 2;
-static_assert(kHiddenSlots % kAskers == 0 && kWeightSlots % kAskers == 0, "a slot has one asker");
 constexpr uint32_t kThreads = MOEFY_EXPERTS_SUMS_THREADS;
 constexpr uint32_t kGroups = (kThreads - 2 * kAskers * 32) / 128;  // that multiply
 
-/// What tells when a slot is full and when it is empty again.
+/// Slots for h, then those for weights: what tells when one is full and when it is empty again.
 ///
 /// Who waits for the phase of a barrier takes the last but one for it, and warpgroups overtake each other. So the barriers of
 /// full slots are more than there are slots: a stage has the next one, and before a warpgroup waits for it, this warpgroup has
 /// added the products of a job that was after the barrier's last stage.
+template <uint32_t kHiddenSlots, uint32_t kWeightSlots>
 class Slots {
  public:
+  static constexpr uint32_t kHidden = kHiddenSlots, kWeights = kWeightSlots, kAll = kHidden + kWeights;
+  static_assert(kHidden % kAskers == 0 && kWeights % kAskers == 0, "a slot has one asker");
+
   /// By all threads of a block, before another barrier of it.
   __device__ Slots() {
-    __shared__ uint64_t memory[kSlots + 2 * kFull];
+    __shared__ uint64_t memory[kAll + 2 * kFull];
     barriers_ = shared_address(memory);
     const uint32_t i = threadIdx.x;
-    if (i < kSlots + 2 * kFull) {
-      barrier_init(barriers_ + i * 8, i < kSlots ? 128 / 32 : 1);
+    if (i < kAll + 2 * kFull) {
+      barrier_init(barriers_ + i * 8, i < kAll ? 128 / 32 : 1);
       fence_barriers();
     }
   }
@@ -48,7 +49,7 @@ class Slots {
   __device__ uint32_t empty(uint32_t slot) const { return barriers_ + slot * 8; }
   /// Of a stage of h or of weights, by its number.
   __device__ uint32_t full(bool of_weights, uint32_t stage) const {
-    return barriers_ + (kSlots + of_weights * kFull + stage % kFull) * 8;
+    return barriers_ + (kAll + of_weights * kFull + stage % kFull) * 8;
   }
   __device__ void wait_until_full(bool of_weights, uint32_t stage) const {
     barrier_wait(full(of_weights, stage), stage / kFull & 1);
@@ -58,7 +59,7 @@ class Slots {
   static constexpr uint32_t kFull = 16;
   static_assert(kFull % kAskers == 0, "a stage has one asker");
   // Between two stages of a barrier lie those that other warpgroups have, of a job two at most, and all slots of either kind.
-  static_assert(kFull >= 2 * kGroups + kHiddenSlots && kFull >= 2 * kGroups + kWeightSlots, "more barriers");
+  static_assert(kFull >= 2 * kGroups + kHidden && kFull >= 2 * kGroups + kWeights, "more barriers");
   uint32_t barriers_;
 };
 
@@ -193,10 +194,10 @@ __device__ __forceinline__ void ask_ahead(const moefy_experts_sums_params& sums,
 
 /// Asks for h of all jobs, or for their weights: a warp for every kAskers-th stage. Lanes find what to ask for side by side, since
 /// a thread alone needs long for it, and ask one after another.
-template <bool kOfWeights>
+template <bool kOfWeights, class Slots>
 __device__ __forceinline__ void ask(const moefy_experts_sums_params& sums, const Job* all, const Jobs& jobs, uint32_t across,
                                     uint32_t memory, const Slots& slots, uint32_t asker) {
-  constexpr uint32_t kFirstSlot = kOfWeights ? kHiddenSlots : 0, kOwnSlots = kOfWeights ? kWeightSlots : kHiddenSlots;
+  constexpr uint32_t kFirstSlot = kOfWeights ? Slots::kHidden : 0, kOwnSlots = kOfWeights ? Slots::kWeights : Slots::kHidden;
   const uint32_t num_items = items_of(sums, across), job_stages = stages_of_job(sums.experts.neurons);
   const uint32_t num_stages = jobs.num * job_stages, lane = threadIdx.x % 32;
   uint32_t slot = kFirstSlot + asker, phase = 1;  // of the warp's next stage; at first the slots are empty
@@ -396,11 +397,11 @@ struct Tokens {
   }
 };
 
-template <class T>
+template <class T, class Slots>
 __device__ __forceinline__ void multiply_items(const moefy_experts_sums_params& p, const Job* all, const Jobs& jobs, uint32_t token0,
                                                uint32_t count, uint32_t across, uint32_t memory, const Slots& slots,
                                                const Turns& turns) {
-  const uint32_t sums = memory + kSlots * kSlotBytes, thread = threadIdx.x, group = uniform(thread / 128);
+  const uint32_t sums = memory + Slots::kAll * kSlotBytes, thread = threadIdx.x, group = uniform(thread / 128);
   const uint32_t own_row = thread % 128 / 32 * 16 + thread % 32 / 4;
   for (uint32_t i = thread; i < count * (kSumBytes / 16); i += kGroups * 128) {
     store_sums(sums + i * 16, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
@@ -410,10 +411,10 @@ __device__ __forceinline__ void multiply_items(const moefy_experts_sums_params& 
   const uint32_t num_items = items_of(p, across), first_row = sums - token0 * kSumBytes + thread % 4 * 16;
   const bool is_first_lane = thread % 32 == 0;
   const auto free_hidden = [&](uint32_t stage) {
-    if (is_first_lane) barrier_arrive(slots.empty(stage % kHiddenSlots));
+    if (is_first_lane) barrier_arrive(slots.empty(stage % Slots::kHidden));
   };
   const auto free_weights = [&](uint32_t stage) {
-    if (is_first_lane) barrier_arrive(slots.empty(kHiddenSlots + stage % kWeightSlots));
+    if (is_first_lane) barrier_arrive(slots.empty(Slots::kHidden + stage % Slots::kWeights));
   };
   const auto find_job = [&](uint32_t index) {
     if (jobs.num == 0) return Job(0);
@@ -438,7 +439,7 @@ __device__ __forceinline__ void multiply_items(const moefy_experts_sums_params& 
       bool adds = false;
 #pragma unroll 1
       for (;;) {
-        const uint32_t slot = h % kHiddenSlots, weight_slot = kHiddenSlots + w % kWeightSlots;
+        const uint32_t slot = h % Slots::kHidden, weight_slot = Slots::kHidden + w % Slots::kWeights;
         slots.wait_until_full(true, w);
         slots.wait_until_full(false, h);
         const uint64_t a = operand_of_rows(memory + slot * kSlotBytes);
@@ -483,17 +484,18 @@ __device__ __forceinline__ void multiply_items(const moefy_experts_sums_params& 
   }
 }
 
-template <class T>
+template <class T, class Slots>
 __device__ __forceinline__ void many_sums(const moefy_experts_sums_params& p) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  Job* const all = reinterpret_cast<Job*>(memory + kSlots * kSlotBytes + p.block_tokens * kSumBytes);
+  Job* const all = reinterpret_cast<Job*>(memory + Slots::kAll * kSlotBytes + p.block_tokens * kSumBytes);
   const Slots slots;
   const Turns turns;
   if (threadIdx.x == 0 && p.experts.max_pairs > 0) {
     for (const moefy_tensor_map& map : p.hidden) prefetch_map(map);
     prefetch_map(p.w_out);
   }
-  begin();
+  wait_for_dependencies();
+  launch_dependents();  // not before: begin_for_many
   const bool runs = !by_tokens(p.experts);
   const uint32_t num_blocks = ceil_div(p.experts.num_tokens, p.block_tokens), across = blockIdx.x / num_blocks;
   const uint32_t token0 = blockIdx.x % num_blocks * p.block_tokens;
@@ -521,11 +523,15 @@ __device__ __forceinline__ void many_sums(const moefy_experts_sums_params& p) {
 
 // Dynamic shared memory: the slots, where the ends of the groups are at first, 256 bytes for each token of a block, and four
 // words for each job that can be.
-#define MOEFY_EXPERTS_MANY_SUMS(name, type)                                                     \
-  extern "C" __global__ void __launch_bounds__(moefy::kThreads, 1)                              \
-      moefy_experts_many_sums_##name(const __grid_constant__ moefy_experts_sums_params p) {     \
-    moefy::many_sums<type>(p);                                                                  \
+#define MOEFY_EXPERTS_MANY_SUMS(name, type, hidden, weights)                                 \
+  extern "C" __global__ void __launch_bounds__(moefy::kThreads, 1)                           \
+      moefy_experts_many_sums_##name(const __grid_constant__ moefy_experts_sums_params p) {  \
+    moefy::many_sums<type, moefy::Slots<hidden, weights>>(p);                                \
   }
 
-MOEFY_EXPERTS_MANY_SUMS(f16, __half)
-MOEFY_EXPERTS_MANY_SUMS(bf16, __nv_bfloat16)
+#define MOEFY_EXPERTS_MANY_SUMS_OF(name, type)                                                                \
+  MOEFY_EXPERTS_MANY_SUMS(name, type, MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS, MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS)       \
+  MOEFY_EXPERTS_MANY_SUMS(more_##name, type, MOEFY_EXPERTS_SUMS_MORE_HIDDEN_SLOTS, MOEFY_EXPERTS_SUMS_MORE_WEIGHT_SLOTS)
+
+MOEFY_EXPERTS_MANY_SUMS_OF(f16, __half)
+MOEFY_EXPERTS_MANY_SUMS_OF(bf16, __nv_bfloat16)

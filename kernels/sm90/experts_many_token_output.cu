@@ -283,10 +283,9 @@ __device__ __forceinline__ void multiply_tiles(const moefy_experts_params& p, co
 template <class T>
 __device__ __forceinline__ void token_output(const moefy_experts_params& p, const moefy_tensor_map& w_out) {
   extern __shared__ __align__(1024) unsigned char memory[];
+  if (!begin_for_many(p)) return;
   const Lists lists(memory + kStages * kStageBytes, p.neurons);
   const Pipeline<kStages, true> pipeline;
-  begin();
-  if (!by_tokens(p)) return;
   if (threadIdx.x < kCopiers) {
     become_copier();
     copy_tiles(p, w_out, lists, shared_address(memory), pipeline);

@@ -260,12 +260,12 @@ __device__ __forceinline__ void masked_hidden(const moefy_experts_masked_params&
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ __align__(16) Constants constants[2][2];
   const moefy_experts_params& p = masked.experts;
-  const Ring<kNeurons> pipeline(1, kWay == Way::kEarlyByHalves ? kMultipliers / 32 : kMultipliers / 32 / 2);
-  launch_dependents();
-  if (kWay == Way::kByTurns) {
-    wait_for_dependencies();
-    if (p.expert_offsets != nullptr && !by_tokens(p)) return;
+  if constexpr (kWay == Way::kByTurns) {
+    if (!begin_for_many(p)) return;
+  } else {
+    launch_dependents();
   }
+  const Ring<kNeurons> pipeline(1, kWay == Way::kEarlyByHalves ? kMultipliers / 32 : kMultipliers / 32 / 2);
   if (threadIdx.x < kCopiers) {
     become_copier<2, true>();
     if (threadIdx.x > 0) return;
@@ -316,9 +316,8 @@ __device__ __forceinline__ void masked_output(const moefy_experts_masked_params&
   extern __shared__ __align__(1024) unsigned char memory[];
   const moefy_experts_params& p = masked.experts;
   const moefy_neurons& n = p.neurons;
+  if (!begin_for_many(p)) return;
   const Ring<kColumns> pipeline(1);
-  begin();
-  if (!by_tokens(p)) return;
   if (threadIdx.x < kCopiers) {
     become_copier<2, true>();
     if (threadIdx.x > 0) return;

@@ -4,7 +4,7 @@ use super::driver::{Function, RawStream, tensor_map};
 use super::experts::{Launch, THREADS};
 use super::experts_many_kernels::{
     FUSED_ROWS, FUSED_THREADS, Kernels, RESIDENT_ROWS, RESIDENT_THREADS, TOKEN_DEPTH, WIDE_ROWS,
-    WIDE_THREADS, fused_shared_bytes, hidden_shared_bytes, output_shared_bytes,
+    WIDE_THREADS, Wide, fused_shared_bytes, hidden_shared_bytes, output_shared_bytes,
     resident_shared_bytes, token_output_shared_bytes, wide_hidden_shared_bytes,
 };
 use super::experts_many_ways::{Ways, fused_size, row_bytes, rows_of_all};
@@ -21,6 +21,9 @@ use crate::error::Result;
 pub(super) const MAX_ROWS_BYTES: usize = 448 << 20;
 /// Blocks of the kernel that sums for each multiprocessor.
 const SUM_BLOCKS: usize = 4;
+/// Sums of outputs of pairs of more tokens fill the chip for so long that what is launched behind them begins late
+/// (kernels/NOTES.md).
+const SUMS_BESIDE_TOKENS: usize = 4096;
 
 /// Sizes of the launches and places in the workspace.
 #[derive(Clone, Copy, Debug)]
@@ -215,10 +218,6 @@ impl Shape {
             // SAFETY: the caller's promise.
             unsafe { kernel.launch(stream, [blocks, 1, 1], FUSED_THREADS, shared, &params)? };
         }
-        if let Some((wide, masked)) = wide.zip(masked) {
-            // SAFETY: the caller's promise.
-            unsafe { masked.launch(&wide.masked, stream, &params)? };
-        }
         let of_w_in = |rows: usize| -> Result<_> {
             let weights = self.map_of_w_in(params.neurons.w_in, rows)?;
             Ok(moefy_experts_engine_params { weights, experts: params, reserved: [0; 3] })
@@ -242,20 +241,25 @@ impl Shape {
             }
             _ => run(hidden, &params)?,
         }
+        // What has something to do where there are many pairs: whoever is ahead lets it begin when the lists are there, so that its
+        // blocks see that there are few before that one has ended.
+        let for_many = || {
+            let tiles = wide.filter(|_| may_go_by_tiles);
+            // SAFETY: the caller's promise.
+            tiles.map_or(Ok(()), |wide| unsafe { self.launch_tiles(wide, stream, &params) })?;
+            let masked = wide.zip(masked);
+            // SAFETY: the caller's promise.
+            masked.map_or(Ok(()), |(wide, masked)| unsafe {
+                masked.launch(&wide.masked, stream, &params)
+            })
+        };
+        let for_many_first = self.ways.fused.is_some() && self.num_tokens > SUMS_BESIDE_TOKENS;
+        if for_many_first {
+            for_many()?;
+        }
         if let Some((wide, sums)) = wide.zip(self.sums) {
             // SAFETY: the caller's promise.
             unsafe { sums.launch(&wide.sums, stream, &params)? };
-        }
-        if let Some(wide) = wide.filter(|_| may_go_by_tiles) {
-            let kernel = &wide.token_output;
-            let params = moefy_experts_engine_params {
-                weights: self.map_of_rows(params.neurons.w_out, TOKEN_DEPTH)?,
-                experts: params,
-                reserved: [0; 3],
-            };
-            let shared = token_output_shared_bytes(experts, self.d_ff + self.rank);
-            // SAFETY: the caller's promise.
-            unsafe { kernel.launch(stream, [blocks, 1, 1], WIDE_THREADS, shared, &params)? };
         }
         for slab in 0..self.num_slabs {
             let params = moefy_experts_params { slab: slab as u32, ..params };
@@ -273,7 +277,28 @@ impl Shape {
                 )?
             };
         }
-        Ok(())
+        if for_many_first { Ok(()) } else { for_many() }
+    }
+
+    /// The second product by tiles of tokens.
+    ///
+    /// # Safety
+    /// As for [`Self::launch`].
+    unsafe fn launch_tiles(
+        &self,
+        wide: &Wide,
+        stream: RawStream,
+        params: &moefy_experts_params,
+    ) -> Result<()> {
+        let params = moefy_experts_engine_params {
+            weights: self.map_of_rows(params.neurons.w_out, TOKEN_DEPTH)?,
+            experts: *params,
+            reserved: [0; 3],
+        };
+        let shared = token_output_shared_bytes(self.num_experts, self.d_ff + self.rank);
+        let grid = [self.multiprocessors as u32, 1, 1];
+        // SAFETY: the caller's promise.
+        unsafe { wide.token_output.launch(stream, grid, WIDE_THREADS, shared, &params) }
     }
 }
 

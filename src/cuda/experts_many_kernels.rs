@@ -34,8 +34,8 @@ pub(super) struct Wide {
     pub(super) hidden: [Function; 4],
     /// Where the copy engine can bring the weights.
     pub(super) engine_hidden: [Function; 4],
-    /// The second product of few pairs, and of many.
-    pub(super) sums: Function,
+    /// The second product of few pairs, with fewer and more slots, and of many.
+    pub(super) sums: [Function; 2],
     pub(super) token_output: Function,
     /// Both in one launch, for narrow experts.
     pub(super) fused: [Function; 3],
@@ -112,7 +112,7 @@ impl Wide {
     fn load(
         modules: &Modules,
         [hidden, engine_hidden]: [[&'static str; 4]; 2],
-        [sums, token_output]: [&'static str; 2],
+        (sums, token_output): ([&'static str; 2], &'static str),
         fused: [&'static str; 3],
         resident: [&'static str; 3],
         hidden_masked: [&'static str; 3],
@@ -197,7 +197,10 @@ impl Kernels {
                 Wide::load(
                     modules,
                     wide_hidden!("f16"),
-                    ["moefy_experts_many_sums_f16", "moefy_experts_many_token_output_f16"],
+                    (
+                        ["moefy_experts_many_sums_f16", "moefy_experts_many_sums_more_f16"],
+                        "moefy_experts_many_token_output_f16",
+                    ),
                     fused!("f16"),
                     resident_hidden!("f16"),
                     [
@@ -210,7 +213,10 @@ impl Kernels {
                 Wide::load(
                     modules,
                     wide_hidden!("bf16"),
-                    ["moefy_experts_many_sums_bf16", "moefy_experts_many_token_output_bf16"],
+                    (
+                        ["moefy_experts_many_sums_bf16", "moefy_experts_many_sums_more_bf16"],
+                        "moefy_experts_many_token_output_bf16",
+                    ),
                     fused!("bf16"),
                     resident_hidden!("bf16"),
                     [

@@ -4,9 +4,10 @@ use super::driver::{Function, RawStream, matrix_map};
 use super::experts::Launch;
 use super::kernels::Modules;
 use crate::abi::{
-    MOEFY_EXPERTS_SUMS_COLUMNS, MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS, MOEFY_EXPERTS_SUMS_THREADS,
-    MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS, moefy_experts_params, moefy_experts_sums_params,
-    moefy_tensor_map,
+    MOEFY_EXPERTS_SUMS_COLUMNS, MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS,
+    MOEFY_EXPERTS_SUMS_MORE_HIDDEN_SLOTS, MOEFY_EXPERTS_SUMS_MORE_WEIGHT_SLOTS,
+    MOEFY_EXPERTS_SUMS_THREADS, MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS, moefy_experts_params,
+    moefy_experts_sums_params, moefy_tensor_map,
 };
 use crate::dtype::DType;
 use crate::error::Result;
@@ -23,16 +24,22 @@ const COLUMNS: usize = MOEFY_EXPERTS_SUMS_COLUMNS as usize;
 /// What a block has on every device that has this kernel, less what is the kernel's own.
 const MAX_SHARED_BYTES: usize = 226 << 10;
 
-/// The kernel of a type.
-pub(super) fn load(modules: &Modules, name: &'static str) -> Result<Function> {
-    modules.function("sm90_experts_many_sums", name, MAX_SHARED_BYTES)
+/// Slots of the kernels: those of the second one are deeper under way.
+const SLOTS: [u32; 2] = [
+    MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS + MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS,
+    MOEFY_EXPERTS_SUMS_MORE_HIDDEN_SLOTS + MOEFY_EXPERTS_SUMS_MORE_WEIGHT_SLOTS,
+];
+
+/// The kernels of a type, in the order of their slots.
+pub(super) fn load(modules: &Modules, names: [&'static str; 2]) -> Result<[Function; 2]> {
+    let load = |name| modules.function("sm90_experts_many_sums", name, MAX_SHARED_BYTES);
+    Ok([load(names[0])?, load(names[1])?])
 }
 
 /// Slots, y of the tokens of a block in f32, and four words for each job that can be.
-fn shared_bytes(block_tokens: usize, num_slices: usize) -> usize {
-    const SLOTS: u32 = MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS + MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS;
-    const SLOTS_BYTES: usize = SLOTS as usize * BOX_ROWS as usize * DEPTH * 2;
-    SLOTS_BYTES + block_tokens * COLUMNS * 4 + num_slices * (block_tokens / TOKENS_STEP) * 16
+fn shared_bytes(kernel: usize, block_tokens: usize, num_slices: usize) -> usize {
+    let slots = SLOTS[kernel] as usize * BOX_ROWS as usize * DEPTH * 2;
+    slots + block_tokens * COLUMNS * 4 + num_slices * (block_tokens / TOKENS_STEP) * 16
 }
 
 /// Of all neurons: as many as a job has, or what is left of an expert.
@@ -66,6 +73,8 @@ pub(super) struct Shape {
     /// Blocks that share the columns of the same tokens.
     num_across: usize,
     multiprocessors: usize,
+    /// Which one has room beside y.
+    kernel: usize,
     pub(super) shared_bytes: usize,
 }
 
@@ -82,9 +91,10 @@ impl Shape {
             let rounds = blocks(block_tokens).div_ceil(launch.multiprocessors);
             rounds * pieces.div_ceil(across(block_tokens)) * (300 + block_tokens)
         };
-        let fits = |&tokens: &usize| shared_bytes(tokens, slices) <= MAX_SHARED_BYTES;
-        let sizes = (TOKENS_STEP..=MAX_TOKENS).step_by(TOKENS_STEP).filter(fits);
-        let block_tokens = sizes.min_by_key(cost)?;
+        let fits = |kernel, tokens| shared_bytes(kernel, tokens, slices) <= MAX_SHARED_BYTES;
+        let sizes = (TOKENS_STEP..=MAX_TOKENS).step_by(TOKENS_STEP);
+        let block_tokens = sizes.filter(|&tokens| fits(0, tokens)).min_by_key(cost)?;
+        let kernel = usize::from(fits(1, block_tokens));
         Some(Self {
             dtype,
             d_model,
@@ -95,7 +105,8 @@ impl Shape {
             block_tokens,
             num_across: across(block_tokens).min(pieces),
             multiprocessors: launch.multiprocessors,
-            shared_bytes: shared_bytes(block_tokens, slices),
+            kernel,
+            shared_bytes: shared_bytes(kernel, block_tokens, slices),
         })
     }
 
@@ -107,7 +118,7 @@ impl Shape {
         let pieces = rounds * self.d_model.div_ceil(COLUMNS).div_ceil(self.num_across);
         let of_expert = pairs / (blocks * num_experts).max(1) as f64;
         let jobs = jobs_of(of_expert);
-        let of_job = 0.19 + 0.0012 * of_expert / jobs;
+        let of_job = [0.21, 0.19][self.kernel] + 0.0012 * of_expert / jobs;
         let stages = 1.0 + 0.5 * f64::from(u8::from(expert_width > DEPTH));
         let of_experts = num_experts as f64 * (jobs * of_job * stages + 0.03);
         let of_shared =
@@ -120,7 +131,7 @@ impl Shape {
     /// The addresses in `params` must be what the kernel expects, and the context must be bound.
     pub(super) unsafe fn launch(
         &self,
-        kernel: &Function,
+        kernels: &[Function; 2],
         stream: RawStream,
         params: &moefy_experts_params,
     ) -> Result<()> {
@@ -157,7 +168,7 @@ impl Shape {
         let blocks = self.num_tokens.div_ceil(self.block_tokens) * self.num_across;
         // SAFETY: the caller's promise.
         unsafe {
-            kernel.launch(
+            kernels[self.kernel].launch(
                 stream,
                 [blocks as u32, 1, 1],
                 MOEFY_EXPERTS_SUMS_THREADS,
@@ -176,6 +187,6 @@ mod tests {
     #[test]
     fn every_number_of_experts_has_room() {
         let most = MOEFY_MAX_EXPERTS as usize;
-        assert!(shared_bytes(TOKENS_STEP, most) <= MAX_SHARED_BYTES);
+        assert!(shared_bytes(0, TOKENS_STEP, most) <= MAX_SHARED_BYTES);
     }
 }

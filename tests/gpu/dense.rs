@@ -4,16 +4,16 @@ use std::sync::Arc;
 
 use moefy::DType;
 use moefy::cuda::{
-    Device, Fallback, FfnInputs, Format, LayerShape, MoeFfn, Path, PlanOptions, TunedLayer,
-    TunedTime, Tuning, View, Workspace, build_info,
+    Device, Fallback, LayerShape, MoeFfn, Path, PlanOptions, TunedLayer, TunedTime, Tuning,
+    build_info,
 };
 use moefy::ffn::{Activation, Selection};
 
 use crate::ffn_few::with_router;
-use crate::harness::{Gpu, Output, is_small, relative_error, thin};
+use crate::harness::{Gpu, is_small, relative_error, thin};
 use crate::plan::{
-    Case, PLAIN, chunks, counts_of, every_gate, every_shape, forced, one_path, reference_of,
-    replays, routing,
+    Case, PLAIN, chunks, counts_of, every_gate, every_shape, forced, in_a_row, one_path,
+    reference_of, replays, routing,
 };
 use crate::random_layers::{Shape, biased_layer, random_layer, tokens, tolerance};
 
@@ -97,38 +97,8 @@ fn masked_in_a_row(gpu: &Gpu) {
         assert!(padded[..end] == all[..end], "{name}: padding changes others");
         assert!(padded[end..].iter().all(|&v| v == 0.0), "{name}: padding is not zero");
 
-        // Of x and y either case has a buffer, which go round; the scores are those of the one or the other in turn.
         before.write(&x, &routing(rng, num_tokens, shape.num_experts, 0.3));
-        let run = |case: &Case, stream, from: &Output, to: &Output, scores: &Output| {
-            let view = |buffer: &Output| {
-                let of = [num_tokens, shape.d_model];
-                View::matrix(buffer.address(), Format::Float(dtype), of)
-            };
-            let of = [num_tokens, shape.num_experts];
-            let scores = Some(View::matrix(scores.address(), Format::F32, of));
-            let inputs = FfnInputs { x: view(from), scores, ..case.inputs(num_tokens, false) };
-            let bytes = case.plan.workspace_bytes();
-            let workspace = Workspace { address: case.scratch.address(), bytes };
-            unsafe { case.plan.run(stream, view(to), &inputs, workspace) }
-        };
-        let step = |stream, turn: usize, wait: &dyn Fn()| {
-            let scores = [&before.scores, &case.scores];
-            let from = if turn == 0 { &before.x } else { &case.y };
-            run(&before, stream, from, &before.y, scores[turn % 2])?;
-            wait();
-            run(&case, stream, &before.y, &case.y, scores[(turn + 1) % 2])?;
-            wait();
-            Ok(())
-        };
-        let wait = || gpu.device.cudarc_context().synchronize().expect("no failure");
-        (0..4).try_for_each(|turn| step(gpu.raw_stream(), turn, &wait)).expect("runs");
-        let one_by_one = case.read(num_tokens);
-        let graph = gpu.capture(|stream| (0..4).try_for_each(|turn| step(stream, turn, &|| ())));
-        let graph = graph.expect("kernels");
-        for _ in 0..3 {
-            graph.launch().expect("a launch");
-            assert!(case.read(num_tokens) == one_by_one, "{name}: a graph differs");
-        }
+        in_a_row(gpu, &name, &before, &case, num_tokens);
     }
 }
 

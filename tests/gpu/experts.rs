@@ -26,6 +26,7 @@ pub fn tests() -> crate::Tests {
         ("experts::short_lists", short_lists),
         ("experts::long_lists", long_lists),
         ("experts::most_pairs", most_pairs),
+        ("experts::blocks_of_many_tokens", blocks_of_many_tokens),
         ("experts::lone_pairs", lone_pairs),
         ("experts::gates", every_gate),
         ("experts::padding", padding),
@@ -322,6 +323,21 @@ fn short_lists(gpu: &Gpu) {
         let expected = expected(&layer, &x, &listed, None);
         let case = Case::new(Which::Many, layer, x, mask, None);
         check(gpu, &Case { expected, capacity, ..case });
+    }
+}
+
+/// The second product keeps sums of most tokens that a block can have only where tokens and columns are many, and has fewer
+/// stages under way then.
+fn blocks_of_many_tokens(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let num_tokens = 1024;
+    for (dtype, glu) in [(DType::F16, true), (DType::BF16, false)] {
+        let shape =
+            Shape { d_model: 4096, num_experts: 5, expert_width: 24, shared: 8, rank: 0, glu };
+        let layer = random_layer(rng, shape, dtype);
+        let x = tokens(rng, num_tokens, shape.d_model, dtype);
+        let mask = random_mask(rng, num_tokens, shape.num_experts, 0.3);
+        check(gpu, &Case::new(Which::Many, layer, x, mask, None));
     }
 }
 

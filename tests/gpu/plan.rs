@@ -21,6 +21,7 @@ pub fn tests() -> crate::Tests {
         ("plan::for_a_layer_of_another_density", for_a_layer_of_another_density),
         ("plan::statistics", statistics),
         ("plan::replays_with_other_inputs", replays_with_other_inputs),
+        ("plan::few_and_many_pairs_in_turn", few_and_many_pairs_in_turn),
         ("plan::memory_stays_flat", memory_stays_flat),
         ("plan::bad_input", bad_input),
     ]
@@ -431,6 +432,66 @@ pub fn replays(gpu: &Gpu, cases: &[(Path, usize)]) {
             case.launch(gpu.raw_stream(), num_tokens, false).expect("a run");
             assert!(case.read(num_tokens) == replayed, "{}: a replay differs", path.name());
         }
+    }
+}
+
+/// How many pairs there are is known on the device alone, and some kernels look before the one ahead of them has ended: layers
+/// behind each other, one of which has few pairs where the next has nearly all.
+fn few_and_many_pairs_in_turn(gpu: &Gpu) {
+    let rng = &mut gpu.rng();
+    let plain =
+        Shape { d_model: 768, num_experts: 24, expert_width: 128, shared: 0, rank: 0, glu: false };
+    let narrow = Shape { num_experts: 48, expert_width: 64, ..plain };
+    let glu = Shape { num_experts: 12, glu: true, ..plain };
+    let mut cases = Vec::new();
+    for shape in [plain, narrow, glu] {
+        cases.extend([0.05, 0.3].map(|density| (shape, density)));
+    }
+    let num_tokens = if is_small() { 40 } else { 2048 };
+    for (shape, density) in thin(cases, 5) {
+        let layer = random_layer(rng, shape, DType::BF16);
+        let options = PlanOptions { density: Some(density), ..forced(Path::ExpertMajor) };
+        let [mut few, mut many] =
+            [(); 2].map(|()| Case::new(gpu, &layer, shape, num_tokens, options));
+        let x = tokens(rng, num_tokens, shape.d_model, DType::BF16);
+        few.write(&x, &routing(rng, num_tokens, shape.num_experts, 0.05));
+        many.write(&x, &routing(rng, num_tokens, shape.num_experts, 0.95));
+        in_a_row(gpu, &format!("{shape:?} {density}"), &few, &many, num_tokens);
+    }
+}
+
+/// Two layers by turns, four times, as one graph: what they give one by one. Of x and y either case has a buffer, which go
+/// round; the scores are those of the one or the other in turn.
+pub fn in_a_row(gpu: &Gpu, name: &str, before: &Case, case: &Case, num_tokens: usize) {
+    let run = |case: &Case, stream, from: &Output, to: &Output, scores: &Output| {
+        let view = |buffer: &Output| {
+            let of = [num_tokens, case.shape.d_model];
+            View::matrix(buffer.address(), Format::Float(case.dtype), of)
+        };
+        let of = [num_tokens, case.shape.num_experts];
+        let scores = Some(View::matrix(scores.address(), Format::F32, of));
+        let inputs = FfnInputs { x: view(from), scores, ..case.inputs(num_tokens, false) };
+        let bytes = case.plan.workspace_bytes();
+        let workspace = Workspace { address: case.scratch.address(), bytes };
+        unsafe { case.plan.run(stream, view(to), &inputs, workspace) }
+    };
+    let step = |stream, turn: usize, wait: &dyn Fn()| {
+        let scores = [&before.scores, &case.scores];
+        let from = if turn == 0 { &before.x } else { &case.y };
+        run(before, stream, from, &before.y, scores[turn % 2])?;
+        wait();
+        run(case, stream, &before.y, &case.y, scores[(turn + 1) % 2])?;
+        wait();
+        Ok(())
+    };
+    let wait = || gpu.device.cudarc_context().synchronize().expect("no failure");
+    (0..4).try_for_each(|turn| step(gpu.raw_stream(), turn, &wait)).expect("runs");
+    let one_by_one = case.read(num_tokens);
+    let graph = gpu.capture(|stream| (0..4).try_for_each(|turn| step(stream, turn, &|| ())));
+    let graph = graph.expect("kernels");
+    for _ in 0..3 {
+        graph.launch().expect("a launch");
+        assert!(case.read(num_tokens) == one_by_one, "{name}: a graph differs");
     }
 }
 
