@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Compiles every kernel for the GPU generations we know and fails when one keeps registers in memory, or does not wait.
+"""Compiles every kernel for the GPU generations we know and fails when one keeps registers in memory, or does not wait, or
+lets others begin before it has waited where these count on that.
 
 Kernels are launched before the one ahead of them in the stream has ended (programmatic dependent launch), so each has to
 wait by itself: kernels/include/dependency.cuh.
@@ -22,7 +23,7 @@ PORTABLE = ["-gencode=arch=compute_80,code=[sm_80,sm_100a,sm_120]", *HOPPER]
 PTX = ["-ptx", "-arch=compute_90a"]
 WAIT, LAUNCH = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 # Those behind which a kernel may begin with begin_for_many (kernels/include/expert_groups.cuh): they wait before they let it.
-WAITS_FIRST = re.compile(r"moefy_experts_many_(fused|(engine|wide)_hidden|sums?)_")
+WAITS_FIRST = tuple("moefy_experts_many_" + kind + "_" for kind in ("fused", "engine_hidden", "wide_hidden", "sum", "sums"))
 # (entry point, architecture) -> why its spills are accepted.
 ALLOWED = {}
 
@@ -72,7 +73,7 @@ def compile_one(nvcc, source, folder):
     nvcc_of(nvcc, source, PTX, out)
     with open(out, encoding="utf-8") as file:
         ptx = file.read()
-    return found, {name for name, _ in found} - waiting(ptx), set(filter(WAITS_FIRST.match, eager(ptx)))
+    return found, {name for name, _ in found} - waiting(ptx), {name for name in eager(ptx) if name.startswith(WAITS_FIRST)}
 
 
 def complaints(found, allowed):
@@ -99,6 +100,8 @@ def main():
                  .format(name) for name in sorted(careless)]
     problems += ["{} lets the next kernel begin before it has waited: see begin_for_many() of expert_groups.cuh".format(name)
                  for name in sorted(too_eager)]
+    problems += ["no kernel is called {}..., which has to wait first".format(beginning) for beginning in WAITS_FIRST
+                 if not any(name.startswith(beginning) for name, _ in found)]
     if problems:
         sys.exit("error: " + "\nerror: ".join(problems))
     print("{} kernels for {} architectures, at most {} registers, {} spills allowed; all wait".format(
