@@ -342,19 +342,26 @@ impl Dense {
         unsafe { self.product(0, stream, &input) }
     }
 
-    /// The same by another product.
+    /// Address and bytes of what the first product multiplies with.
+    pub(super) fn first_weights(&self) -> (u64, usize) {
+        let shape = &self.layer.products()[0];
+        (self.layer.neurons.w_in, shape.rows * shape.depth * shape.dtype.bytes())
+    }
+
+    /// The same by another product and other weights.
     ///
     /// # Safety
     /// As for [`Self::run`].
     pub(super) unsafe fn begin_by(
         &self,
         product: &Product,
+        weights: u64,
         stream: RawStream,
         run: &DenseRun,
     ) -> Result<()> {
         let [input, _] = self.operands(run);
         // SAFETY: the caller's promise.
-        unsafe { product.run(&self.library, stream, &input) }
+        unsafe { product.run(&self.library, stream, &Operands { weights, ..input }) }
     }
 
     /// Where h is.

@@ -51,14 +51,16 @@ impl FfnPlan {
     }
 
     /// Where a router runs beside the first product, that product is the fastest by an algorithm that leaves it multiprocessors:
-    /// times whole runs.
+    /// times whole runs, several in a row on copies of the weights, as layers follow each other.
     fn tune_beside(&self, dense: &mut Dense) -> Result<()> {
         /// With fewer tokens the first product leaves enough anyway; tokens of a block of the router.
         const MIN_TOKENS: usize = 65;
         const ROUTER_TOKENS: usize = 16;
-        /// A few hundred runs of some tens of microseconds take a few milliseconds in all; under a sanitizer a hundred times as
+        /// In a row; where there is no room for as many copies, fewer.
+        const RUNS: usize = 8;
+        /// A few thousand runs of some tens of microseconds take a tenth of a second in all; under a sanitizer a hundred times as
         /// long: then what is known by that time has to do.
-        const PATIENCE_MS: f32 = 100.0;
+        const PATIENCE_MS: f32 = 400.0;
         if self.branch.is_none() {
             return Ok(());
         }
@@ -85,6 +87,12 @@ impl FfnPlan {
         device.context.bind()?;
         let timer = Timer::new(device)?;
         let all = device.properties().multiprocessors as u32;
+        let (weights, bytes) = dense.first_weights();
+        let mut copies = timer.copies(weights, bytes)?;
+        copies.truncate(RUNS);
+        if copies.is_empty() {
+            copies.push(weights);
+        }
         for size in sizes {
             let of_router = (size.div_ceil(ROUTER_TOKENS) as u32).min(all / 2);
             let mut candidates = dense.first_candidates(size, &[0, all - of_router])?;
@@ -93,13 +101,15 @@ impl FfnPlan {
             };
             let inputs = FfnInputs::new(view(&x));
             let best = timer.fastest(candidates.len(), PATIENCE_MS, |index, stream| {
-                let begin = |run: &DenseRun| {
-                    // SAFETY: the buffers have room for the most of these tokens, and live until everything has run.
-                    unsafe { dense.begin_by(&candidates[index], stream, run) }
-                };
-                let (y, base) = (view(&y), workspace.address());
-                // SAFETY: as above.
-                unsafe { self.run_masked_by(dense, begin, stream, y, &inputs, base) }
+                copies.iter().try_for_each(|&weights| {
+                    let begin = |run: &DenseRun| {
+                        // SAFETY: the buffers have room for the most of these tokens, and live until everything has run.
+                        unsafe { dense.begin_by(&candidates[index], weights, stream, run) }
+                    };
+                    let (y, base) = (view(&y), workspace.address());
+                    // SAFETY: as above.
+                    unsafe { self.run_masked_by(dense, begin, stream, y, &inputs, base) }
+                })
             })?;
             if let Some(best) = best {
                 dense.set_first(size, candidates.swap_remove(best));
