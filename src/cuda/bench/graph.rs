@@ -77,6 +77,13 @@ impl TimedGraph {
         }
         (0..launches).map(|i| Ok(clock.between(i, i + 1)? / self.parts as f64)).collect()
     }
+
+    /// Microseconds of a part after launches in a row that take so long: the median of half as many.
+    pub(super) fn time_in_a_row(&self, row_us: f64) -> Result<f64> {
+        let of_launch = self.times(1)?[0] * self.parts as f64;
+        let launches = ((row_us / of_launch) as usize).max(1);
+        Ok(median(&self.times(launches + launches.div_ceil(2))?[launches..]))
+    }
 }
 
 /// Microseconds of a part of both graphs, by turns, until the median of their ratio has settled.
