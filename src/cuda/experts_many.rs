@@ -1,57 +1,45 @@
-//! [`experts`](super::experts) for many tokens, expert by expert: sizes, places in the workspace, and launches.
+//! [`experts`](super::experts) for many tokens, expert by expert: sizes, and places in the workspace.
 
-use super::driver::{Function, RawStream, tensor_map};
-use super::experts::{Launch, THREADS};
+use super::experts::Launch;
 use super::experts_many_kernels::{
-    FUSED_ROWS, FUSED_THREADS, Kernels, RESIDENT_ROWS, RESIDENT_THREADS, TOKEN_DEPTH, WIDE_ROWS,
-    WIDE_THREADS, Wide, fused_shared_bytes, hidden_shared_bytes, output_shared_bytes,
-    resident_shared_bytes, token_output_shared_bytes, wide_hidden_shared_bytes,
+    Kernels, WIDE_ROWS, fused_shared_bytes, hidden_shared_bytes, output_shared_bytes,
+    wide_hidden_shared_bytes,
 };
 use super::experts_many_ways::{Ways, fused_size, row_bytes, rows_of_all};
 use super::experts_sums;
 use super::workspace::Layout;
-use crate::abi::{
-    MOEFY_EXPERTS_MANY_SLAB, MOEFY_EXPERTS_MANY_SUM_COLUMNS, moefy_experts_engine_params,
-    moefy_experts_fused_params, moefy_experts_params, moefy_tensor_map,
-};
+use crate::abi::MOEFY_EXPERTS_MANY_SLAB;
 use crate::dtype::DType;
-use crate::error::Result;
 
 /// Room for outputs of pairs that wait for their sums, unless 256 columns of every pair that could be take more.
 pub(super) const MAX_ROWS_BYTES: usize = 448 << 20;
-/// Blocks of the kernel that sums for each multiprocessor.
-const SUM_BLOCKS: usize = 4;
-/// Sums of outputs of pairs of more tokens fill the chip for so long that what is launched behind them begins late
-/// (kernels/NOTES.md).
-const SUMS_BESIDE_TOKENS: usize = 4096;
-
 /// Sizes of the launches and places in the workspace.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
-    size: usize,
-    wide_size: usize,
+    pub(super) size: usize,
+    pub(super) wide_size: usize,
     /// Whether the copy engine can bring the weights of the first product.
-    has_engine: bool,
-    d_ff: usize,
-    halves: usize,
-    rank: usize,
-    ways: Ways,
+    pub(super) has_engine: bool,
+    pub(super) d_ff: usize,
+    pub(super) halves: usize,
+    pub(super) rank: usize,
+    pub(super) ways: Ways,
     /// The second product of few pairs, where it keeps its sums.
-    sums: Option<experts_sums::Shape>,
-    dtype: DType,
-    multiprocessors: usize,
-    num_tokens: usize,
-    d_model: usize,
-    num_experts: usize,
-    max_pairs: usize,
-    hidden_stride: usize,
-    hidden_shared: usize,
-    hidden_linear: usize,
+    pub(super) sums: Option<experts_sums::Shape>,
+    pub(super) dtype: DType,
+    pub(super) multiprocessors: usize,
+    pub(super) num_tokens: usize,
+    pub(super) d_model: usize,
+    pub(super) num_experts: usize,
+    pub(super) max_pairs: usize,
+    pub(super) hidden_stride: usize,
+    pub(super) hidden_shared: usize,
+    pub(super) hidden_linear: usize,
     /// Launches of the second product, where it is one of its own, and of the sums.
-    num_slabs: usize,
-    rows: u64,
-    rows_bytes: usize,
-    pair_rows: u64,
+    pub(super) num_slabs: usize,
+    pub(super) rows: u64,
+    pub(super) rows_bytes: usize,
+    pub(super) pair_rows: u64,
     pub(super) bytes: usize,
 }
 
@@ -150,183 +138,6 @@ impl Shape {
             None => output_shared_bytes(kernels.output_stages, self.num_experts)
                 .max(hidden_shared_bytes(self.size, self.num_experts)),
         }
-    }
-
-    /// # Safety
-    /// The addresses in `params`, and at `workspace` as many bytes as the shape says, must be what
-    /// the kernels expect, and the context must be bound.
-    pub(super) unsafe fn launch(
-        &self,
-        kernels: &Kernels,
-        stream: RawStream,
-        params: &moefy_experts_params,
-        workspace: u64,
-    ) -> Result<()> {
-        let params = moefy_experts_params {
-            hidden: workspace,
-            hidden_stride: self.hidden_stride as u64,
-            hidden_shared: self.hidden_shared as u64,
-            hidden_linear: self.hidden_linear as u64,
-            max_pairs: self.max_pairs as u32,
-            rows: workspace + self.rows,
-            rows_bytes: self.rows_bytes as u64,
-            pair_rows: workspace + self.pair_rows,
-            min_token_pairs: u32::try_from(self.ways.min_token_pairs).unwrap_or(u32::MAX),
-            fused: self.ways.fused.is_some().into(),
-            ..*params
-        };
-        let blocks = self.multiprocessors as u32;
-        let experts = self.num_experts;
-        // Kernel, blocks, threads, and bytes of shared memory of the first product, and of the second one pair by pair.
-        let (hidden, output) = match kernels.wide(self.dtype) {
-            Some(wide) => {
-                let kernel = &wide.hidden[self.wide_size];
-                let shared = wide_hidden_shared_bytes(self.wide_size, experts);
-                ((kernel, blocks, WIDE_THREADS, shared), None)
-            }
-            None => {
-                let shared = hidden_shared_bytes(self.size, experts);
-                let hidden =
-                    (kernels.hidden.get(self.dtype, self.size), 2 * blocks, THREADS, shared);
-                let shared = output_shared_bytes(kernels.output_stages, experts);
-                (hidden, Some((kernels.output.get(self.dtype), blocks, THREADS, shared)))
-            }
-        };
-        let run = |(kernel, blocks, threads, shared): (&Function, u32, u32, usize), params: &_| {
-            // SAFETY: the caller's promise.
-            unsafe { kernel.launch(stream, [blocks, 1, 1], threads, shared, params) }
-        };
-        // A warp for each piece of a token, or for several where that would be more than run at a time.
-        let pieces = self.d_model.div_ceil(MOEFY_EXPERTS_MANY_SUM_COLUMNS as usize);
-        let sum_blocks = (self.num_tokens * pieces).div_ceil(THREADS as usize / 32);
-        let sum_blocks = sum_blocks.min(self.multiprocessors * SUM_BLOCKS) as u32;
-        let wide = kernels.wide(self.dtype);
-        // The device knows how many pairs there are: what they do not need ends at once.
-        let may_go_by_tokens = self.max_pairs >= self.ways.min_token_pairs;
-        let masked = self.ways.masked.filter(|_| may_go_by_tokens);
-        let may_go_by_tiles = masked.is_none() && may_go_by_tokens;
-        let goes_in_two = self.ways.fused.is_none() || may_go_by_tiles;
-        if let Some((wide, size)) = wide.zip(self.ways.fused) {
-            let map = |weights| self.map_of_rows(weights, FUSED_ROWS[size]);
-            let params = moefy_experts_fused_params {
-                w_in: map(params.neurons.w_in)?,
-                w_out: map(params.neurons.w_out)?,
-                experts: params,
-                reserved: [0; 3],
-            };
-            let (kernel, shared) = (&wide.fused[size], fused_shared_bytes(size, experts));
-            // SAFETY: the caller's promise.
-            unsafe { kernel.launch(stream, [blocks, 1, 1], FUSED_THREADS, shared, &params)? };
-        }
-        let of_w_in = |rows: usize| -> Result<_> {
-            let weights = self.map_of_w_in(params.neurons.w_in, rows)?;
-            Ok(moefy_experts_engine_params { weights, experts: params, reserved: [0; 3] })
-        };
-        match (wide, self.ways.resident) {
-            (Some(wide), Some(size)) => {
-                let rows = RESIDENT_ROWS[size];
-                let shared = resident_shared_bytes(rows, self.d_model, experts);
-                let (kernel, params) = (&wide.resident_hidden[size], of_w_in(rows)?);
-                let grid = [blocks, 1, 1];
-                // SAFETY: the caller's promise.
-                unsafe { kernel.launch(stream, grid, RESIDENT_THREADS, shared, &params)? };
-            }
-            _ if !goes_in_two => {}
-            (Some(wide), None) if self.has_engine => {
-                let (kernel, params) =
-                    (&wide.engine_hidden[self.wide_size], of_w_in(WIDE_ROWS[self.wide_size])?);
-                let (grid, shared) = ([blocks, 1, 1], hidden.3);
-                // SAFETY: the caller's promise.
-                unsafe { kernel.launch(stream, grid, WIDE_THREADS, shared, &params)? };
-            }
-            _ => run(hidden, &params)?,
-        }
-        // What has something to do where there are many pairs: whoever is ahead lets it begin when the lists are there, so that its
-        // blocks see that there are few before that one has ended.
-        let for_many = || {
-            let tiles = wide.filter(|_| may_go_by_tiles);
-            // SAFETY: the caller's promise.
-            tiles.map_or(Ok(()), |wide| unsafe { self.launch_tiles(wide, stream, &params) })?;
-            let masked = wide.zip(masked);
-            // SAFETY: the caller's promise.
-            masked.map_or(Ok(()), |(wide, masked)| unsafe {
-                masked.launch(&wide.masked, stream, &params)
-            })
-        };
-        let for_many_first = self.ways.fused.is_some() && self.num_tokens > SUMS_BESIDE_TOKENS;
-        if for_many_first {
-            for_many()?;
-        }
-        if let Some((wide, sums)) = wide.zip(self.sums) {
-            // SAFETY: the caller's promise.
-            unsafe { sums.launch(&wide.sums, stream, &params)? };
-        }
-        for slab in 0..self.num_slabs {
-            let params = moefy_experts_params { slab: slab as u32, ..params };
-            if let Some(output) = output {
-                run(output, &params)?;
-            }
-            // SAFETY: the caller's promise.
-            unsafe {
-                kernels.sum.get(self.dtype).launch(
-                    stream,
-                    [sum_blocks, 1, 1],
-                    THREADS,
-                    0,
-                    &params,
-                )?
-            };
-        }
-        if for_many_first { Ok(()) } else { for_many() }
-    }
-
-    /// The second product by tiles of tokens.
-    ///
-    /// # Safety
-    /// As for [`Self::launch`].
-    unsafe fn launch_tiles(
-        &self,
-        wide: &Wide,
-        stream: RawStream,
-        params: &moefy_experts_params,
-    ) -> Result<()> {
-        let params = moefy_experts_engine_params {
-            weights: self.map_of_rows(params.neurons.w_out, TOKEN_DEPTH)?,
-            experts: *params,
-            reserved: [0; 3],
-        };
-        let shared = token_output_shared_bytes(self.num_experts, self.d_ff + self.rank);
-        let grid = [self.multiprocessors as u32, 1, 1];
-        // SAFETY: the caller's promise.
-        unsafe { wide.token_output.launch(stream, grid, WIDE_THREADS, shared, &params) }
-    }
-}
-
-impl Shape {
-    /// w_in \[halves · d_ff, d_model\] by groups of eight neurons, each with gate and up rows.
-    fn map_of_w_in(&self, w_in: u64, rows: usize) -> Result<moefy_tensor_map> {
-        let row = (self.d_model * self.dtype.bytes()) as u64;
-        let groups = rows / (8 * self.halves);
-        tensor_map(
-            self.dtype,
-            w_in,
-            [self.d_model as u64, 8, self.halves as u64, (self.d_ff / 8) as u64],
-            &[row, row * self.d_ff as u64, row * 8],
-            [64, 8, self.halves as u32, groups as u32],
-        )
-    }
-
-    /// w_out, or w_in without a GLU: \[d_ff + rank, d_model\], so many neurons at a time.
-    fn map_of_rows(&self, weights: u64, neurons: usize) -> Result<moefy_tensor_map> {
-        let (row, rows) =
-            ((self.d_model * self.dtype.bytes()) as u64, (self.d_ff + self.rank) as u64);
-        tensor_map(
-            self.dtype,
-            weights,
-            [self.d_model as u64, rows, 1, 1],
-            &[row, row * rows, row * rows],
-            [64, neurons as u32, 1, 1],
-        )
     }
 }
 

@@ -36,6 +36,7 @@ mod experts;
 mod experts_few;
 mod experts_many;
 mod experts_many_kernels;
+mod experts_many_launch;
 mod experts_many_ways;
 mod experts_masked;
 mod experts_one;
