@@ -323,8 +323,7 @@ template <class T>
 __device__ __forceinline__ void many_sum(const moefy_experts_params& p) {
   constexpr uint32_t kWarps = kThreads / 32;
   __shared__ uint32_t lists[kWarps][kMostListed];
-  wait_for_dependencies();
-  launch_dependents();  // not before: begin_for_many
+  begin_before_many();
   const uint32_t valid = valid_tokens(p), pairs = num_pairs(p), warp = threadIdx.x / 32;
   const Slab slab = find_slab<T>(p, pairs);
   if (slab.first >= slab.end) return;

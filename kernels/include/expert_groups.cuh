@@ -75,6 +75,12 @@ __device__ __forceinline__ uint64_t place_of_rows(const moefy_experts_params& p,
   return static_cast<uint64_t>(num_pairs(p)) + (after_shared ? p.num_tokens : 0);
 }
 
+/// What a kernel begins with that may have one behind it that begins with `begin_for_many`.
+__device__ __forceinline__ void begin_before_many() {
+  wait_for_dependencies();
+  launch_dependents();
+}
+
 /// What a kernel begins with that has something to do only where so many pairs exist; whether they do. Where there are lists, the
 /// kernel before those that begin so has waited before it lets them, so that lists are complete by then: blocks see at once that
 /// there is nothing to do, and end. One of them waits, for the kernel after this one.

@@ -289,8 +289,7 @@ __device__ __forceinline__ void many_fused(const moefy_experts_fused_params& pai
   const moefy_experts_params& p = pairs.experts;
   uint32_t* tile_offsets = reinterpret_cast<uint32_t*>(memory + kStages<kRows> * kStageBytes<kRows>);
   const Pipeline<kStages<kRows>, true> pipeline(kCopiers + 1, kGroups * 4);
-  wait_for_dependencies();
-  launch_dependents();  // not before: begin_for_many
+  begin_before_many();
   // Both ask for where the experts' pairs end, and wait for it together.
   const bool runs = is_fused(p);
   const uint32_t size = find_size<kRows>(p);

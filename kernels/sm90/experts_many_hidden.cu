@@ -132,8 +132,7 @@ __device__ __forceinline__ void many_hidden(const moefy_experts_params& p, const
   extern __shared__ __align__(1024) unsigned char memory[];
   uint32_t* tile_offsets = reinterpret_cast<uint32_t*>(memory + kStages<kRows> * kStageBytes<kRows>);
   const Pipeline<kStages<kRows>, kEngine> pipeline;
-  wait_for_dependencies();
-  launch_dependents();  // not before: begin_for_many
+  begin_before_many();
   if (is_fused(p)) return;
   count_tiles<kPipelineThreads>(p, tile_offsets, [&](const Group& group) {
     return ceil_div(rows_of(p, group).count, kTokens) * ceil_div(group.width * group.halves, kRows);

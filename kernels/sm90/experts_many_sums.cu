@@ -494,8 +494,7 @@ __device__ __forceinline__ void many_sums(const moefy_experts_sums_params& p) {
     for (const moefy_tensor_map& map : p.hidden) prefetch_map(map);
     prefetch_map(p.w_out);
   }
-  wait_for_dependencies();
-  launch_dependents();  // not before: begin_for_many
+  begin_before_many();
   const bool runs = !by_tokens(p.experts);
   const uint32_t num_blocks = ceil_div(p.experts.num_tokens, p.block_tokens), across = blockIdx.x / num_blocks;
   const uint32_t token0 = blockIdx.x % num_blocks * p.block_tokens;

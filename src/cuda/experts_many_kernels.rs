@@ -34,8 +34,9 @@ pub(super) struct Wide {
     pub(super) hidden: [Function; 4],
     /// Where the copy engine can bring the weights.
     pub(super) engine_hidden: [Function; 4],
-    /// The second product of few pairs, with fewer and more slots, and of many.
+    /// The second product of few pairs, in the order of their slots.
     pub(super) sums: [Function; 2],
+    /// The second product of many.
     pub(super) token_output: Function,
     /// Both in one launch, for narrow experts.
     pub(super) fused: [Function; 3],

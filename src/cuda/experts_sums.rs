@@ -118,6 +118,7 @@ impl Shape {
         let pieces = rounds * self.d_model.div_ceil(COLUMNS).div_ceil(self.num_across);
         let of_expert = pairs / (blocks * num_experts).max(1) as f64;
         let jobs = jobs_of(of_expert);
+        // With more slots less of a job is waiting.
         let of_job = [0.21, 0.19][self.kernel] + 0.0012 * of_expert / jobs;
         let stages = 1.0 + 0.5 * f64::from(u8::from(expert_width > DEPTH));
         let of_experts = num_experts as f64 * (jobs * of_job * stages + 0.03);
