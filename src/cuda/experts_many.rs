@@ -13,6 +13,7 @@ use crate::dtype::DType;
 
 /// Room for outputs of pairs that wait for their sums, unless 256 columns of every pair that could be take more.
 pub(super) const MAX_ROWS_BYTES: usize = 448 << 20;
+
 /// Sizes of the launches and places in the workspace.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {

@@ -56,7 +56,7 @@ impl FfnPlan {
         /// With fewer tokens the first product leaves enough anyway; tokens of a block of the router.
         const MIN_TOKENS: usize = 65;
         const ROUTER_TOKENS: usize = 16;
-        /// In a row; where there is no room for as many copies, fewer.
+        /// In a row; one where there is no room for so many copies.
         const RUNS: usize = 8;
         /// A few thousand runs of some tens of microseconds take a tenth of a second in all; under a sanitizer a hundred times as
         /// long: then what is known by that time has to do.

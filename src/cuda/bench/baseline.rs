@@ -10,14 +10,18 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::graph::TimedGraph;
+use super::median;
 use crate::abi::moefy_activate_params;
 use crate::cuda::cublaslt::{CublasLt, Epilogue, Operands, Product, ProductShape, WORKSPACE_BYTES};
 use crate::cuda::dense::{DenseLayer, launch_activate};
 use crate::cuda::{Buffer, Device, MoeFfn, RawStream};
 use crate::error::{Error, Result};
 
-/// Launches of a graph, of which the fastest counts.
+/// Launches of each graph, of which the fastest counts; then so many of the best are launched so often by turns, and the median
+/// counts.
 const REPETITIONS: usize = 3;
+const FINALISTS: usize = 6;
+const TURNS: usize = 5;
 /// Where a layer takes so long so many of the fastest run for so long at last: some cost more power than others, and the clock
 /// follows.
 const LONG_US: f64 = 50.0;
@@ -267,17 +271,30 @@ impl Batch<'_> {
 
 /// Microseconds of a part of the fastest graph, and which one that is.
 fn fastest_of(graphs: &[TimedGraph]) -> Result<Option<(f64, usize)>> {
-    let least = |graph: &TimedGraph| -> Result<f64> {
-        Ok(graph.times(REPETITIONS)?.into_iter().fold(f64::INFINITY, f64::min))
+    let keep = |timed: &mut Vec<(f64, usize)>, count| {
+        timed.sort_by(|a, b| a.0.total_cmp(&b.0));
+        timed.truncate(count);
     };
-    let timed = graphs.iter().enumerate().map(|(index, graph)| Ok((least(graph)?, index)));
-    let mut timed = timed.collect::<Result<Vec<_>>>()?;
-    timed.sort_by(|a, b| a.0.total_cmp(&b.0));
-    timed.truncate(LAST);
+    let least = |(index, graph): (usize, &TimedGraph)| {
+        Ok((graph.times(REPETITIONS)?.into_iter().fold(f64::INFINITY, f64::min), index))
+    };
+    let mut timed = graphs.iter().enumerate().map(least).collect::<Result<Vec<_>>>()?;
+    keep(&mut timed, FINALISTS);
+    let mut turns = vec![Vec::new(); timed.len()];
+    for _ in 0..TURNS {
+        for (times, (_, index)) in turns.iter_mut().zip(&timed) {
+            times.extend(graphs[*index].times(1)?);
+        }
+    }
+    for (times, (us, _)) in turns.iter().zip(&mut timed) {
+        *us = median(times);
+    }
+    keep(&mut timed, LAST);
     if timed.len() > 1 && timed[0].0 >= LONG_US {
         for (us, index) in &mut timed {
             *us = graphs[*index].time_in_a_row(ROW_US)?;
         }
+        keep(&mut timed, 1);
     }
-    Ok(timed.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)))
+    Ok(timed.first().copied())
 }
