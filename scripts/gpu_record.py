@@ -65,7 +65,7 @@ SANITIZER_ARGUMENTS["synccheck"] += ["--num-cuda-barriers", "128"]
 # initcheck does not see what kernels write that it is told to leave out, and a model's memory begins empty.
 LEFT_OUT = {"racecheck": ("dense::", "transformer::"), "initcheck": ("transformer::",)}
 # Seconds that each run may take.
-TESTS_LIMIT, SANITIZERS_LIMIT, SET_LIMIT, MODEL_LIMIT = 200, 560, 150, 90
+TESTS_LIMIT, SANITIZERS_LIMIT, SET_LIMIT, MODEL_LIMIT = 300, 560, 200, 90
 
 
 class Machine:
