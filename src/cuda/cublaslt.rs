@@ -21,17 +21,18 @@ const CANDIDATES: usize = 24;
 const RUNS: usize = 3;
 const FINALISTS: usize = 6;
 const FINAL_RUNS: usize = 12;
-/// Where a timing takes at least so long so many of them run alone for so long at last: some cost more power than others, and under
-/// the cap the clock follows within milliseconds.
-const LONG_MS: f32 = 1.0;
+/// The last few run alone at last, so many times in a row and for so long at least and at most: one timing after the other has
+/// pauses, and under the power cap the clock follows what runs within milliseconds.
 const LAST: usize = 3;
-const LAST_MS: f32 = 40.0;
+const LAST_RUNS: f32 = 60.0;
+const LAST_MS: [f32; 2] = [6.0, 40.0];
 /// Runs of one timing, a graph: of a short product many, each on a copy of the weights that is not near, because an event's half
 /// microsecond is much of one.
 const SHORT_TOKENS: usize = 1024;
 const SHORT_RUNS: usize = 16;
-/// Of others so many, where weights are too large to be copied from so many tokens on: what a run reads again is in the
+/// Of others fewer, and where weights are too large to be copied so many, from so many tokens on: what a run reads again is in the
 /// second-level cache then, as in a layer.
+const OTHER_RUNS: usize = 8;
 const MANY_TOKENS: usize = 256;
 const MANY_RUNS: usize = 4;
 
@@ -50,9 +51,19 @@ impl ProductShape {
         let weights = (self.rows * self.depth) as f32;
         let of_run =
             0.01 + weights * self.dtype.bytes() as f32 / 1e9 + 2.0 * weights * tokens as f32 / 1e11;
+        let of_timing = of_run * runs as f32;
         let timings = CANDIDATES * RUNS + FINALISTS * FINAL_RUNS;
-        3.0 * of_run * (runs * timings) as f32
+        3.0 * (of_timing * timings as f32 + all_rows_ms(of_timing))
     }
+}
+
+/// What the last rows of graphs that take so long take together.
+fn all_rows_ms(of_graph: f32) -> f32 {
+    1.5 * LAST as f32 * row_ms(of_graph)
+}
+
+fn row_ms(of_graph: f32) -> f32 {
+    (LAST_RUNS * of_graph).clamp(LAST_MS[0], LAST_MS[1])
 }
 
 /// The library, ready.
@@ -255,8 +266,9 @@ impl Product {
         let copies = timer.copies(operands.weights, weights_bytes)?;
         let runs = match (copies.is_empty(), operands.tokens) {
             (false, ..SHORT_TOKENS) => copies.len(),
+            (false, _) => copies.len().min(OTHER_RUNS),
             (true, ..MANY_TOKENS) => 1,
-            _ => MANY_RUNS,
+            (true, _) => MANY_RUNS,
         };
         let mut weights = copies.iter().copied().cycle();
         let patience_ms = shape.patience_ms(operands.tokens, runs);
@@ -424,13 +436,9 @@ impl Timer {
         let mut last: Vec<_> = finals.iter_mut().map(median).zip(&timed).collect();
         last.sort_by(|a, b| a.0.total_cmp(&b.0));
         last.truncate(LAST);
-        if last.len() > 1 && last[0].0 >= LONG_MS {
+        if last.len() > 1 && patience_ms >= all_rows_ms(last[0].0) {
             for (time, (_, graph, _)) in &mut last {
-                if patience_ms < 0.0 {
-                    break;
-                }
-                *time = self.time_in_a_row(graph, (LAST_MS / *time).ceil() as u32)?;
-                patience_ms -= LAST_MS;
+                *time = self.time_in_a_row(graph, (row_ms(*time) / *time).ceil() as u32)?;
             }
         }
         Ok(last.iter().min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, timed)| timed.2))
