@@ -51,19 +51,9 @@ impl ProductShape {
         let weights = (self.rows * self.depth) as f32;
         let of_run =
             0.01 + weights * self.dtype.bytes() as f32 / 1e9 + 2.0 * weights * tokens as f32 / 1e11;
-        let of_timing = of_run * runs as f32;
         let timings = CANDIDATES * RUNS + FINALISTS * FINAL_RUNS;
-        3.0 * (of_timing * timings as f32 + all_rows_ms(of_timing))
+        3.0 * of_run * (runs * timings) as f32
     }
-}
-
-/// What the last rows of graphs that take so long take together.
-fn all_rows_ms(of_graph: f32) -> f32 {
-    1.5 * LAST as f32 * row_ms(of_graph)
-}
-
-fn row_ms(of_graph: f32) -> f32 {
-    (LAST_RUNS * of_graph).clamp(LAST_MS[0], LAST_MS[1])
 }
 
 /// The library, ready.
@@ -389,12 +379,12 @@ impl Timer {
     }
 
     /// Which of so many launches takes least time; those that fail are left out, and so are those that patience does not reach,
-    /// but for the first that works. Each runs once before it is timed, which loads its kernels: a capture must not do that.
-    /// Waits for the device.
+    /// but for the first that works. The last few run in a row, unless half of the patience is gone. Each runs once before it is
+    /// timed, which loads its kernels: a capture must not do that. Waits for the device.
     pub(super) fn fastest(
         &self,
         count: usize,
-        mut patience_ms: f32,
+        all_patience_ms: f32,
         mut launch: impl FnMut(usize, RawStream) -> Result<()>,
     ) -> Result<Option<usize>> {
         let fastest = |graph: &Graph, timings, patience_ms: &mut f32| {
@@ -407,7 +397,7 @@ impl Timer {
                 Ok::<_, Error>(time.min(best))
             })
         };
-        let mut timed = Vec::new();
+        let (mut patience_ms, mut timed) = (all_patience_ms, Vec::new());
         for index in 0..count {
             if patience_ms < 0.0 && !timed.is_empty() {
                 break;
@@ -436,9 +426,11 @@ impl Timer {
         let mut last: Vec<_> = finals.iter_mut().map(median).zip(&timed).collect();
         last.sort_by(|a, b| a.0.total_cmp(&b.0));
         last.truncate(LAST);
-        if last.len() > 1 && patience_ms >= all_rows_ms(last[0].0) {
+        // Where timings took this long, others use the device, and rows would not tell more.
+        if last.len() > 1 && patience_ms > all_patience_ms / 2.0 {
             for (time, (_, graph, _)) in &mut last {
-                *time = self.time_in_a_row(graph, (row_ms(*time) / *time).ceil() as u32)?;
+                let row_ms = (LAST_RUNS * *time).clamp(LAST_MS[0], LAST_MS[1]);
+                *time = self.time_in_a_row(graph, (row_ms / *time).ceil() as u32)?;
             }
         }
         Ok(last.iter().min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, timed)| timed.2))
