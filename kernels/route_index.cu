@@ -61,16 +61,6 @@ __device__ __forceinline__ void write_expert(const moefy_route_index_params& p, 
   }
 }
 
-// Inclusive, within the warp.
-__device__ __forceinline__ uint32_t prefix_sum(uint32_t value) {
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const uint32_t before = __shfl_up_sync(kFullWarp, value, distance);
-    value += lane_id() >= uint32_t(distance) ? before : 0;
-  }
-  return value;
-}
-
 }  // namespace moefy
 
 // Everything at once, one block per expert, which reads the masks up to its own word: what tokens run before it in the order of

@@ -4,6 +4,7 @@
 #include "dependency.cuh"
 #include "experts.cuh"
 #include "mma.cuh"
+#include "team.cuh"
 
 namespace moefy {
 
@@ -233,11 +234,7 @@ __device__ void count_tiles(const moefy_experts_params& p, uint32_t* tile_offset
   for (uint32_t first = 0; first < groups; first += kThreads) {
     const uint32_t index = first + threadIdx.x;
     const uint32_t tiles = index < groups ? tiles_of(find_group(p, index)) : 0;
-    uint32_t sum = tiles;
-    for (int step = 1; step < 32; step *= 2) {
-      const uint32_t left = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += left;
-    }
+    uint32_t sum = prefix_sum(tiles);
     if (lane == 31) warp_sums[warp] = sum;
     __syncthreads();
     uint32_t all = 0;

@@ -9,6 +9,16 @@ constexpr uint32_t kFullWarp = 0xffffffffu;
 
 __device__ __forceinline__ uint32_t lane_id() { return threadIdx.x % 32; }
 
+// Inclusive, within the warp.
+__device__ __forceinline__ uint32_t prefix_sum(uint32_t value) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const uint32_t before = __shfl_up_sync(kFullWarp, value, distance);
+    value += lane_id() >= uint32_t(distance) ? before : 0;
+  }
+  return value;
+}
+
 // The warps of a block. Reductions are integer, so their order does not matter.
 template <int kWarps>
 struct Team {

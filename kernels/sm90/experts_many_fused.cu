@@ -37,25 +37,35 @@ static_assert(kOutputBytes<128> + 2 * 128 * sizeof(float) <= kStageBytes<128>, "
 constexpr uint32_t kSizes = 9;
 __device__ __forceinline__ uint32_t size_of(uint32_t i) { return kTokens - i * 16; }
 
-/// Pairs of a tile at most, so that no block has much more to do than the others: a tile costs its rows, and its weights, which
-/// are as much as two rows for each neuron.
+/// Exclusive sums of the groups' numbers of tiles, in shared memory; the last entry is the number of tiles. Pairs of a tile are so
+/// many at most that no block has much more to do than the others: a tile costs its rows, and its weights, which are as much as two
+/// rows for each neuron. A warp looks at each size, and that of the best one writes.
 template <int kRows>
-__device__ __forceinline__ uint32_t find_size(const moefy_experts_params& p) {
+__device__ __forceinline__ void count_best_tiles(const moefy_experts_params& p, uint32_t* tile_offsets) {
   static_assert(kSizes <= kThreads / 32 && kSizes <= 16, "a warp for each size, four bits for its number");
   __shared__ uint32_t costs[kSizes];
-  const uint32_t groups = num_groups(p.neurons), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t groups = num_groups(p.neurons), warp = threadIdx.x / 32, lane = lane_id(), size = size_of(warp);
+  const auto tiles_of = [&](uint32_t i) { return i < groups ? ceil_div(rows_of(p, find_group(p, i)).count, size) : 0; };
   if (warp < kSizes) {
-    const uint32_t size = size_of(warp);
     uint32_t tiles = 0;
-    for (uint32_t i = lane; i < groups; i += 32) tiles += ceil_div(rows_of(p, find_group(p, i)).count, size);
-    tiles = __reduce_add_sync(0xffffffffu, tiles);
+    for (uint32_t i = lane; i < groups; i += 32) tiles += tiles_of(i);
+    tiles = __reduce_add_sync(kFullWarp, tiles);
     if (lane == 0) costs[warp] = ceil_div(tiles, gridDim.x) * (size + 2 * kRows + 64) * 16 + warp;
   }
   __syncthreads();
   uint32_t least = costs[0];
 #pragma unroll
   for (uint32_t i = 1; i < kSizes; ++i) least = min(least, costs[i]);
-  return size_of(least % 16);
+  if (warp == least % 16) {
+    uint32_t before = 0;
+    for (uint32_t first = 0; first < groups; first += 32) {
+      const uint32_t tiles = tiles_of(first + lane), sum = prefix_sum(tiles);
+      if (first + lane < groups) tile_offsets[first + lane] = before + sum - tiles;
+      before += __shfl_sync(kFullWarp, sum, 31);
+    }
+    if (lane == 0) tile_offsets[groups] = before;
+  }
+  __syncthreads();
 }
 
 /// Pairs of an expert, or tokens where all run the neurons.
@@ -289,12 +299,15 @@ __device__ __forceinline__ void many_fused(const moefy_experts_fused_params& pai
   const moefy_experts_params& p = pairs.experts;
   uint32_t* tile_offsets = reinterpret_cast<uint32_t*>(memory + kStages<kRows> * kStageBytes<kRows>);
   const Pipeline<kStages<kRows>, true> pipeline(kCopiers + 1, kGroups * 4);
+  if (threadIdx.x == 0) {
+    prefetch_map(pairs.w_in);
+    prefetch_map(pairs.w_out);
+  }
   begin_before_many();
   // Both ask for where the experts' pairs end, and wait for it together.
   const bool runs = is_fused(p);
-  const uint32_t size = find_size<kRows>(p);
+  count_best_tiles<kRows>(p, tile_offsets);
   if (!runs) return;
-  count_tiles<kThreads>(p, tile_offsets, [&](const Group& group) { return ceil_div(rows_of(p, group).count, size); });
   if (threadIdx.x < kCopiers) {
     become_copier<kGroups>();
     copy_tiles<kRows>(pairs, tile_offsets, shared_address(memory), pipeline);

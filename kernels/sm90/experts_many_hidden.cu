@@ -132,6 +132,7 @@ __device__ __forceinline__ void many_hidden(const moefy_experts_params& p, const
   extern __shared__ __align__(1024) unsigned char memory[];
   uint32_t* tile_offsets = reinterpret_cast<uint32_t*>(memory + kStages<kRows> * kStageBytes<kRows>);
   const Pipeline<kStages<kRows>, kEngine> pipeline;
+  if (kEngine && threadIdx.x == 0) prefetch_map(*w_in);
   begin_before_many();
   if (is_fused(p)) return;
   count_tiles<kPipelineThreads>(p, tile_offsets, [&](const Group& group) {

@@ -111,17 +111,6 @@ __device__ __forceinline__ uint32_t first_neuron_of(const moefy_neurons& n, uint
 /// Of a job: as many as the weights of half of the slots have.
 __device__ __forceinline__ uint32_t stages_of_job(const moefy_neurons& n) { return n.expert_width > kDepth ? 2 : 1; }
 
-/// The sum of what this lane and those before it have.
-__device__ __forceinline__ uint32_t sum_of_lanes(uint32_t own) {
-  uint32_t sum = own;
-#pragma unroll
-  for (uint32_t step = 1; step < 32; step *= 2) {
-    const uint32_t earlier = __shfl_up_sync(0xffffffffu, sum, step);
-    if (threadIdx.x % 32 >= step) sum += earlier;
-  }
-  return sum;
-}
-
 /// Finds the pairs of all groups with `count` tokens from `token0` on, by all threads of a block. `ends`: two words for each
 /// group.
 __device__ __forceinline__ Jobs find_jobs(const moefy_experts_params& p, uint32_t token0, uint32_t count, uint2* ends,
@@ -150,7 +139,7 @@ __device__ __forceinline__ Jobs find_jobs(const moefy_experts_params& p, uint32_
       const uint2 range = group < groups ? ends[group] : make_uint2(0, 0);
       const uint32_t tiles = ceil_div(range.y - range.x, kPairs);
       const uint32_t slices = tiles == 0 ? 0 : ceil_div(width_of(n, group), slice_width);
-      const uint32_t own = tiles * slices, last = sum_of_lanes(own), last_slice = sum_of_lanes(slices);
+      const uint32_t own = tiles * slices, last = prefix_sum(own), last_slice = prefix_sum(slices);
       const uint32_t kind = group < n.num_experts ? kOfExpert : group == n.num_experts ? kOfShared : kLinear;
       Job* to = all + jobs.num + last - own;
       for (uint32_t slice = 0; slice < slices; ++slice) {
