@@ -50,12 +50,11 @@ impl Ways {
                 pairs_with_rows: max_pairs.min(min_token_pairs),
             });
         };
-        let fused_cost = Cost::of_fused(launch, size) + Cost::of_sum(launch);
         // Outputs of so many pairs may have no room. Who keeps sums needs none, but the copy engine counts rows of h by signed
         // numbers.
         let is_better = |resident: &Resident| {
             expected_pairs > room as f64
-                || resident.us(expected_pairs) < fused_cost.us(expected_pairs)
+                || resident.us(expected_pairs) < fused_us(launch, size, expected_pairs)
         };
         let resident =
             Resident::new(launch).filter(is_better).filter(|_| max_pairs <= i32::MAX as usize);
@@ -66,8 +65,13 @@ impl Ways {
                 .map(|by_tokens| Cost::of_all(launch) + Cost::of_hidden(launch) + by_tokens),
         };
         let min_token_pairs = match (by_tiles, &resident) {
-            (Some(by_tiles), Some(resident)) => resident.pairs_up_to(by_tiles.base, max_pairs),
-            (Some(by_tiles), None) => fused_cost.pairs_up_to(by_tiles).min(room),
+            (Some(by_tiles), Some(resident)) => {
+                pairs_up_to(max_pairs, |pairs| resident.us(pairs) < by_tiles.us(pairs))
+            }
+            (Some(by_tiles), None) => {
+                let is_less = |pairs| fused_us(launch, size, pairs) < by_tiles.us(pairs);
+                pairs_up_to(max_pairs, is_less).min(room)
+            }
             (None, _) => usize::MAX,
         };
         Some(Self {
@@ -115,20 +119,20 @@ impl Resident {
     fn us(&self, pairs: f64) -> f64 {
         self.first.us(pairs) + self.second.us(self.num_experts, self.expert_width, pairs)
     }
+}
 
-    /// Up to how many pairs it takes less than so long.
-    fn pairs_up_to(&self, us: f64, max_pairs: usize) -> usize {
-        let (mut low, mut high) = (0, max_pairs + 1);
-        while low < high {
-            let middle = low.midpoint(high);
-            if self.us(middle as f64) < us {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
+/// The fewest pairs for which this is false, or one more than there can be. It stays false with more of them.
+fn pairs_up_to(max_pairs: usize, is_less: impl Fn(f64) -> bool) -> usize {
+    let (mut low, mut high) = (0, max_pairs + 1);
+    while low < high {
+        let middle = low.midpoint(high);
+        if is_less(middle as f64) {
+            low = middle + 1;
+        } else {
+            high = middle;
         }
-        low
     }
+    low
 }
 
 /// Bytes of a row of y.
@@ -170,26 +174,12 @@ impl Cost {
         ((other.base - self.base).max(0.0) / (self.of_pair - other.of_pair)) as usize
     }
 
-    /// Of one kernel for both products: the rows of a tile, of which each expert leaves some empty, with its weights.
-    fn of_fused(launch: &Launch, size: usize) -> Self {
-        let of_pair = launch.d_model as f64 * (0.85e-6 + 5e-9 * FUSED_ROWS[size] as f64);
-        let others = 32 * launch.num_experts + groups_of_all(launch) * launch.num_tokens;
-        Self { base: 4.0 + others as f64 * of_pair, of_pair }
-    }
-
-    /// Of the sums after it, which read each row and write y.
-    fn of_sum(launch: &Launch) -> Self {
-        let of_pair = (launch.d_model * launch.dtype.bytes()) as f64 / 2.6e6;
-        let rows_of_all = (launch.num_tokens * (1 + groups_of_all(launch))) as f64;
-        Self { base: 3.0 + rows_of_all * of_pair, of_pair }
-    }
-
     /// Of the first product where weights stay: bytes of token rows, and of weights for each block or expert.
     fn of_resident(launch: &Launch, size: usize) -> Self {
         let of_pair = (launch.d_model * launch.dtype.bytes()) as f64 / 6.9e6;
         let kept = RESIDENT_ROWS[size] * launch.num_experts.max(launch.multiprocessors);
         let of_all = launch.num_tokens * launch.shared.div_ceil(RESIDENT_ROWS[size]);
-        Self { base: 7.9 + (kept + of_all) as f64 * of_pair, of_pair }
+        Self { base: 6.0 + (kept + of_all) as f64 * of_pair, of_pair }
     }
 
     /// Of the launches of two kernels, and of what all tokens run there.
@@ -247,8 +237,6 @@ impl Cost {
 
 /// What both products take for so many pairs, of `max_pairs` that there could be.
 pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 {
-    /// Two launches of kernels that end at once, beside others.
-    const IDLE_US: f64 = 0.7;
     if launch.dtype == DType::F32 {
         return f32_products_us(launch, pairs);
     }
@@ -258,20 +246,15 @@ pub(super) fn products_us(launch: &Launch, max_pairs: usize, pairs: f64) -> f64 
     let in_us = read_us(launch.halves * launch.d_ff + launch.rank);
     let out_us = read_us(launch.d_ff + launch.rank);
     let by_tokens = || Cost::of_token_output(launch).map_or(f64::INFINITY, |cost| cost.base);
-    let idle_us = if max_pairs >= ways.min_token_pairs { IDLE_US } else { 0.0 };
     let goes_by_tiles = pairs >= ways.min_token_pairs as f64;
     if let Some(masked) = ways.masked.filter(|_| goes_by_tiles) {
-        return idle_us + masked.us.max(in_us + out_us);
+        return masked.us.max(in_us + out_us);
     }
     if let Some(resident) = ways.resident.and_then(|_| Resident::new(launch)) {
         return resident.us(pairs).max(in_us + out_us);
     }
     let second_us = match ways.fused {
-        Some(size) if !goes_by_tiles => {
-            let products =
-                Cost::of_fused(launch, size).us(pairs).max(fused_rounds_us(launch, size, pairs));
-            return idle_us + products.max(in_us + out_us) + Cost::of_sum(launch).us(pairs);
-        }
+        Some(size) if !goes_by_tiles => return fused_us(launch, size, pairs).max(in_us + out_us),
         Some(_) => by_tokens(),
         None => by_tokens().min(Cost::of_pairs(launch).us(pairs)),
     };
@@ -287,13 +270,18 @@ fn f32_products_us(launch: &Launch, pairs: f64) -> f64 {
     90.0 + (of_experts + launch.num_tokens as f64 * of_token) / 1.25e7
 }
 
-/// Of one kernel for both products, what the rounds of its tiles take at least, however few pairs they have.
-fn fused_rounds_us(launch: &Launch, size: usize, pairs: f64) -> f64 {
-    const TILE_TOKENS: f64 = 192.0;
-    let of_expert = (pairs / launch.num_experts as f64 / TILE_TOKENS).ceil() as usize;
-    let of_all = groups_of_all(launch) * launch.num_tokens.div_ceil(TILE_TOKENS as usize);
-    let rounds = (launch.num_experts * of_expert + of_all).div_ceil(launch.multiprocessors);
-    rounds as f64 * launch.d_model as f64 * (0.0176 + 6e-5 * FUSED_ROWS[size] as f64)
+/// One kernel for both products, and the sums: rounds of tiles, which bring an expert's weights. An expert has one at least, where
+/// there are pairs for it, and leaves half of one empty. Each output of a pair is written and read, and y. With what ends at once.
+fn fused_us(launch: &Launch, size: usize, pairs: f64) -> f64 {
+    const TILE_TOKENS: usize = 192;
+    let (d_model, experts) = (launch.d_model as f64, launch.num_experts as f64);
+    let of_all = groups_of_all(launch);
+    let of_experts = (pairs / TILE_TOKENS as f64 + experts / 2.0).max(experts).min(pairs);
+    let tiles = of_experts + (of_all * launch.num_tokens.div_ceil(TILE_TOKENS)) as f64;
+    let rounds = (tiles / launch.multiprocessors as f64).ceil();
+    let outputs = pairs + (of_all * launch.num_tokens) as f64;
+    let of_round = 8.7e-3 + 6e-5 * FUSED_ROWS[size] as f64;
+    7.7 + d_model * (rounds * of_round + 1.4e-6 * launch.num_tokens as f64 + 1.1e-6 * outputs)
 }
 
 #[cfg(test)]
