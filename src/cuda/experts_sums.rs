@@ -24,7 +24,7 @@ const COLUMNS: usize = MOEFY_EXPERTS_SUMS_COLUMNS as usize;
 /// What a block has on every device that has this kernel, less what is the kernel's own.
 const MAX_SHARED_BYTES: usize = 226 << 10;
 
-/// Slots of the kernels: those of the second one are deeper under way.
+/// Slots of the kernels: the second one has more stages under way.
 const SLOTS: [u32; 2] = [
     MOEFY_EXPERTS_SUMS_HIDDEN_SLOTS + MOEFY_EXPERTS_SUMS_WEIGHT_SLOTS,
     MOEFY_EXPERTS_SUMS_MORE_HIDDEN_SLOTS + MOEFY_EXPERTS_SUMS_MORE_WEIGHT_SLOTS,
