@@ -5,10 +5,12 @@ use std::ffi::c_void;
 use std::ptr;
 
 use cudarc::cublaslt::{result, sys};
-use cudarc::driver::{result as driver, sys as driver_sys};
+use cudarc::driver::result as driver;
 
+use super::clock::Clock;
 use super::driver::{Graph, RawStream, Stream, cannot};
 pub(super) use super::product::{Epilogue, Operands, ProductShape};
+use super::turns::{self, fastest_by_turns};
 use super::{Buffer, Device};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -17,15 +19,6 @@ use crate::error::{Error, Result};
 pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
 /// Algorithms that are timed.
 const CANDIDATES: usize = 24;
-/// Runs of each, of which the fastest counts; then so many of the best are run so often, by turns, and the median counts.
-const RUNS: usize = 3;
-const FINALISTS: usize = 6;
-const FINAL_RUNS: usize = 12;
-/// The last few run alone at last, so many times in a row and for so long at least and at most: one timing after the other has
-/// pauses, and under the power cap the clock follows what runs within milliseconds.
-const LAST: usize = 3;
-const LAST_RUNS: f32 = 60.0;
-const LAST_MS: [f32; 2] = [6.0, 40.0];
 /// Runs of one timing, a graph: of a short product many, each on a copy of the weights that is not near, because an event's half
 /// microsecond is much of one.
 const SHORT_TOKENS: usize = 1024;
@@ -45,14 +38,13 @@ fn fails(doing: &'static str) -> impl FnOnce(result::CublasError) -> Error {
 }
 
 impl ProductShape {
-    /// Several times what all timings take. Under a sanitizer each run takes a hundred times as long: then what is known by
-    /// that time has to do.
-    fn patience_ms(&self, tokens: usize, runs: usize) -> f32 {
-        let weights = (self.rows * self.depth) as f32;
+    /// Microseconds: several times what all timings take. Under a sanitizer each run takes a hundred times as long: then what is
+    /// known by that time has to do.
+    fn patience_us(&self, tokens: usize, runs: usize) -> f64 {
+        let weights = (self.rows * self.depth) as f64;
         let of_run =
-            0.01 + weights * self.dtype.bytes() as f32 / 1e9 + 2.0 * weights * tokens as f32 / 1e11;
-        let timings = CANDIDATES * RUNS + FINALISTS * FINAL_RUNS;
-        3.0 * of_run * (runs * timings) as f32
+            10.0 + weights * self.dtype.bytes() as f64 / 1e6 + 2.0 * weights * tokens as f64 / 1e8;
+        3.0 * of_run * (runs * turns::launches(CANDIDATES)) as f64
     }
 }
 
@@ -261,8 +253,8 @@ impl Product {
             (true, _) => MANY_RUNS,
         };
         let mut weights = copies.iter().copied().cycle();
-        let patience_ms = shape.patience_ms(operands.tokens, runs);
-        let best = timer.fastest(candidates.len(), patience_ms, |index, stream| {
+        let patience_us = shape.patience_us(operands.tokens, runs);
+        let best = timer.fastest(candidates.len(), patience_us, |index, stream| {
             (0..runs).try_for_each(|_| {
                 let weights = weights.next().unwrap_or(operands.weights);
                 // SAFETY: the caller's promise.
@@ -339,23 +331,19 @@ impl Product {
     }
 }
 
-/// Time of graphs between two events on a stream of its own, with weights from memory: what was in the second-level cache has
-/// been overwritten. That also keeps the device busy while the host launches, so that the way there is not counted.
+/// Times graphs on a stream of its own, with weights from memory: what was in the second-level cache has been overwritten. That
+/// also keeps the device busy while the host launches, so that the way there is not counted.
 pub(super) struct Timer {
     stream: Stream,
-    events: [driver_sys::CUevent; 2],
     overwritten: Buffer,
     copies: Buffer,
 }
 
 impl Timer {
     pub(super) fn new(device: &Device) -> Result<Self> {
-        let doing = "time a dense product";
-        let event = || driver::event::create(driver_sys::CUevent_flags::CU_EVENT_DEFAULT);
         let bytes = 2 * device.properties().l2_bytes;
         Ok(Self {
             stream: Stream::new(&device.context)?,
-            events: [event().map_err(cannot(doing))?, event().map_err(cannot(doing))?],
             overwritten: Buffer::new(device, bytes)?,
             copies: Buffer::new(device, bytes)?,
         })
@@ -379,106 +367,53 @@ impl Timer {
     }
 
     /// Which of so many launches takes least time; those that fail are left out, and so are those that patience does not reach,
-    /// but for the first that works. The last few run in a row, unless half of the patience is gone. Each runs once before it is
-    /// timed, which loads its kernels: a capture must not do that. Waits for the device.
+    /// but for the first that works. Each runs once before it is timed, which loads its kernels: a capture must not do that.
+    /// Waits for the device.
     pub(super) fn fastest(
         &self,
         count: usize,
-        all_patience_ms: f32,
+        mut patience_us: f64,
         mut launch: impl FnMut(usize, RawStream) -> Result<()>,
     ) -> Result<Option<usize>> {
-        let fastest = |graph: &Graph, timings, patience_ms: &mut f32| {
-            (0..timings).try_fold(f32::INFINITY, |best, _| {
-                if *patience_ms < 0.0 {
-                    return Ok(best);
-                }
-                let time = self.time(graph)?;
-                *patience_ms -= time;
-                Ok::<_, Error>(time.min(best))
-            })
-        };
-        let (mut patience_ms, mut timed) = (all_patience_ms, Vec::new());
+        let mut captured = Vec::new();
         for index in 0..count {
-            if patience_ms < 0.0 && !timed.is_empty() {
+            if patience_us < 0.0 && !captured.is_empty() {
                 break;
             }
             if launch(index, self.stream.raw()).is_ok()
                 && let Ok(Some(graph)) = self.stream.capture(|| launch(index, self.stream.raw()))
             {
-                timed.push((fastest(&graph, RUNS, &mut patience_ms)?, graph, index));
+                patience_us -= self.time_round(&[&graph])?[0];
+                captured.push((index, graph));
             }
         }
-        timed.sort_by(|a, b| a.0.total_cmp(&b.0));
-        timed.truncate(FINALISTS);
-        let mut finals = vec![Vec::new(); timed.len()];
-        for _ in 0..FINAL_RUNS {
-            for (times, (_, graph, _)) in finals.iter_mut().zip(&timed) {
-                times.push(fastest(graph, 1, &mut patience_ms)?);
+        let fastest = fastest_by_turns(captured.len(), |order| {
+            if patience_us < 0.0 {
+                return Ok(None);
             }
-        }
+            let graphs: Vec<_> = order.iter().map(|&i| &captured[i].1).collect();
+            let times = self.time_round(&graphs)?;
+            patience_us -= times.iter().sum::<f64>();
+            Ok(Some(times))
+        })?;
         // What could not be captured may still run.
         self.stream.wait()?;
-        // One lucky run does not decide.
-        let median = |times: &mut Vec<f32>| {
-            times.sort_by(f32::total_cmp);
-            times[FINAL_RUNS / 2]
-        };
-        let mut last: Vec<_> = finals.iter_mut().map(median).zip(&timed).collect();
-        last.sort_by(|a, b| a.0.total_cmp(&b.0));
-        last.truncate(LAST);
-        // Where timings took this long, others use the device, and rows would not tell more.
-        if last.len() > 1 && patience_ms > all_patience_ms / 2.0 {
-            for (time, (_, graph, _)) in &mut last {
-                let row_ms = (LAST_RUNS * *time).clamp(LAST_MS[0], LAST_MS[1]);
-                *time = self.time_in_a_row(graph, (row_ms / *time).ceil() as u32)?;
-            }
-        }
-        Ok(last.iter().min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, timed)| timed.2))
+        Ok(fastest.map(|i| captured[i].0))
     }
 
-    /// Milliseconds of one of so many launches in a row, after half as many.
-    fn time_in_a_row(&self, graph: &Graph, launches: u32) -> Result<f32> {
-        let doing = "time a dense product";
-        let [start, end] = self.events;
-        let stream = self.stream.0.cu_stream();
-        (0..launches / 2).try_for_each(|_| graph.launch())?;
-        // SAFETY: stream and events are ours.
-        unsafe { driver::event::record(start, stream).map_err(cannot(doing))? };
-        (0..launches).try_for_each(|_| graph.launch())?;
-        // SAFETY: as above.
-        unsafe {
-            driver::event::record(end, stream).map_err(cannot(doing))?;
-            driver::stream::synchronize(stream).map_err(cannot(doing))?;
-            let all = driver::event::elapsed(start, end).map_err(cannot(doing))?;
-            Ok(all / launches as f32)
-        }
-    }
-
-    /// Milliseconds.
-    fn time(&self, graph: &Graph) -> Result<f32> {
-        let doing = "time a dense product";
-        let [start, end] = self.events;
-        let (stream, overwritten) = (self.stream.0.cu_stream(), &self.overwritten);
-        // SAFETY: stream, events and buffer are ours.
-        unsafe {
-            driver::memset_d8_async(overwritten.address(), 0, overwritten.bytes(), stream)
-                .map_err(cannot(doing))?;
-            driver::event::record(start, stream).map_err(cannot(doing))?;
+    /// Microseconds of each.
+    fn time_round(&self, graphs: &[&Graph]) -> Result<Vec<f64>> {
+        let (stream, overwritten) = (&self.stream.0, &self.overwritten);
+        let clock = Clock::new(stream, 2 * graphs.len())?;
+        for (i, graph) in graphs.iter().enumerate() {
+            let (at, bytes) = (overwritten.address(), overwritten.bytes());
+            // SAFETY: stream and buffer are ours.
+            unsafe { driver::memset_d8_async(at, 0, bytes, stream.cu_stream()) }
+                .map_err(cannot("empty the cache"))?;
+            clock.stamp(2 * i)?;
             graph.launch()?;
-            driver::event::record(end, stream).map_err(cannot(doing))?;
-            driver::stream::synchronize(stream).map_err(cannot(doing))?;
-            driver::event::elapsed(start, end).map_err(cannot(doing))
+            clock.stamp(2 * i + 1)?;
         }
-    }
-}
-
-impl Drop for Timer {
-    fn drop(&mut self) {
-        // SAFETY: they are ours; a failure leaves nothing to do.
-        unsafe {
-            for event in self.events {
-                let _ = driver::event::destroy(event);
-            }
-        }
+        (0..graphs.len()).map(|i| clock.between(2 * i, 2 * i + 1)).collect()
     }
 }

@@ -25,6 +25,8 @@ mod buffer;
 #[cfg(feature = "cuda")]
 pub mod check;
 #[cfg(feature = "cuda")]
+mod clock;
+#[cfg(feature = "cuda")]
 mod cublaslt;
 #[cfg(not(feature = "cuda"))]
 #[path = "no_cublaslt.rs"]
@@ -73,6 +75,8 @@ mod synthetic;
 mod token_tiles;
 mod transformer;
 mod tuning;
+#[cfg(feature = "cuda")]
+mod turns;
 mod view;
 mod workspace;
 

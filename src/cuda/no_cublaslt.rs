@@ -31,7 +31,7 @@ impl Timer {
     pub(super) fn fastest(
         &self,
         _: usize,
-        _: f32,
+        _: f64,
         _: impl FnMut(usize, RawStream) -> Result<()>,
     ) -> Result<Option<usize>> {
         match self.0 {}

@@ -60,7 +60,7 @@ impl FfnPlan {
         const RUNS: usize = 8;
         /// Two thousand runs of some tens of microseconds take about 50 ms in all; under a sanitizer, or where others use the device,
         /// many times as long: then what is known by that time has to do.
-        const PATIENCE_MS: f32 = 150.0;
+        const PATIENCE_US: f64 = 150e3;
         if self.branch.is_none() {
             return Ok(());
         }
@@ -100,7 +100,7 @@ impl FfnPlan {
                 View::matrix(buffer.address(), Format::Float(dtype), [size, d_model])
             };
             let inputs = FfnInputs::new(view(&x));
-            let best = timer.fastest(candidates.len(), PATIENCE_MS, |index, stream| {
+            let best = timer.fastest(candidates.len(), PATIENCE_US, |index, stream| {
                 copies.iter().try_for_each(|&weights| {
                     let begin = |run: &DenseRun| {
                         // SAFETY: the buffers have room for the most of these tokens, and live until everything has run.

@@ -9,24 +9,13 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::graph::TimedGraph;
-use super::median;
+use super::graph::{TimedGraph, times_by_turns};
 use crate::abi::moefy_activate_params;
 use crate::cuda::cublaslt::{CublasLt, Epilogue, Operands, Product, ProductShape, WORKSPACE_BYTES};
 use crate::cuda::dense::{DenseLayer, launch_activate};
+use crate::cuda::turns::fastest_by_turns;
 use crate::cuda::{Buffer, Device, MoeFfn, RawStream};
 use crate::error::{Error, Result};
-
-/// Launches of each graph, of which the fastest counts; then so many of the best are launched so often by turns, and the median
-/// counts.
-const REPETITIONS: usize = 3;
-const FINALISTS: usize = 6;
-const TURNS: usize = 5;
-/// Where a layer takes so long so many of the fastest run for so long at last: some cost more power than others, and the clock
-/// follows.
-const LONG_US: f64 = 50.0;
-const LAST: usize = 3;
-const ROW_US: f64 = 40_000.0;
 
 /// The dense layer on several sets of weights, captured.
 pub(super) struct Baseline {
@@ -81,11 +70,11 @@ impl Baseline {
             let (library, layers, memory) = (&library, &layers[..], &memory);
             Batch { device, stream, library, layers, x, memory, tokens }.fastest(passes)
         };
-        let (us, graph) = way(tokens)?;
-        let graph = match padded(tokens) {
-            more if more == tokens => graph,
-            more => Some(way(more)?).filter(|way| way.0 < us).map_or(graph, |(_, graph)| graph),
-        };
+        let mut graphs = vec![way(tokens)?];
+        if padded(tokens) > tokens {
+            graphs.push(way(padded(tokens))?);
+        }
+        let graph = graphs.swap_remove(fastest_of(&graphs)?.expect("there is a way"));
         Ok(Self { graph, _library: library, _memory: memory })
     }
 }
@@ -120,8 +109,8 @@ struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    /// The fastest way and its time.
-    fn fastest(&self, passes: usize) -> Result<(f64, TimedGraph)> {
+    /// The fastest way.
+    fn fastest(&self, passes: usize) -> Result<TimedGraph> {
         let layer = &self.layers[0];
         let mut ways = vec![First::Apart];
         ways.extend(layer.fused_activation().map(First::Fused));
@@ -148,8 +137,7 @@ impl Batch<'_> {
                 self.run_second(stream, set, second)
             })?);
         }
-        let (us, index) = fastest_of(&graphs)?.expect("there is a way");
-        Ok((us, graphs.swap_remove(index)))
+        Ok(graphs.swap_remove(fastest_of(&graphs)?.expect("there is a way")))
     }
 
     /// The algorithm that takes least time over all sets.
@@ -170,7 +158,7 @@ impl Batch<'_> {
             graphs.push(TimedGraph::capture(self.stream, sets, launch)?);
             products.push(product);
         }
-        let (_, index) = fastest_of(&graphs)?.ok_or_else(|| {
+        let index = fastest_of(&graphs)?.ok_or_else(|| {
             let got = format!("none for {} x {} x {}", self.tokens, shape.rows, shape.depth);
             Error::argument("bench", "cuBLASLt", "an algorithm that runs", got)
         })?;
@@ -269,32 +257,8 @@ impl Batch<'_> {
     }
 }
 
-/// Microseconds of a part of the fastest graph, and which one that is.
-fn fastest_of(graphs: &[TimedGraph]) -> Result<Option<(f64, usize)>> {
-    let keep = |timed: &mut Vec<(f64, usize)>, count| {
-        timed.sort_by(|a, b| a.0.total_cmp(&b.0));
-        timed.truncate(count);
-    };
-    let least = |(index, graph): (usize, &TimedGraph)| {
-        Ok((graph.times(REPETITIONS)?.into_iter().fold(f64::INFINITY, f64::min), index))
-    };
-    let mut timed = graphs.iter().enumerate().map(least).collect::<Result<Vec<_>>>()?;
-    keep(&mut timed, FINALISTS);
-    let mut turns = vec![Vec::new(); timed.len()];
-    for _ in 0..TURNS {
-        for (times, (_, index)) in turns.iter_mut().zip(&timed) {
-            times.extend(graphs[*index].times(1)?);
-        }
-    }
-    for (times, (us, _)) in turns.iter().zip(&mut timed) {
-        *us = median(times);
-    }
-    keep(&mut timed, LAST);
-    if timed.len() > 1 && timed[0].0 >= LONG_US {
-        for (us, index) in &mut timed {
-            *us = graphs[*index].time_in_a_row(ROW_US)?;
-        }
-        keep(&mut timed, 1);
-    }
-    Ok(timed.first().copied())
+fn fastest_of(graphs: &[TimedGraph]) -> Result<Option<usize>> {
+    fastest_by_turns(graphs.len(), |order| {
+        times_by_turns(order.iter().map(|&index| &graphs[index])).map(Some)
+    })
 }

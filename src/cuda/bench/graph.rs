@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, sys};
+use cudarc::driver::{CudaGraph, CudaStream, sys};
 
-use super::median;
 use crate::cuda::RawStream;
+use crate::cuda::clock::Clock;
 use crate::cuda::driver::cannot;
+use crate::cuda::turns::median;
 use crate::error::{Error, Result};
 
 /// Pairs between two waits for the device.
@@ -77,13 +78,23 @@ impl TimedGraph {
         }
         (0..launches).map(|i| Ok(clock.between(i, i + 1)? / self.parts as f64)).collect()
     }
+}
 
-    /// Microseconds of a part after launches in a row that take so long: the median of half as many.
-    pub(super) fn time_in_a_row(&self, row_us: f64) -> Result<f64> {
-        let of_launch = self.times(1)?[0] * self.parts as f64;
-        let launches = ((row_us / of_launch) as usize).max(1);
-        Ok(median(&self.times(launches + launches.div_ceil(2))?[launches..]))
+/// Microseconds of a part of each graph, one after another.
+pub(super) fn times_by_turns<'a>(
+    graphs: impl ExactSizeIterator<Item = &'a TimedGraph> + Clone,
+) -> Result<Vec<f64>> {
+    let Some(first) = graphs.clone().next() else { return Ok(Vec::new()) };
+    let clock = Clock::new(&first.stream, graphs.len() + 1)?;
+    // The device is busy when the clock starts, so the way to the device is not counted.
+    first.launch()?;
+    clock.stamp(0)?;
+    for (moment, graph) in graphs.clone().enumerate() {
+        graph.launch()?;
+        clock.stamp(moment + 1)?;
     }
+    let us = |(i, graph): (usize, &TimedGraph)| Ok(clock.between(i, i + 1)? / graph.parts as f64);
+    graphs.enumerate().map(us).collect()
 }
 
 /// Microseconds of a part of both graphs, by turns, until the median of their ratio has settled.
@@ -122,32 +133,6 @@ pub(super) fn spread(values: &[f64]) -> f64 {
     sorted.sort_by(f64::total_cmp);
     let at = |quarter: usize| sorted.get(sorted.len() * quarter / 4).copied().unwrap_or(f64::NAN);
     (at(3) - at(1)) / median(values)
-}
-
-/// Moments on a stream.
-struct Clock {
-    stream: Arc<CudaStream>,
-    events: Vec<CudaEvent>,
-}
-
-impl Clock {
-    fn new(stream: &Arc<CudaStream>, moments: usize) -> Result<Self> {
-        let context: &Arc<CudaContext> = stream.context();
-        let event = |_| context.new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
-        let events = (0..moments).map(event).collect::<Result<_, _>>();
-        Ok(Self { stream: stream.clone(), events: events.map_err(cannot("create an event"))? })
-    }
-
-    fn stamp(&self, moment: usize) -> Result<()> {
-        self.events[moment].record(&self.stream).map_err(cannot("record an event"))
-    }
-
-    /// Microseconds. Waits for the later moment.
-    fn between(&self, start: usize, end: usize) -> Result<f64> {
-        let ms =
-            self.events[start].elapsed_ms(&self.events[end]).map_err(cannot("read a clock"))?;
-        Ok(1e3 * f64::from(ms))
-    }
 }
 
 #[cfg(test)]

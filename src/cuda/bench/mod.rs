@@ -30,6 +30,7 @@ use self::graph::{pairs, spread};
 use super::driver::cannot;
 use super::plan::Stage;
 use super::synthetic::IMPOSED;
+use super::turns::median;
 use super::{Device, Fallback, LayerShape, MoeFfn, Path, PlanOptions};
 use crate::error::{Error, Result};
 use crate::ffn::{self, ExpertMask};
@@ -355,10 +356,4 @@ fn mean_k(masks: &[ExpertMask]) -> f64 {
     let pairs: usize = masks.iter().map(ExpertMask::num_pairs).sum();
     let tokens: usize = masks.iter().map(ExpertMask::num_tokens).sum();
     pairs as f64 / tokens as f64
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }

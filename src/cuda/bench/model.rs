@@ -9,8 +9,8 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use super::graph::{TimedGraph, pairs};
-use super::median;
 use crate::cuda::driver::cannot;
+use crate::cuda::turns::median;
 use crate::cuda::{Device, Fallback, Gpu, GpuOptions};
 use crate::dtype::DType;
 use crate::error::Result;

@@ -1,8 +1,9 @@
 //! What every path takes that a plan may choose: the times of a tuning.
 
 use super::graph::pairs;
-use super::{FfnBench, Routing, RunSpec, median};
+use super::{FfnBench, Routing, RunSpec};
 use crate::cuda::plan::Stage;
+use crate::cuda::turns::median;
 use crate::cuda::{Fallback, Path, PlanOptions, TunedLayer, TunedTime, Tuning};
 use crate::error::Result;
 
