@@ -259,6 +259,7 @@ impl Batch<'_> {
 
 fn fastest_of(graphs: &[TimedGraph]) -> Result<Option<usize>> {
     fastest_by_turns(graphs.len(), |order| {
-        times_by_turns(order.iter().map(|&index| &graphs[index])).map(Some)
+        let turns: Vec<_> = order.iter().map(|&index| &graphs[index]).collect();
+        times_by_turns(&turns).map(Some)
     })
 }

@@ -68,57 +68,32 @@ impl TimedGraph {
 
     /// Microseconds of a part in each of so many launches in a row.
     pub(super) fn times(&self, launches: usize) -> Result<Vec<f64>> {
-        let clock = Clock::new(&self.stream, launches + 1)?;
-        // The device is busy when the clock starts, so the way to the device is not counted.
-        self.launch()?;
-        clock.stamp(0)?;
-        for launch in 1..=launches {
-            self.launch()?;
-            clock.stamp(launch)?;
-        }
-        (0..launches).map(|i| Ok(clock.between(i, i + 1)? / self.parts as f64)).collect()
+        times_by_turns(&vec![self; launches])
     }
 }
 
-/// Microseconds of a part of each graph, one after another.
-pub(super) fn times_by_turns<'a>(
-    graphs: impl ExactSizeIterator<Item = &'a TimedGraph> + Clone,
-) -> Result<Vec<f64>> {
-    let Some(first) = graphs.clone().next() else { return Ok(Vec::new()) };
+/// Microseconds of a part of each graph, launched one after another.
+pub(super) fn times_by_turns(graphs: &[&TimedGraph]) -> Result<Vec<f64>> {
+    let Some(first) = graphs.first() else { return Ok(Vec::new()) };
     let clock = Clock::new(&first.stream, graphs.len() + 1)?;
     // The device is busy when the clock starts, so the way to the device is not counted.
     first.launch()?;
     clock.stamp(0)?;
-    for (moment, graph) in graphs.clone().enumerate() {
+    for (i, graph) in graphs.iter().enumerate() {
         graph.launch()?;
-        clock.stamp(moment + 1)?;
+        clock.stamp(i + 1)?;
     }
-    let us = |(i, graph): (usize, &TimedGraph)| Ok(clock.between(i, i + 1)? / graph.parts as f64);
-    graphs.enumerate().map(us).collect()
+    let us = |(i, graph): (usize, &&TimedGraph)| Ok(clock.between(i, i + 1)? / graph.parts as f64);
+    graphs.iter().enumerate().map(us).collect()
 }
 
 /// Microseconds of a part of both graphs, by turns, until the median of their ratio has settled.
-pub(super) fn pairs([a, b]: [&TimedGraph; 2]) -> Result<Vec<[f64; 2]>> {
-    let clock = Clock::new(&a.stream, 2 * BATCH + 1)?;
+pub(super) fn pairs(graphs: [&TimedGraph; 2]) -> Result<Vec<[f64; 2]>> {
     let begin = Instant::now();
     let mut times: Vec<[f64; 2]> = Vec::new();
     loop {
-        // One of each warms up.
-        a.launch()?;
-        b.launch()?;
-        clock.stamp(0)?;
-        for pair in 0..BATCH {
-            a.launch()?;
-            clock.stamp(2 * pair + 1)?;
-            b.launch()?;
-            clock.stamp(2 * pair + 2)?;
-        }
-        for pair in 0..BATCH {
-            times.push([
-                clock.between(2 * pair, 2 * pair + 1)? / a.parts as f64,
-                clock.between(2 * pair + 1, 2 * pair + 2)? / b.parts as f64,
-            ]);
-        }
+        let batch = times_by_turns(&graphs.repeat(BATCH))?;
+        times.extend(batch.as_chunks().0);
         let ratios: Vec<f64> = times.iter().map(|[a, b]| b / a).collect();
         let settled = spread(&ratios) / (ratios.len() as f64).sqrt() <= SETTLED;
         if settled || times.len() >= MAX_PAIRS || begin.elapsed() >= MAX_TIME {
