@@ -50,7 +50,8 @@ pub struct FfnPlan {
 
 impl MoeFfn {
     /// Makes the layer ready for at most `max_tokens` tokens. Times the algorithms of dense products
-    /// if they may run, and waits for the device.
+    /// if they may run, and waits for the device. Make every plan before you capture the first graph:
+    /// graphs that are there already can run up to 4 % slower afterwards (kernels/NOTES.md).
     ///
     /// # Errors
     /// When the sizes overflow, cuBLASLt is needed and missing, or the device has too little memory
