@@ -51,6 +51,8 @@ struct Case {
     scores: Option<Vec<f32>>,
     expected: Vec<f64>,
     bar: f64,
+    /// Whether the bar can be told from what sums of f32 lose where they nearly cancel.
+    can_be_judged: bool,
     /// Pairs that the lists have room for.
     capacity: usize,
 }
@@ -72,9 +74,11 @@ impl Case {
             DType::F32 => 1e-6 * (layer.d_model().max(executed).max(64) as f64 / 64.0).sqrt(),
             dtype => tolerance(&layer, dtype),
         };
-        let bar = bar.min(emulation::bar(relative_error(&emulated, &expected)));
+        let error = relative_error(&emulated, &expected);
+        let can_be_judged = x.dtype() != DType::F32 || error <= bar;
+        let bar = bar.min(emulation::bar(error));
         let capacity = mask.num_tokens() * layer.num_experts();
-        Self { which, layer, x, mask, scores, expected, bar, capacity }
+        Self { which, layer, x, mask, scores, expected, bar, can_be_judged, capacity }
     }
 }
 
@@ -211,12 +215,16 @@ fn any_shape(gpu: &Gpu, which: Which, token_counts: &[usize]) {
             cases.extend([0.0, 0.1, 0.4, 1.0].map(|density| (num_tokens, dtype, density)));
         }
     }
-    let draw = |&(num_tokens, dtype, density): &(usize, DType, f64), rng: &mut ChaCha8Rng| {
+    let draw = |&(num_tokens, dtype, density): &(usize, DType, f64), rng: &mut ChaCha8Rng| loop {
         let shape = draw_shape(rng, num_tokens);
         let layer = random_layer(rng, shape, dtype);
         let x = tokens(rng, num_tokens, shape.d_model, dtype);
         let mask = random_mask(rng, num_tokens, shape.num_experts, density);
-        Case::new(which, layer, x, mask, None)
+        let case = Case::new(which, layer, x, mask, None);
+        // Two tokens of one neuron each, of which ReLU leaves one that is nearly zero: no sum of f32 has such an h.
+        if case.can_be_judged {
+            return case;
+        }
     };
     gpu.check_all(&thin(cases, 5), draw, |gpu, case| check(gpu, &case));
 }
