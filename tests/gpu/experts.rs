@@ -51,8 +51,8 @@ struct Case {
     scores: Option<Vec<f32>>,
     expected: Vec<f64>,
     bar: f64,
-    /// Whether the bar can be told from what sums of f32 lose where they nearly cancel.
-    can_be_judged: bool,
+    /// Whether sums as anybody would write them keep within half of the bar.
+    can_be_met: bool,
     /// Pairs that the lists have room for.
     capacity: usize,
 }
@@ -75,10 +75,10 @@ impl Case {
             dtype => tolerance(&layer, dtype),
         };
         let error = relative_error(&emulated, &expected);
-        let can_be_judged = x.dtype() != DType::F32 || error <= bar;
+        let can_be_met = x.dtype() != DType::F32 || emulation::bar(error) <= bar;
         let bar = bar.min(emulation::bar(error));
         let capacity = mask.num_tokens() * layer.num_experts();
-        Self { which, layer, x, mask, scores, expected, bar, can_be_judged, capacity }
+        Self { which, layer, x, mask, scores, expected, bar, can_be_met, capacity }
     }
 }
 
@@ -215,16 +215,17 @@ fn any_shape(gpu: &Gpu, which: Which, token_counts: &[usize]) {
             cases.extend([0.0, 0.1, 0.4, 1.0].map(|density| (num_tokens, dtype, density)));
         }
     }
-    let draw = |&(num_tokens, dtype, density): &(usize, DType, f64), rng: &mut ChaCha8Rng| loop {
+    let draw_once = |&(num_tokens, dtype, density): &(usize, DType, f64), rng: &mut ChaCha8Rng| {
         let shape = draw_shape(rng, num_tokens);
         let layer = random_layer(rng, shape, dtype);
         let x = tokens(rng, num_tokens, shape.d_model, dtype);
         let mask = random_mask(rng, num_tokens, shape.num_experts, density);
-        let case = Case::new(which, layer, x, mask, None);
-        // Two tokens of one neuron each, of which ReLU leaves one that is nearly zero: no sum of f32 has such an h.
-        if case.can_be_judged {
-            return case;
-        }
+        Case::new(which, layer, x, mask, None)
+    };
+    // All that few tokens run may be one neuron whose sum nearly cancels: f32 then has few digits of it, however it is summed.
+    let draw = |case: &_, rng: &mut ChaCha8Rng| {
+        let mut draws = (0..9).map(|_| draw_once(case, rng));
+        draws.find(|case| case.can_be_met).expect("one of nine draws that f32 can do")
     };
     gpu.check_all(&thin(cases, 5), draw, |gpu, case| check(gpu, &case));
 }
